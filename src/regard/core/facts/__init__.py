@@ -1,0 +1,169 @@
+"""Facts of the attention matrix P, exact, without the matrix.
+
+Two ways lead to the same numbers. `measure` visits the probabilities tile by tile, once, for any
+number of facts: the way of `regard.watch`. `identities` holds the same facts as calls of `attend`:
+    they
+carry gradients and run on whatever kernel `attend` chooses.
+
+Every fact is a small class that says how one tile changes its sums (`add`), how the sums of a
+later call
+with a cache join those of earlier calls (`extend`: decoding token by token gives what one forward
+gives), and what the sums mean (`finish`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regard.core import identities
+from regard.core.attend import attend  # noqa: F401  (the examples use it)
+from regard.core.kernels.tiled import Tiles
+from regard.core.mask import Mask
+
+from .base import Fact, Sums, View
+from .cells import Columns, Rows, Thumbnail, TopKeys
+from .keys import Influence, MeanReceived, Received
+from .queries import Collision, Distance, Entropy, Mass, WindowedDistance
+
+FACTS: dict[str, type[Fact]] = {
+    f.name: f
+    for f in (
+        Received,
+        MeanReceived,
+        Influence,
+        Entropy,
+        Distance,
+        WindowedDistance,
+        Mass,
+        Collision,
+        TopKeys,
+        Rows,
+        Columns,
+        Thumbnail,
+    )
+}
+
+
+def measure(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    facts: Sequence[Fact],
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    live: Tensor | None = None,
+    offsets: tuple[int, int] = (0, 0),
+) -> list[Sums]:
+    """Sums of every fact from one pass over the tiles of P; `fact.finish(sums)` gives the result.
+
+    Args:
+        lse: `[batch, heads, queries]` of the same call, as `attend` gives it.
+        live: `[batch, queries]`, false for queries that do not count (padding).
+        offsets: absolute position of the first query and of the first key.
+
+    No gradients; needs a few MiB beside the results, whatever the length.
+    """
+    with torch.no_grad():
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if live is not None:
+            lse = lse.masked_fill(~live[:, None], -torch.inf)
+        tiles = Tiles(q, k, mask, scale, softcap, bias, lse=lse)
+        view = View(
+            tiles.batch,
+            tiles.kv_heads,
+            tiles.groups,
+            tiles.queries,
+            tiles.keys,
+            *offsets,
+            tiles.work,
+            q.device,
+        )
+        sums = [f.begin(view) for f in facts]
+        if q.device.type != "cpu" and softcap is None and bias is None:
+            done = [f.fused(q, k, lse, mask, scale) for f in facts]
+            if all(d is not None for d in done):
+                groups = (tiles.kv_heads, tiles.groups)
+                sums = [
+                    {"sum": d.to(tiles.work).unflatten(1, groups)} for d in done if d is not None
+                ]
+                return [f.start(s, view) for f, s in zip(facts, sums)]
+        room = tiles.empty()
+        for tile in tiles:
+            tile.p = torch.exp(tile.scores, out=room[: tile.scores.numel()].view(tile.scores.shape))
+            if tile.allowed is not None:
+                tile.p.mul_(tile.allowed)
+            tile.live = None if live is None else live[tile.batch, tile.rows]
+            for fact, total in zip(facts, sums):
+                fact.add(total, tile, view)
+        return [f.start(s, view) for f, s in zip(facts, sums)]
+
+
+def received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Attention each key receives, sum_i w_i P_ij: float32 `[batch, heads, keys]`.
+
+    Args:
+        q: `[batch, heads, queries, head_dim]`; k: `[batch, kv_heads, keys, head_dim]`.
+        lse: `[batch, heads, queries]` of the same call, from `attend(...).lse`.
+        weights: per-query weights w `[batch, heads, queries]` (or broadcast), of any sign.
+
+    Carries gradients to q, k, lse and weights where one of them asks for it.
+
+    >>> q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    >>> state = attend(q, k, k, mask=Mask.causal())
+    >>> total = received(q, k, state.lse, mask=Mask.causal())
+    >>> round(total.sum().item(), 3)  # 2 heads x 6 queries
+    12.0
+    """
+    if weights is None and _tiled(q, k, lse):
+        return _one(Received(), q, k, lse, mask, scale)
+    return identities.received(q, k, lse, mask=mask, scale=scale, weights=weights)
+
+
+def entropy(
+    q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask | None = None, scale: float | None = None
+) -> Tensor:
+    """Entropy of each query's attention in nats, float32 `[batch, heads, queries]`; 0 for no key.
+
+    Carries gradients to q, k and lse where one of them asks for it.
+    """
+    if _tiled(q, k, lse):
+        return _one(Entropy(), q, k, lse, mask, scale)
+    return identities.entropy(q, k, lse, mask=mask, scale=scale)
+
+
+def distance(
+    q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask | None = None, scale: float | None = None
+) -> Tensor:
+    """Expected distance |i - j| of what each query looks at, float32 `[batch, heads, queries]`.
+
+    Carries gradients to q, k and lse where one of them asks for it.
+    """
+    if _tiled(q, k, lse):
+        return _one(Distance(), q, k, lse, mask, scale)
+    return identities.distance(q, k, lse, mask=mask, scale=scale)
+
+
+def _tiled(*tensors: Tensor) -> bool:
+    """Whether tiles are the better way: on a CPU, where nothing asks for a gradient."""
+    asks = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not asks and tensors[0].device.type == "cpu"
+
+
+def _one(
+    fact: Fact, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float | None
+) -> Tensor:
+    return fact.finish(measure(q, k, lse, [fact], mask=mask, scale=scale)[0])

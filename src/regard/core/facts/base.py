@@ -1,0 +1,93 @@
+"""What a fact is: how a tile changes its sums, how later calls join, what the sums mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from regard.core.kernels.tiled import Tile
+from regard.core.mask import Mask
+
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a call stands: sizes, and the absolute position of the first query and of the first
+    key.
+    """
+
+    batch: int
+    kv_heads: int
+    groups: int
+    queries: int
+    keys: int
+    query_offset: int
+    key_offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self, *tail: int) -> Tensor:
+        shape = (self.batch, self.kv_heads, self.groups, *tail)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact. `axis` says what the last axis of the result counts: "keys", "queries" or
+    "cells".
+    """
+
+    name: ClassVar[str] = ""
+    axis: ClassVar[str] = "queries"
+    title: ClassVar[str] = ""
+    positional: ClassVar[bool] = (
+        False  # compares query and key positions: only where both count the same tokens
+    )
+
+    def begin(self, view: View) -> Sums:
+        raise NotImplementedError
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        raise NotImplementedError
+
+    def extend(self, old: Sums, new: Sums, view: View) -> Sums:
+        """Sums of all calls so far; by default rows are appended and key columns added at their
+        place.
+        """
+        if self.axis == "queries":
+            return {n: torch.cat([old[n], new[n]], 3) for n in new}
+        total = max(view.key_offset + view.keys, next(iter(old.values())).shape[-1])
+        return {n: place(old[n], 0, total) + place(new[n], view.key_offset, total) for n in new}
+
+    def start(self, sums: Sums, view: View) -> Sums:
+        """The sums of a first call, with keys at their absolute place."""
+        if self.axis != "keys" or not view.key_offset:
+            return sums
+        return {n: place(x, view.key_offset, view.key_offset + view.keys) for n, x in sums.items()}
+
+    def finish(self, sums: Sums) -> Any:
+        return sums["sum"].flatten(1, 2)
+
+    def fused(
+        self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
+    ) -> Tensor | None:
+        """`sums["sum"]` by an identity over `attend`, the faster way on GPUs; None where there
+        is none.
+        """
+        return None
+
+
+def place(x: Tensor, start: int, total: int) -> Tensor:
+    """`x` with its last axis at `start` of `total` positions, zeros elsewhere."""
+    if start == 0 and x.shape[-1] == total:
+        return x
+    return torch.nn.functional.pad(x, (start, total - start - x.shape[-1]))
+
+
+def row_sums(p: Tensor, columns: Tensor) -> Tensor:
+    """`[..., rows, cols] x [cols, n]` in one flat product."""
+    return (p.reshape(-1, p.shape[-1]) @ columns).view(*p.shape[:-1], columns.shape[-1])

@@ -1,0 +1,155 @@
+"""Facts of queries: how, how far and where they look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from regard.core import identities
+from regard.core.kernels.tiled import Tile
+from regard.core.mask import Mask
+
+from .base import Fact, Sums, View, row_sums
+
+
+@dataclass(frozen=True)
+class Entropy(Fact):
+    """Entropy of each query's attention in nats: `[batch, heads, queries]`, from 0 to log(keys
+    seen).
+    """
+
+    name: ClassVar[str] = "entropy"
+    title: ClassVar[str] = "entropy"
+
+    def begin(self, view: View) -> Sums:
+        return {"sum": view.zeros(view.queries)}
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        sums["sum"][tile.batch, tile.heads, :, tile.rows] -= tile.times(tile.scores).sum(-1)
+
+    def fused(
+        self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
+    ) -> Tensor | None:
+        return identities.entropy(q, k, lse, mask=mask, scale=scale)
+
+
+@dataclass(frozen=True)
+class Distance(Fact):
+    """Expected distance |i - j| of what each query looks at, in tokens: `[batch, heads,
+    queries]`.
+    """
+
+    name: ClassVar[str] = "distance"
+    title: ClassVar[str] = "distance"
+    positional: ClassVar[bool] = True
+
+    def begin(self, view: View) -> Sums:
+        return {"sum": view.zeros(view.queries)}
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        if tile.reach[0] < len(
+            tile.j
+        ):  # short distances one by one: the split below would cancel digits
+            part = tile.times((tile.i[:, None] - tile.j).abs()).sum(-1)
+        else:  # |i - j| = (i - i0) + (i0 - j), both positive
+            d = (tile.i[0] - tile.j).to(tile.p.dtype)
+            part = row_sums(tile.p, torch.stack([d, torch.ones_like(d)], -1))
+            part = part[..., 0] + part[..., 1] * (tile.i - tile.i[0]).to(d.dtype)
+        sums["sum"][tile.batch, tile.heads, :, tile.rows] += part
+
+    def fused(
+        self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
+    ) -> Tensor | None:
+        return identities.distance(q, k, lse, mask=mask, scale=scale)
+
+
+@dataclass(frozen=True)
+class WindowedDistance(Fact):
+    """Windowed average attention distance (WAAD): expected min(i - j, window), `[batch, heads,
+    queries]` in [0, window].
+
+    Li et al., 2025 (arXiv 2510.13554). Only the tiles within the window are touched.
+    """
+
+    name: ClassVar[str] = "waad"
+    title: ClassVar[str] = "windowed attention distance"
+    positional: ClassVar[bool] = True
+    window: int = 10
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"the window of waad holds at least 1 token, got {self.window}")
+
+    def begin(self, view: View) -> Sums:
+        return {"sum": view.zeros(view.queries)}
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        at = (tile.batch, tile.heads, slice(None), tile.rows)
+        if tile.reach[0] >= self.window:
+            sums["sum"][at] += self.window * tile.p.sum(-1)
+        else:
+            sums["sum"][at] += tile.times(
+                (tile.i[:, None] - tile.j).abs().clamp_max(self.window)
+            ).sum(-1)
+
+
+@dataclass(frozen=True)
+class Mass(Fact):
+    """Share of each query's attention per key segment: `[batch, heads, queries, segments]`.
+
+    `spans` names half-open position ranges, for example `{"system": (0, 20), "question": (20,
+    64)}`: documents, image
+    spans, chat turns. Segments may overlap or leave gaps.
+    """
+
+    name: ClassVar[str] = "mass"
+    title: ClassVar[str] = "mass per segment"
+    spans: tuple[tuple[str, int, int], ...] = ()
+
+    def __init__(
+        self, spans: dict[str, tuple[int, int]] | Sequence[tuple[str, int, int]] = ()
+    ) -> None:
+        rows = [(n, *s) for n, s in spans.items()] if isinstance(spans, dict) else list(spans)
+        if not rows:
+            raise ValueError('mass needs segments: Mass({"question": (20, 64)})')
+        object.__setattr__(self, "spans", tuple((str(n), int(a), int(b)) for n, a, b in rows))
+
+    @property
+    def segments(self) -> list[str]:
+        return [n for n, *_ in self.spans]
+
+    def begin(self, view: View) -> Sums:
+        return {"sum": view.zeros(view.queries, len(self.spans))}
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        j = tile.j + view.key_offset
+        member = torch.stack([(j >= a) & (j < b) for _, a, b in self.spans], -1)
+        if member.any():
+            sums["sum"][tile.batch, tile.heads, :, tile.rows] += row_sums(
+                tile.p, member.to(tile.p.dtype)
+            )
+
+
+@dataclass(frozen=True)
+class Collision(Fact):
+    """Chance that two draws from a query's attention hit the same key, sum_j P_ij^2: `[batch,
+    heads, queries]`.
+    """
+
+    name: ClassVar[str] = "collision"
+    title: ClassVar[str] = "collision"
+
+    def begin(self, view: View) -> Sums:
+        return {"sum": view.zeros(view.queries)}
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        sums["sum"][tile.batch, tile.heads, :, tile.rows] += tile.times(tile.p).sum(-1)
+
+    def fused(
+        self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
+    ) -> Tensor | None:
+        return identities.collision(q, k, lse, mask=mask, scale=scale)

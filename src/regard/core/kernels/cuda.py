@@ -1,0 +1,47 @@
+"""Torch's fused CUDA attention, whose operators return their lse; for plain causal and full
+attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..mask import Mask
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, softcap: float | None, bias: Tensor | None
+) -> bool:
+    """Whether one fused call computes this exactly."""
+    if (
+        q.device.type != "cuda"
+        or softcap is not None
+        or bias is not None
+        or q.dtype == torch.float64
+    ):
+        return False
+    size = (q.shape[2], k.shape[2])
+    return (
+        q.shape[-1] % 8 == 0
+        and v.shape[-1] % 8 == 0
+        and (mask is None or mask.is_causal(*size) or mask.is_full(*size))
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)`: FlashAttention for half precision, the memory-efficient kernel for float32."""
+    queries = q.shape[2]
+    causal = mask is not None and queries > 1 and mask.is_causal(queries, k.shape[2])
+    if q.shape[1] != k.shape[1]:  # these operators want as many key heads as query heads
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )[:2]
+    else:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse = efficient(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    return out, lse[..., :queries]  # the efficient kernel rounds its rows up

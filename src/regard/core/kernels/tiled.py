@@ -1,0 +1,325 @@
+"""Attention and facts tile by tile: exact for every mask, soft cap and bias, in memory linear in
+the length.
+
+A tile is a block of scores small enough to stay in a processor cache. Blocks that the mask leaves
+empty
+are never computed. `forward` keeps a running maximum and sum over the tiles of a query block;
+`backward`
+recomputes the tiles; `sweep` visits the probabilities of every tile, given the lse of each query,
+so that
+any number of facts are measured in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..mask import EMPTY, FULL, Band, Mask
+
+MASKED = -1e30  # a score that no softmax notices, yet finite: MASKED - MASKED is 0, not NaN
+# exp slows down a hundredfold where its result is subnormal; clamped there, it gives a weight far
+# below rounding
+LOWEST = {torch.float32: -87.0, torch.float64: -700.0}
+BLOCK_Q, BLOCK_K = 256, 512
+STEP_K = 128  # keys are masked, skipped and joined to blocks in steps of this many
+TILE_CELLS = 3 * 2**18  # cells of one tile over batch and heads: 3 MiB of float32
+
+
+@dataclass
+class Tile:
+    """One block: `scores` is `[batch, kv_heads, groups, rows, cols]`; `i`, `j` are positions in
+    the frame of the keys.
+    """
+
+    batch: slice
+    heads: slice
+    rows: slice
+    cols: slice
+    scores: Tensor
+    allowed: Tensor | None  # 1 where allowed, 0 where not, broadcast like scores; None: all allowed
+    i: Tensor
+    j: Tensor
+    scratch: Tensor
+    shift: int  # keys - queries: row r of the call stands at position r + shift
+    p: Tensor = field(init=False)  # probabilities, where the tile has been exponentiated
+    live: Tensor | None = None  # [batch, rows], false for a query that does not count
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Least and greatest i - j in the tile."""
+        shift = self.shift
+        return (
+            self.rows.start + shift - self.cols.stop + 1,
+            self.rows.stop - 1 + shift - self.cols.start,
+        )
+
+    def times(self, x: Tensor) -> Tensor:
+        """`p * x` in a buffer that the next call overwrites: a fresh tensor this large costs
+        more than the product.
+        """
+        return torch.mul(self.p, x, out=self.scratch[: self.p.numel()].view(self.p.shape))
+
+
+class Tiles:
+    """The score tiles of one attention call, grouped by query block.
+
+    With `lse` the tiles hold log-probabilities.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Mask | None,
+        scale: float,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> None:
+        self.work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.mask, self.softcap, self.bias = mask or Mask.full(), softcap, bias
+        self.batch, heads, self.queries, _ = q.shape
+        self.kv_heads, self.keys = k.shape[1], k.shape[2]
+        self.groups = heads // self.kv_heads
+        q = q.to(self.work) * scale
+        self.q = q.unflatten(1, (self.kv_heads, self.groups)).contiguous()
+        self.k = k.to(self.work).contiguous()
+        self.lse: Tensor | None = None
+        if lse is not None:
+            # a query that sees nothing has probability 0 everywhere, not NaN
+            lse = lse.to(self.work).masked_fill(lse == -torch.inf, -MASKED)
+            self.lse = lse.unflatten(1, (self.kv_heads, self.groups))
+        block = min(BLOCK_Q, max(self.queries, 1))
+        cells = self.groups * block * min(BLOCK_K, self.keys)  # of one key head
+        self.heads_step = max(1, min(self.kv_heads, TILE_CELLS // cells))
+        self.batch_step = max(1, min(self.batch, TILE_CELLS // (cells * self.kv_heads)))
+        self.plan = [
+            _runs(row) for row in self.mask.grid(self.queries, self.keys, BLOCK_Q, STEP_K).tolist()
+        ]
+        self._cells: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self.i = torch.arange(self.queries, device=q.device) + self.keys - self.queries
+        self.j = torch.arange(self.keys, device=q.device)
+        self.lowest = LOWEST[self.work]
+        self._size = self.batch_step * self.heads_step * cells
+        self.buffer, self.scratch = self.empty(), self.empty()
+
+    def empty(self) -> Tensor:
+        """Room for one tile."""
+        return torch.empty(self._size, dtype=self.work, device=self.q.device)
+
+    def blocks(self) -> Iterator[tuple[slice, slice, slice, Iterator[Tile]]]:
+        """(batch, kv heads, rows, tiles of that query block) for every query block."""
+        for b in _slices(self.batch, self.batch_step):
+            for h in _slices(self.kv_heads, self.heads_step):
+                for a, rows in enumerate(_slices(self.queries, BLOCK_Q)):
+                    yield b, h, rows, self._row(b, h, a, rows)
+
+    def __iter__(self) -> Iterator[Tile]:
+        for *_, tiles in self.blocks():
+            yield from tiles
+
+    def _row(self, b: slice, h: slice, a: int, rows: slice) -> Iterator[Tile]:
+        q = self.q[b, h, :, rows]
+        flat = q.reshape(
+            q.shape[0] * q.shape[1], -1, q.shape[-1]
+        )  # the queries of a group share their keys: one product
+        for c0, c1, state in self.plan[a]:
+            cols = slice(c0, min(c1, self.keys))
+            k = self.k[b, h, cols].reshape(len(flat), -1, flat.shape[-1])
+            shape = (len(flat), flat.shape[1], k.shape[1])
+            s = self.buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+            torch.bmm(flat, k.transpose(1, 2), out=s)
+            s = s.view(*q.shape[:4], -1)
+            yield self._finish(s, state, b, h, rows, cols)
+
+    def _finish(self, s: Tensor, state: int, b: slice, h: slice, rows: slice, cols: slice) -> Tile:
+        if self.softcap is not None:
+            s.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.lse is not None:
+            s.sub_(self.lse[b, h, :, rows, None])
+        if self.bias is not None:
+            s.add_(_grouped(self.bias[..., rows, cols], b, h, self.kv_heads))
+        allowed = None
+        if state != FULL:
+            allowed, penalty = self._partial(b, h, rows, cols)
+            s.add_(penalty)
+        if self.lse is not None:
+            s.clamp_min_(self.lowest)
+        return Tile(
+            b,
+            h,
+            rows,
+            cols,
+            s,
+            allowed,
+            self.i[rows],
+            self.j[cols],
+            self.scratch,
+            self.keys - self.queries,
+        )
+
+    def _partial(self, b: slice, h: slice, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        """Block of the mask as a factor (1 or 0) and as a penalty (0 or MASKED); bands look
+        alike along a diagonal.
+        """
+        key = (rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start)
+        if key in self._cells:
+            return self._cells[key]
+        cells = self.mask.cells(self.queries, self.keys, rows, cols, self.q.device)
+        factor = _grouped(cells, b, h, self.kv_heads).to(self.work)
+        pair = (factor, (1 - factor) * MASKED)
+        if isinstance(self.mask, Band):
+            self._cells[key] = pair
+        return pair
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention by running maximum and sum over tiles; `(out, lse)` as the reference gives them."""
+    tiles = Tiles(q, k, mask, scale, softcap, bias)
+    v = v.to(tiles.work).contiguous()
+    out = v.new_zeros(tiles.batch, tiles.kv_heads, tiles.groups, tiles.queries, v.shape[-1])
+    lse = v.new_full(out.shape[:-1], -torch.inf)
+    for b, h, rows, row in tiles.blocks():
+        most, total, mean = None, torch.zeros(()), torch.zeros(())
+        for tile in row:
+            s = tile.scores
+            peak = s.amax(-1) if most is None else torch.maximum(most, s.amax(-1))
+            p = s.sub_(peak[..., None]).clamp_min_(tiles.lowest).exp_()
+            part = _product(p, v[b, h, tile.cols])
+            if most is None:
+                total, mean = p.sum(-1), part
+            else:
+                fade = (most - peak).exp_()
+                total, mean = total * fade + p.sum(-1), mean.mul_(fade[..., None]).add_(part)
+            most = peak
+        if most is None:
+            continue
+        seen = most > MASKED / 2
+        out[b, h, :, rows] = torch.where(seen[..., None], mean / total[..., None], 0.0)
+        lse[b, h, :, rows] = torch.where(seen, most + total.log(), -torch.inf)
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and bias; `d score = p * (grad_out . v - grad_out . out + grad_lse)`."""
+    tiles = Tiles(q, k, mask, scale, softcap, bias, lse=lse)
+    groups = (tiles.kv_heads, tiles.groups)
+    k, v = k.to(tiles.work).contiguous(), v.to(tiles.work).contiguous()
+    q5, dout = (t.to(tiles.work).unflatten(1, groups) for t in (q, grad_out))
+    shift = (grad_lse.to(tiles.work) - (grad_out * out).to(tiles.work).sum(-1)).unflatten(1, groups)
+    dq, dk, dv = torch.zeros_like(q5), torch.zeros_like(k), torch.zeros_like(v)
+    dbias = torch.zeros_like(bias, dtype=tiles.work) if bias is not None else None
+    for tile in tiles:
+        b, h, rows, cols = tile.batch, tile.heads, tile.rows, tile.cols
+        p = torch.exp(tile.scores, out=tile.scratch[: tile.scores.numel()].view(tile.scores.shape))
+        if tile.allowed is not None:
+            p.mul_(tile.allowed)
+        ds = (
+            _product(dout[b, h, :, rows], v[b, h, cols].transpose(-1, -2))
+            .add_(shift[b, h, :, rows, None])
+            .mul_(p)
+        )
+        dv[b, h, cols] += _gather(p, dout[b, h, :, rows])
+        if dbias is not None:
+            _scatter(dbias, ds, b, h, rows, cols, groups)
+        if softcap is not None:
+            capped = tile.scores + _rows(lse, tiles, b, h, rows)
+            if bias is not None:
+                capped = capped - _grouped(bias[..., rows, cols], b, h, tiles.kv_heads)
+            ds = ds * (1 - (capped.clamp_min(-softcap) / softcap) ** 2)
+        dq[b, h, :, rows] += _product(ds, k[b, h, cols]) * scale
+        dk[b, h, cols] += _gather(ds, q5[b, h, :, rows]) * scale
+    return (
+        dq.flatten(1, 2).to(q.dtype),
+        dk.to(q.dtype),
+        dv.to(grad_out.dtype),
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(a, min(a + step, length)) for a in range(0, length, step)]
+
+
+def _runs(states: list[int]) -> list[tuple[int, int, int]]:
+    """(first key, last key + 1, state) of the blocks of one row: equal neighbours joined up to
+    BLOCK_K keys.
+    """
+    runs: list[tuple[int, int, int]] = []
+    for c, state in enumerate(states):
+        start, stop = c * STEP_K, (c + 1) * STEP_K
+        if runs and runs[-1][1:] == (start, state) and stop - runs[-1][0] <= BLOCK_K:
+            runs[-1] = (runs[-1][0], stop, state)
+        elif state != EMPTY:
+            runs.append((start, stop, state))
+    return runs
+
+
+def _product(p: Tensor, v: Tensor) -> Tensor:
+    """`[batch, kv, groups, rows, cols] x [batch, kv, cols, dim]`, keys shared by the group."""
+    flat = p.reshape(p.shape[0] * p.shape[1], -1, p.shape[-1])
+    return torch.bmm(flat, v.reshape(len(flat), *v.shape[-2:])).view(*p.shape[:4], v.shape[-1])
+
+
+def _gather(p: Tensor, x: Tensor) -> Tensor:
+    """Transposed product, summed over the group: what the keys collect."""
+    flat = p.reshape(p.shape[0] * p.shape[1], -1, p.shape[-1])
+    x = x.reshape(len(flat), -1, x.shape[-1])
+    return torch.bmm(flat.transpose(1, 2), x).view(*p.shape[:2], p.shape[-1], x.shape[-1])
+
+
+def _grouped(block: Tensor, b: slice, h: slice, kv_heads: int) -> Tensor:
+    """`[batch or 1, heads or 1, rows, cols]` as `[batch, kv, groups, rows, cols]` of one chunk,
+    broadcast.
+    """
+    if block.shape[0] > 1:
+        block = block[b]
+    if block.shape[1] == 1:
+        return block[:, :, None]
+    return block.unflatten(1, (kv_heads, -1))[:, h]
+
+
+def _rows(lse: Tensor, tiles: Tiles, b: slice, h: slice, rows: slice) -> Tensor:
+    x = lse.masked_fill(lse == -torch.inf, 0.0).unflatten(1, (tiles.kv_heads, tiles.groups))
+    return x[b, h, :, rows, None].to(tiles.work)
+
+
+def _scatter(
+    dbias: Tensor, ds: Tensor, b: slice, h: slice, rows: slice, cols: slice, groups: tuple[int, int]
+) -> None:
+    """Add to the bias gradient, summed over the axes that the bias broadcasts."""
+    target = dbias[..., rows, cols]
+    if dbias.shape[1] == 1:
+        part = ds.sum((1, 2))[:, None]
+        target = target[b] if dbias.shape[0] > 1 else target
+        target += part if dbias.shape[0] > 1 else part.sum(0, keepdim=True)
+        return
+    target = target.unflatten(1, groups)[:, h]
+    if dbias.shape[0] > 1:
+        target[b] += ds
+    else:
+        target[0] += ds.sum(0)

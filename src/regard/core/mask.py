@@ -1,0 +1,562 @@
+"""Which query may look at which key: one description, many forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+EMPTY, SOME, FULL = 0, 1, 2
+
+
+class Range(NamedTuple):
+    """A rectangle of queries `[q0, q1)` and keys `[k0, k1)`, cut by up to two diagonals.
+
+    `kind`: "full"; "causal" (bottom-right aligned, the last query sees all keys); "inverse"
+    (top-left
+    aligned, the first query sees all keys); "band" (both cuts).
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    kind: str
+
+
+class Mask:
+    """A set of allowed (query, key) pairs, described and never stored as a matrix.
+
+    Positions count in the frame of the keys: with more keys than queries the queries are the
+    last ones (query i of T stands at position i + S - T), as in decoding with a cache. Masks
+    combine with `&`, `|` and `~`, convert to what kernels want, and can be drawn.
+
+    >>> (Mask.causal() & Mask.window(2)).area(5, 5)
+    9
+    >>> print(Mask.causal().draw(3))
+    ■ ⬚ ⬚
+    ■ ■ ⬚
+    ■ ■ ■
+    """
+
+    # -- the pieces ------------------------------------------------------------------------------
+    @staticmethod
+    def full() -> Mask:
+        """Every query sees every key."""
+        return Band(None, None)
+
+    @staticmethod
+    def causal() -> Mask:
+        """A query sees the keys at or before its own position: j <= i."""
+        return Band(None, 0)
+
+    @staticmethod
+    def window(n: int) -> Mask:
+        """A query sees the keys less than `n` positions away, on either side: |i - j| < n."""
+        if n < 1:
+            raise ValueError(f"a window holds at least 1 position, got {n}")
+        return Band(n - 1, n - 1)
+
+    @staticmethod
+    def band(before: int | None, after: int | None) -> Mask:
+        """A query sees `before` positions back and `after` ahead: -after <= i - j <= before; None
+        is no limit.
+
+        Negative limits leave out the nearest positions: `band(50, -10)` sees the keys 10 to 50
+            back.
+        """
+        return Band(before, after)
+
+    @staticmethod
+    def prefix(n: int) -> Mask:
+        """Every query sees the first `n` keys (join with `| Mask.causal()` for a prefix language
+        model).
+        """
+        return Prefix(n)
+
+    @staticmethod
+    def documents(lengths: Sequence[int]) -> Mask:
+        """Packed documents of these lengths: a query sees only its own document."""
+        if any(n < 1 for n in lengths):
+            raise ValueError(f"document lengths must be positive, got {list(lengths)}")
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(list(lengths)))
+        return Segments(ids[None], ids[None])
+
+    @staticmethod
+    def segments(query_ids: Tensor, key_ids: Tensor | None = None) -> Mask:
+        """A query sees the keys that carry its own id; ids are `[positions]` or `[batch,
+        positions]`, -1 sees nothing.
+        """
+        keys = query_ids if key_ids is None else key_ids
+        return Segments(torch.atleast_2d(query_ids), torch.atleast_2d(keys))
+
+    @staticmethod
+    def padding(attention_mask: Tensor) -> Mask:
+        """Keys that are real: `attention_mask` is `[batch, keys]`, true or 1 for a token, 0 for
+        padding.
+        """
+        return Padding(torch.atleast_2d(attention_mask) != 0)
+
+    @staticmethod
+    def dense(allowed: Tensor) -> Mask:
+        """An explicit boolean matrix, `[queries, keys]` or `[batch, heads or 1, queries, keys]`."""
+        if allowed.dtype != torch.bool:
+            raise ValueError(
+                "a dense mask is boolean (true where a query may look); an additive one is a bias"
+            )
+        return Dense(allowed[None, None] if allowed.dim() == 2 else allowed)
+
+    @staticmethod
+    def predicate(fn: Predicate, batch: int = 1) -> Mask:
+        """Any rule `fn(batch, head, query, key) -> bool` on index tensors that broadcast;
+        evaluated tile by tile.
+        """
+        return Rule(fn, batch)
+
+    # -- what a subclass gives: positions are absolute, in the frame of the keys
+    # --------------------
+    batch: int = 1
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        """Allowed pairs `[batch or 1, heads or 1, len(i), len(j)]` for positions i (queries) and
+        j (keys).
+        """
+        raise NotImplementedError
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """For row blocks i `[n, 2]` and column blocks j `[m, 2]`: (may hold a pair, holds every
+        pair), `[n, m]`.
+        """
+        shape = (len(i), len(j))
+        return torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+
+    def _swapped(self, size: tuple[int, int]) -> Mask:
+        queries, keys = size
+        shift = keys - queries
+
+        def turned(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            # the new queries are the old keys, and the new frame starts `shift` later
+            return self._at(b, j + shift, i + shift, size)
+
+        return Rule(turned, self.batch, self, size)
+
+    def _at(self, b: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        cells = self._cells(i.reshape(-1), j.reshape(-1), size)[:, 0]
+        rows = b if cells.shape[0] > 1 else torch.zeros_like(b)
+        ii = torch.arange(i.numel(), device=i.device).reshape(i.shape)
+        jj = torch.arange(j.numel(), device=j.device).reshape(j.shape)
+        return cells[rows, ii, jj]
+
+    # -- algebra -----------------------------------------------------------------------------------
+    def __and__(self, other: Mask) -> Mask:
+        if isinstance(self, Band) and isinstance(other, Band):
+            return Band(_least(self.before, other.before), _least(self.after, other.after))
+        for a, b in ((self, other), (other, self)):
+            if isinstance(a, Band) and a.before is None and a.after is None:
+                return b
+        return Both(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Either(self, other)
+
+    def __invert__(self) -> Mask:
+        return self.inner if isinstance(self, Inverse) else Inverse(self)
+
+    # -- forms
+    # ---------------------------------------------------------------------------------------
+    def is_full(self, queries: int, keys: int) -> bool:
+        """Whether every query sees every key (cheap, may say False where only a look at each
+        cell would tell).
+        """
+        return bool((self.grid(queries, keys, queries, keys) == FULL).all())
+
+    def is_causal(self, queries: int, keys: int) -> bool:
+        """Whether this is the plain lower triangle of as many queries as keys."""
+        if not (isinstance(self, Band) and self.after == 0 and queries == keys):
+            return False
+        return self.before is None or self.before >= keys - 1
+
+    def grid(self, queries: int, keys: int, block_q: int, block_k: int) -> Tensor:
+        """EMPTY, SOME or FULL for every block, int8 `[query blocks, key blocks]`; SOME may be
+        cautious.
+        """
+        cache: dict[tuple[int, ...], Tensor] = self.__dict__.setdefault("_grids", {})
+        key = (queries, keys, block_q, block_k)
+        if key not in cache:
+            shift = keys - queries
+            i = _blocks(queries, block_q) + shift
+            j = _blocks(keys, block_k)
+            some, every = self._bounds(i, j, (queries, keys))
+            cache[key] = (some.to(torch.int8) + (some & every).to(torch.int8)).cpu()
+        return cache[key]
+
+    def cells(
+        self,
+        queries: int,
+        keys: int,
+        rows: slice = slice(None),
+        cols: slice = slice(None),
+        device: Any = None,
+    ) -> Tensor:
+        """Boolean block `[batch or 1, heads or 1, rows, cols]` of the matrix (the whole of it by
+        default).
+        """
+        i = torch.arange(queries, device=device)[rows] + keys - queries
+        j = torch.arange(keys, device=device)[cols]
+        cells = self._cells(i, j, (queries, keys))
+        return cells.expand(*cells.shape[:2], len(i), len(j))
+
+    def area(self, queries: int, keys: int) -> Any:
+        """Exact number of allowed pairs: an int, or a list with one int a batch row where rows
+        differ.
+        """
+        total = torch.zeros(self.batch, dtype=torch.long)
+        for rows, cols, state in self._tiles(queries, keys):
+            if state == FULL:
+                total += (rows.stop - rows.start) * (cols.stop - cols.start)
+            else:
+                total += self.cells(queries, keys, rows, cols)[:, 0].sum((-1, -2)).cpu()
+        return int(total[0]) if self.batch == 1 else total.tolist()
+
+    def ranges(self, queries: int, keys: int, row: int = 0) -> list[Range]:
+        """The mask of one batch row as disjoint `Range`s, exact, in O(queries + keys) memory for
+        banded masks.
+        """
+        runs: list[list[tuple[int, int]]] = []
+        for start in range(0, queries, 256):
+            part = self.cells(queries, keys, slice(start, start + 256))
+            runs += [_runs(line) for line in part[min(row, len(part) - 1), 0]]
+        return _stack(runs)
+
+    def sdpa(self, queries: int, keys: int, device: Any = None) -> dict[str, Any]:
+        """Keyword arguments of `torch.nn.functional.scaled_dot_product_attention`; dense only
+        where it must be.
+        """
+        if self.is_full(queries, keys):
+            return {}
+        if self.is_causal(queries, keys):
+            return {"is_causal": True}
+        return {"attn_mask": self.cells(queries, keys, device=device)}
+
+    def mask_mod(self, queries: int, keys: int) -> Predicate:
+        """The rule in FlexAttention's form: `fn(b, h, q_idx, kv_idx)` with indices that count
+        from 0.
+        """
+        shift = keys - queries
+        return lambda b, h, q, k: self._at(b, q + shift, k, (queries, keys))
+
+    def block_mask(self, queries: int, keys: int, device: Any = "cpu", block: int = 128) -> Any:
+        """FlexAttention `BlockMask`; blocks that the description knows to be full or empty cost
+        no evaluation.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        grid = self.grid(queries, keys, block, block)
+        exact = grid.clone()
+        for a, b in (grid == SOME).nonzero().tolist():
+            rows, cols = slice(a * block, (a + 1) * block), slice(b * block, (b + 1) * block)
+            tile = self.cells(queries, keys, rows, cols)
+            whole = tile.shape[-2] == block and tile.shape[-1] == block
+            exact[a, b] = EMPTY if not tile.any() else FULL if tile.all() and whole else SOME
+        # a ragged last block must be masked even where every pair in it is allowed
+        if queries % block:
+            exact[-1][exact[-1] == FULL] = SOME
+        if keys % block:
+            exact[:, -1][exact[:, -1] == FULL] = SOME
+        return BlockMask.from_kv_blocks(
+            *_kv_blocks(exact == SOME, device),
+            *_kv_blocks(exact == FULL, device),
+            BLOCK_SIZE=block,
+            mask_mod=self.mask_mod(queries, keys),
+            seq_lengths=(queries, keys),
+        )
+
+    def swap(self, queries: int, keys: int) -> Mask:
+        """The transposed mask, for a call in which keys and queries trade roles (`keys` queries,
+        `queries` keys).
+        """
+        return self._swapped((queries, keys))
+
+    def draw(self, queries: int, keys: int | None = None, row: int = 0) -> str:
+        """The mask in text, one line a query: ■ allowed, ⬚ not."""
+        cells = self.cells(queries, keys or queries)
+        return "\n".join(
+            " ".join("■" if c else "⬚" for c in line) for line in cells[min(row, len(cells) - 1), 0]
+        )
+
+    def _tiles(
+        self, queries: int, keys: int, block: int = 256
+    ) -> Iterator[tuple[slice, slice, int]]:
+        grid = self.grid(queries, keys, block, block)
+        for a, b in (grid != EMPTY).nonzero().tolist():
+            rows = slice(a * block, min((a + 1) * block, queries))
+            cols = slice(b * block, min((b + 1) * block, keys))
+            yield rows, cols, int(grid[a, b])
+
+
+@dataclass(frozen=True, eq=True)
+class Band(Mask):
+    """-after <= i - j <= before."""
+
+    before: int | None
+    after: int | None
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        d = i[:, None] - j
+        ok = torch.ones_like(d, dtype=torch.bool)
+        if self.before is not None:
+            ok &= d <= self.before
+        if self.after is not None:
+            ok &= d >= -self.after
+        return ok[None, None]
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        least, most = i[:, None, 0] - j[:, 1] + 1, i[:, None, 1] - 1 - j[:, 0]
+        some = torch.ones_like(least, dtype=torch.bool)
+        every = some.clone()
+        if self.before is not None:
+            some, every = some & (least <= self.before), every & (most <= self.before)
+        if self.after is not None:
+            some, every = some & (most >= -self.after), every & (least >= -self.after)
+        return some, every
+
+    def _swapped(self, size: tuple[int, int]) -> Mask:
+        return Band(
+            self.after, self.before
+        )  # a band depends on i - j alone, whichever frame counts
+
+
+@dataclass(frozen=True, eq=True)
+class Prefix(Mask):
+    """j < n."""
+
+    n: int
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return (j < self.n)[None, None, None].expand(1, 1, len(i), len(j))
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        shape = (len(i), len(j))
+        return (j[:, 0] < self.n).expand(shape), (j[:, 1] <= self.n).expand(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Mask):
+    """Same id, and the id is not negative. Ids of shorter queries belong to the last positions."""
+
+    queries: Tensor
+    keys: Tensor
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return max(len(self.queries), len(self.keys))
+
+    def _ids(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        shift = self.keys.shape[1] - self.queries.shape[1]
+        return self.queries.to(i.device)[:, i - shift], self.keys.to(j.device)[:, j]
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        a, b = self._ids(i, j)
+        return ((a[:, :, None] == b[:, None]) & (a >= 0)[:, :, None])[:, None]
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        shift = self.keys.shape[1] - self.queries.shape[1]
+        low_q, high_q = _extremes(self.queries.cpu(), i - shift)
+        low_k, high_k = _extremes(self.keys.cpu(), j)
+        low_q, high_q, low_k, high_k = (
+            low_q[:, :, None],
+            high_q[:, :, None],
+            low_k[:, None],
+            high_k[:, None],
+        )
+        some = (low_q <= high_k) & (low_k <= high_q) & (high_q >= 0) & (high_k >= 0)
+        every = (low_q == high_q) & (low_k == high_k) & (low_q == low_k) & (low_q >= 0)
+        return some.any(0), every.all(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Padding(Mask):
+    """The key is a token."""
+
+    valid: Tensor
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return len(self.valid)
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.valid.to(j.device)[:, None, None, j].expand(-1, 1, len(i), -1)
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        low, high = _extremes(self.valid.cpu().to(torch.int8), j)
+        shape = (len(i), len(j))
+        return (high > 0).any(0).expand(shape), (low > 0).all(0).expand(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """A stored matrix."""
+
+    allowed: Tensor
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return len(self.allowed)
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        shift = self.allowed.shape[-1] - self.allowed.shape[-2]
+        return self.allowed.to(i.device)[:, :, i - shift][..., j]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule(Mask):
+    """A predicate; when it is another mask transposed, that mask still tells which blocks are
+    empty.
+    """
+
+    fn: Predicate
+    batch: int = 1
+    source: Mask | None = None
+    size: tuple[int, int] = field(default=(0, 0))
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        b = torch.arange(self.batch, device=i.device)[:, None, None, None]
+        h = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=i.device)
+        cells = self.fn(b, h, i[None, None, :, None], j[None, None, None])
+        return cells.expand(self.batch, cells.shape[1] if cells.dim() == 4 else 1, len(i), len(j))
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        if self.source is None:
+            return super()._bounds(i, j, size)
+        shift = self.size[1] - self.size[0]
+        some, every = self.source._bounds(j + shift, i + shift, self.size)
+        return some.T, every.T
+
+
+@dataclass(frozen=True, eq=False)
+class Both(Mask):
+    """Intersection."""
+
+    left: Mask
+    right: Mask
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return max(self.left.batch, self.right.batch)
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.left._cells(i, j, size) & self.right._cells(i, j, size)
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        (some, every), (some2, every2) = (
+            self.left._bounds(i, j, size),
+            self.right._bounds(i, j, size),
+        )
+        return some & some2, every & every2
+
+
+@dataclass(frozen=True, eq=False)
+class Either(Mask):
+    """Union."""
+
+    left: Mask
+    right: Mask
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return max(self.left.batch, self.right.batch)
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.left._cells(i, j, size) | self.right._cells(i, j, size)
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        (some, every), (some2, every2) = (
+            self.left._bounds(i, j, size),
+            self.right._bounds(i, j, size),
+        )
+        return some | some2, every | every2
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse(Mask):
+    """Complement."""
+
+    inner: Mask
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.inner.batch
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return ~self.inner._cells(i, j, size)
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        some, every = self.inner._bounds(i, j, size)
+        return ~(some & every), ~some
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _blocks(length: int, block: int) -> Tensor:
+    starts = torch.arange(0, length, max(block, 1))
+    return torch.stack([starts, (starts + block).clamp_max(length)], 1)
+
+
+def _extremes(ids: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    spans = [ids[:, a:b] for a, b in blocks.tolist()]
+    return torch.stack([s.amin(1) for s in spans], 1), torch.stack([s.amax(1) for s in spans], 1)
+
+
+def _kv_blocks(chosen: Tensor, device: Any) -> tuple[Tensor, Tensor]:
+    """Number and order of the chosen key blocks of each query block, as FlexAttention stores
+    them.
+    """
+    count = chosen.sum(-1, dtype=torch.int32)
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count[None, None].to(device), order[None, None].to(device)
+
+
+def _runs(line: Tensor) -> list[tuple[int, int]]:
+    edges = torch.diff(
+        line.to(torch.int8),
+        prepend=line.new_zeros(1, dtype=torch.int8),
+        append=line.new_zeros(1, dtype=torch.int8),
+    )
+    return list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()))
+
+
+_KINDS = {(0, 0): "full", (0, 1): "causal", (1, 0): "inverse", (1, 1): "band"}
+
+
+def _stack(lines: list[list[tuple[int, int]]]) -> list[Range]:
+    """Join the key runs of consecutive queries whose ends stand still or step by one into
+    ranges.
+    """
+    done: list[Range] = []
+    open_: list[list[Any]] = []  # [q0, first run, last run, step or None]
+
+    def close(item: list[Any], q1: int) -> None:
+        q0, first, last, step = item
+        done.append(Range(q0, q1, first[0], last[1], _KINDS[step or (0, 0)]))
+
+    for q, runs in enumerate([*lines, []]):
+        left = list(runs)
+        still: list[list[Any]] = []
+        for item in open_:
+            _, _, (a, b), step = item
+            found = next(
+                (r for r in left if (r[0] - a, r[1] - b) in ([step] if step else _KINDS)), None
+            )
+            if found is None:
+                close(item, q)
+            else:
+                left.remove(found)
+                still.append([item[0], item[1], found, (found[0] - a, found[1] - b)])
+        open_ = still + [[q, run, run, None] for run in left]
+    return sorted(done)

@@ -1,0 +1,93 @@
+"""Where an attention happens (Site) and what goes into it (Call)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from regard.core import Mask, State, attend
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module of a model.
+
+    Attributes:
+        index: place among all attention modules of the model, in order of definition.
+        name: path of the module, as in `model.named_modules()`.
+        layer: layer number within its part.
+        part: the stack it belongs to, for example "model.layers" or "model.decoder.layers cross".
+        kind: "self" or "cross".
+    """
+
+    index: int
+    name: str
+    layer: int
+    part: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call, as a handler sees it.
+
+    Attributes:
+        q: `[batch, heads, queries, head_dim]`; k, v: `[batch, kv_heads, keys, head_dim]`, not
+            repeated.
+        mask: who sees whom; positions are aligned at the end (`core.Mask`).
+        live: `[batch, queries]`, false for queries that are padding; None when all are tokens.
+        query_offset, key_offset: absolute position of the first query and of the first key.
+        phase: "prefill" when the first query is the first token, else "decode".
+    """
+
+    site: Site
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    live: Tensor | None = None
+    query_offset: int = 0
+    key_offset: int = 0
+
+    @property
+    def phase(self) -> str:
+        return "decode" if self.query_offset else "prefill"
+
+    def change(self, **fields: Any) -> Call:
+        """The same call with other fields."""
+        return replace(self, **fields)
+
+    def attend(self) -> State:
+        """The State of this call over all its keys."""
+        return attend(
+            self.q,
+            self.k,
+            self.v,
+            mask=self.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            bias=self.bias,
+            sinks=self.sinks,
+        )
+
+
+class Handler:
+    """What acts on attention calls: changes what goes in, watches or replaces what comes out."""
+
+    def sites(self, sites: list[Site]) -> list[Site]:
+        """Which sites to be called for; all by default. Raise here what cannot work."""
+        return sites
+
+    def before(self, call: Call) -> Call | None:
+        """Change q, k, v or mask; None leaves the call as it is."""
+        return None
+
+    def after(self, call: Call, state: State) -> State | None:
+        """Watch the State or return another; None leaves it as it is."""
+        return None

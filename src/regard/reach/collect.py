@@ -1,0 +1,172 @@
+"""Collector: the handler that measures facts of every call it sees, prefill and decoding alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core import Fact, State, measure
+from regard.core.facts import Sums, View
+from regard.errors import InputError, ReachError
+
+from .call import Call, Handler, Site
+
+
+@dataclass
+class Record:
+    """What one site has shown since its run began."""
+
+    site: Site
+    sums: list[Sums]
+    rows: int  # queries seen
+    end: int  # position after the last query
+    trace: Tensor  # one number of every cached key: tells when a cache was reordered
+
+
+class Collector(Handler):
+    """Facts of the chosen layers and heads.
+
+    A run begins with a call that starts at position 0; later calls with a cache add to it, so that
+    a
+    generation gives, token by token, what one forward over the whole text gives. A new run
+    replaces the last.
+    """
+
+    def __init__(
+        self,
+        facts: Sequence[Fact],
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        part: str | None = None,
+    ) -> None:
+        self.facts = list(facts)
+        self.layers = None if layers is None else list(layers)
+        self.heads = None if heads is None else list(heads)
+        self.part = part
+        self.records: dict[int, Record] = {}
+
+    def sites(self, sites: list[Site]) -> list[Site]:
+        parts = sorted({s.part for s in sites})
+        if self.part is not None and self.part not in parts:
+            raise InputError(
+                f"no part {self.part!r} in this model: its attention lies in {', '.join(parts)}"
+            )
+        chosen = [s for s in sites if self.part in (None, s.part)]
+        if self.layers is not None:
+            known = {s.layer for s in chosen}
+            wrong = sorted(set(self.layers) - known)
+            if wrong:
+                raise InputError(
+                    f"layer {wrong[0]} is out of range: this model has layers "
+                    f"{min(known)} to {max(known)}"
+                )
+            chosen = [s for s in chosen if s.layer in self.layers]
+        return chosen
+
+    def after(self, call: Call, state: State) -> State | None:
+        if bool(torch.isnan(state.lse).any()):
+            raise InputError(
+                f"the attention scores of {call.site.name} are not finite: the weights or the inputs "
+                "hold NaN or inf"
+            )
+        facts = self._facts(call.site)
+        q, k, lse = call.q, call.k, state.lse
+        bias = call.bias
+        if self.heads is not None:
+            wrong = [h for h in self.heads if not 0 <= h < q.shape[1]]
+            if wrong:
+                raise InputError(
+                    f"head {wrong[0]} is out of range: {call.site.name} has heads "
+                    f"0 to {q.shape[1] - 1}"
+                )
+            of_key = [h // (q.shape[1] // k.shape[1]) for h in self.heads]
+            q, k, lse = q[:, self.heads], k[:, of_key], lse[:, self.heads]
+            bias = bias[:, self.heads] if bias is not None and bias.shape[1] > 1 else bias
+        record = self._running(call)
+        offsets = (call.query_offset, call.key_offset)
+        if call.site.kind == "cross":
+            offsets = (record.rows if record else 0, 0)
+        sums = measure(
+            q,
+            k,
+            lse,
+            facts,
+            mask=call.mask,
+            scale=call.scale,
+            softcap=call.softcap,
+            bias=bias,
+            live=call.live,
+            offsets=offsets,
+        )
+        trace = call.k[:, 0, :, 0].detach().clone()
+        queries = q.shape[2]
+        if record is None:
+            self.records[call.site.index] = Record(
+                call.site, sums, queries, call.query_offset + queries, trace
+            )
+            return None
+        view = View(
+            q.shape[0],
+            k.shape[1],
+            q.shape[1] // k.shape[1],
+            queries,
+            k.shape[2],
+            *offsets,
+            lse.dtype,
+            q.device,
+        )
+        record.sums = [f.extend(old, new, view) for f, old, new in zip(facts, record.sums, sums)]
+        record.rows, record.end, record.trace = (
+            record.rows + queries,
+            call.query_offset + queries,
+            trace,
+        )
+        return None
+
+    def _facts(self, site: Site) -> list[Fact]:
+        return [f for f in self.facts if site.kind == "self" or not f.positional]
+
+    def _running(self, call: Call) -> Record | None:
+        """The record that this call goes on with, None when it begins a run."""
+        record = self.records.get(call.site.index)
+        if record is None:
+            return None
+        if call.site.kind == "cross":
+            # a cross attention sees no position; it goes on as long as the self attention beside
+            # it does
+            beside = [
+                r
+                for r in self.records.values()
+                if r.site.part == call.site.part.removesuffix(" cross")
+            ]
+            same = [r for r in beside if r.site.layer == call.site.layer]
+            goes_on = bool(same) and same[0].rows == record.rows + call.q.shape[2]
+            return record if goes_on else None
+        if call.query_offset == 0:
+            return None
+        if call.query_offset != record.end:
+            raise ReachError(
+                f"the cache was cut back from {record.end} to {call.query_offset} tokens (assisted "
+                "decoding does that), so sums over it cannot go on: watch a plain generation, or "
+                "one forward over the finished text"
+            )
+        old, new = record.trace, call.k[:, 0, :, 0]
+        kept = min(old.shape[1], new.shape[1] - call.q.shape[2])
+        if kept and not torch.equal(
+            old[:, -kept:],
+            new[:, new.shape[1] - call.q.shape[2] - kept : new.shape[1] - call.q.shape[2]],
+        ):
+            raise ReachError(
+                "the rows of the cache changed places (beam search does that), so sums over it cannot "
+                "go on: watch with num_beams=1, or watch one forward over the finished text"
+            )
+        return record
+
+    def value(self, record: Record, fact: Fact) -> Any:
+        """The result of one fact at one site; None where the fact does not apply."""
+        facts = self._facts(record.site)
+        return fact.finish(record.sums[facts.index(fact)]) if fact in facts else None

@@ -1,0 +1,250 @@
+"""The door into transformers models: one attention function and one mask function under the name
+"regard".
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from regard.core import Mask
+from regard.errors import ReachError
+
+from .call import Call, Site
+from .masks import from_mask_function
+from .session import run, site_of
+
+NAME = "regard"
+# attention functions that compute the softmax attention which regard computes too
+SOFTMAX = {"eager", "sdpa", "flex_attention", NAME, None} | {
+    f"flash_attention_{n}" for n in (2, 3, 4)
+}
+_CROSS = re.compile(r"cross|enc_?dec|encoder_?attn", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What our mask function hands to our attention function in place of a dense mask."""
+
+    mask: Mask
+    live: Tensor | None
+    query_offset: int
+    key_offset: int
+
+
+def sites(model: Any) -> list[Site]:
+    """Every attention module of the model that asks the `AttentionInterface`, in order of
+    definition.
+
+    Raises:
+        ReachError: the model is not a transformers model, or none of its modules asks the
+            interface.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ReachError(
+            f"{type(model).__name__} is not a transformers model: pass the PreTrainedModel itself "
+            "(of a wrapper, usually its .model)"
+        )
+    found: list[Site] = []
+    for name, module in model.named_modules():
+        if _asks_interface(module):
+            found.append(_site(len(found), name, module))
+    if not found:
+        raise ReachError(
+            f"{type(model).__name__} computes attention by itself and never asks transformers' "
+            "AttentionInterface, so regard cannot reach it: use a model class of transformers 5 "
+            "that does"
+        )
+    return found
+
+
+def enter(model: PreTrainedModel) -> Callable[[], None]:
+    """Route the attention of the model through regard; returns what undoes it."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    configs: dict[int, Any] = {
+        id(m.config): m.config
+        for m in model.modules()
+        if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
+    own = {c._attn_implementation for c in configs.values()}
+    foreign = {
+        name
+        for name in own
+        if name not in SOFTMAX and not str(name).startswith(("paged|", "kernels-community"))
+    }
+    if foreign:
+        raise ReachError(
+            f"the model runs its own attention {sorted(map(str, foreign))}, which regard would "
+            'replace by plain softmax attention: load it with attn_implementation="sdpa", or '
+            "watch it without that method"
+        )
+    before = []
+    for config in configs.values():
+        stack = config.__dict__.setdefault("_regard_before", [])
+        stack.append(config._attn_implementation)
+        before.append(config)
+        config._attn_implementation_internal = NAME
+
+    def leave() -> None:
+        # sessions may end in any order: the implementation returns when the last one leaves
+        for config in before:
+            stack = config.__dict__["_regard_before"]
+            first = stack[0]
+            stack.pop()
+            if not stack:
+                config._attn_implementation_internal = first
+                del config.__dict__["_regard_before"]
+
+    return leave
+
+
+def _asks_interface(module: Any) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _site(index: int, name: str, module: Any) -> Site:
+    numbers = re.search(r"^(.*?)\.?(\d+)(\.|$)", name)
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        layer = int(numbers.group(2)) if numbers else index
+    cross = bool(getattr(module, "is_cross_attention", False)) or bool(
+        _CROSS.search(name.rsplit(".", 2)[-1])
+    )
+    if not cross and "." in name:
+        cross = bool(_CROSS.search(name.split(".")[-1])) or bool(
+            re.search(r"crossattention|EncDecAttention", name)
+        )
+    part = numbers.group(1) if numbers else name
+    return Site(
+        index, name, layer, part + (" cross" if cross else ""), "cross" if cross else "self"
+    )
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    device: Any = None,
+    **kwargs: Any,
+) -> Handed:
+    """transformers' mask factories call this with a rule and a padding mask; no matrix is built."""
+    assert mask_function is not None
+    first, start = int(q_offset), int(kv_offset)
+    # a static cache is longer than what it holds: the call sees the keys up to its last query
+    keys = min(kv_length, first + q_length - start) if _looks_back(mask_function) else kv_length
+    mask = from_mask_function(
+        mask_function,
+        batch_size,
+        q_length,
+        keys,
+        first,
+        start,
+        bool(kwargs.get("use_vmap")),
+        device,
+    )
+    live = None
+    if attention_mask is not None:
+        padded = torch.nn.functional.pad(
+            attention_mask.bool(), (0, max(0, start + keys - attention_mask.shape[-1]))
+        )
+        seen = padded[:, start : start + keys]
+        if not bool(seen.all()):
+            mask = mask & Mask.padding(seen)
+        live = padded[:, first : first + q_length]
+        if live.shape[1] != q_length or bool(live.all()):
+            live = None
+    return Handed(mask, live, first, start)
+
+
+def _looks_back(mask_function: Callable[..., Any]) -> bool:
+    from transformers.masking_utils import bidirectional_mask_function
+
+    return mask_function is not bidirectional_mask_function
+
+
+@torch.compiler.disable
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature; the output is `[batch, queries, heads, head_dim]`."""
+    if dropout:
+        raise ReachError(
+            "attention dropout is on: call model.eval(), or set attention_dropout to 0"
+        )
+    if kwargs.get("cache") is not None:
+        raise ReachError(
+            "paged attention caches are not supported under regard: use model.generate without them"
+        )
+    if kwargs.get("output_attentions"):
+        raise ReachError(
+            "output_attentions=True asks for the whole attention matrix: drop it and name facts "
+            'instead, for example regard.watch(model, facts=["received", "thumbnail"])'
+        )
+    site = site_of(module) or _site(0, type(module).__name__, module)
+    q_length = query.shape[2]
+    mask, bias, live, offsets = Mask.full(), position_bias, None, (0, 0)
+    if isinstance(attention_mask, Handed):
+        mask, offsets = (
+            attention_mask.mask,
+            (attention_mask.query_offset, attention_mask.key_offset),
+        )
+        if site.kind == "self":
+            live = attention_mask.live
+            end = offsets[0] + q_length - offsets[1]
+            if end < key.shape[2]:
+                key, value = key[:, :, :end], value[:, :, :end]
+                bias = None if bias is None else bias[..., :end]
+    elif attention_mask is not None:
+        mask, extra = _from_tensor(attention_mask[..., : key.shape[2]])
+        bias = extra if bias is None else bias if extra is None else bias + extra
+        offsets = (key.shape[2] - q_length if site.kind == "self" else 0, 0)
+    else:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if causal and q_length > 1 and site.kind == "self":
+            mask = Mask.causal()
+            if (
+                key.shape[2] > q_length
+            ):  # an empty static cache: the keys past the queries are not there yet
+                key, value = key[:, :, :q_length], value[:, :, :q_length]
+        offsets = (key.shape[2] - q_length if site.kind == "self" else 0, 0)
+    if bias is not None:
+        bias = bias.expand(*bias.shape[:2], q_length, key.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    call = Call(site, query, key, value, mask, scale, softcap, bias, s_aux, live, *offsets)
+    state = run(module, call)
+    return state.out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _from_tensor(tensor: Tensor) -> tuple[Mask, Tensor | None]:
+    """A ready 4-D mask: boolean, or additive with the dtype's lowest value where it hides."""
+    if tensor.dtype == torch.bool:
+        return Mask.dense(tensor), None
+    allowed = tensor > torch.finfo(tensor.dtype).min / 2
+    plain = bool((tensor.masked_fill(~allowed, 0) == 0).all())
+    mask = Mask.full() if bool(allowed.all()) else Mask.dense(allowed)
+    return mask, None if plain else tensor.masked_fill(~allowed, 0)

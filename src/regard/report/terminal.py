@@ -1,0 +1,105 @@
+"""The same overview for a terminal: facts in words, the sink map, the most watched tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from regard.report.look import finite, ordinal, percent, ramp, short, visible
+from regard.report.words import cost_rows, headline
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Overview = Mapping[str, Any]
+
+
+def show(overview: Overview, *, console: Console | None = None, top: int = 8) -> None:
+    """Print an overview; `top` tokens are listed for each view."""
+    if console is None:
+        from rich.console import Console
+
+        console = Console()
+    console.print(summary(overview, top=top))
+
+
+def summary(overview: Overview, *, top: int = 8) -> RenderableType:
+    """Return an overview as something rich can print; blocks that are missing are left out."""
+    from rich.console import Group
+    from rich.text import Text
+
+    # Text, never markup: a token such as "[red]" must be shown, not obeyed.
+    title = str((overview.get("meta") or {}).get("title") or "What the model looks at")
+    parts: list[RenderableType] = [Text(title, style="bold"), Text()]
+    for big, words in headline(overview):
+        parts.append(Text.assemble("  ", (big, "bold cyan"), " ", words))
+    for part in (_sinks(overview), _tokens(overview, top), _cost(overview)):
+        if part is not None:
+            parts += [Text(), part]
+    return Group(*parts)
+
+
+def _sinks(overview: Overview) -> RenderableType | None:
+    from rich.text import Text
+
+    sinks = overview.get("sinks") or {}
+    rows = sinks.get("alpha") or []
+    if not rows or not rows[0]:
+        return None
+    where = ordinal(int(sinks.get("position") or 0))
+    text = Text(f"Share of attention on {where} (down: heads, across: layers)\n", style="dim")
+    colors = ramp("dark")
+    for head in range(max(len(row) for row in rows)):
+        text.append(f"{head:>4} ", style="dim")
+        for row in rows:
+            value = finite(row[head]) if head < len(row) else None
+            level = 0 if value is None else min(int(value * len(colors)), len(colors) - 1)
+            # The digit (tenths) keeps the map readable without colour and when piped to a file.
+            digit = " " if value is None else str(min(int(value * 10), 9))
+            ink = "white" if level < len(colors) // 2 else "black"
+            text.append(f"{digit} ", style=f"{ink} on {colors[level]}")
+        text.append("\n")
+    text.append("     one digit: tenths of the head's attention", style="dim")
+    return text
+
+
+def _tokens(overview: Overview, top: int) -> RenderableType | None:
+    from rich.table import Table
+    from rich.text import Text
+
+    tokens = [str(t) for t in overview.get("tokens") or []]
+    views = [v for v in (overview.get("views") or {}).values() if v and v.get("values")]
+    if not tokens or not views:
+        return None
+    table = Table(title="Highest tokens", title_justify="left", title_style="dim", box=None)
+    columns = []
+    for view in views[:4]:
+        unit = str(view.get("unit") or "")
+        name = str(view.get("label") or "")
+        table.add_column(Text(f"{name} ({unit})" if unit else name), overflow="fold")
+        known = [(v, i) for i, v in enumerate(map(finite, view["values"])) if v is not None]
+        known = [(v, i) for v, i in known if i < len(tokens)]
+        best = sorted(known, key=lambda pair: (-pair[0], pair[1]))[:top]
+        columns.append([Text(f"{short(v):>8,} {visible(tokens[i])[:24]} @{i}") for v, i in best])
+    for row in range(max(map(len, columns), default=0)):
+        table.add_row(*(c[row] if row < len(c) else "" for c in columns))
+    return table
+
+
+def _cost(overview: Overview) -> RenderableType | None:
+    from rich.table import Table
+    from rich.text import Text
+
+    meta = overview.get("meta") or {}
+    rows = cost_rows(meta) + [("Note", str(note)) for note in meta.get("notes") or []]
+    hidden = (overview.get("sinks") or {}).get("hidden") or []
+    for h in hidden[:3]:
+        share = percent(finite(h.get("alpha")) or 0.0)
+        words = f"“{visible(str(h.get('token') or ''))}” at {h.get('position')}: {share}"
+        rows.append(("Later sink", f"{words} in {h.get('heads')} heads"))
+    if not rows:
+        return None
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), Text(value))
+    return table

@@ -1,0 +1,24 @@
+"""What comes with the package: real and tiny models, and texts to look at.
+
+>>> "northanger-abbey" in texts() and [entry.name for entry in models()][0]
+'smollm2-135m'
+"""
+
+from regard.zoo.cache import cache_dir
+from regard.zoo.entries import Entry, models
+from regard.zoo.loading import load, tokenizer_of
+from regard.zoo.passages import text, texts
+from regard.zoo.tiny import FAMILIES, inputs, tiny
+
+__all__ = [
+    "load",
+    "models",
+    "Entry",
+    "tokenizer_of",
+    "text",
+    "texts",
+    "tiny",
+    "inputs",
+    "FAMILIES",
+    "cache_dir",
+]
