@@ -68,10 +68,11 @@ class Collector(Handler):
         return chosen
 
     def after(self, call: Call, state: State) -> State | None:
-        if bool(torch.isnan(state.lse).any()):
+        total = call.q.sum(dtype=torch.float32) + call.k.sum(dtype=torch.float32)
+        if not bool(torch.isfinite(total)):
             raise InputError(
-                f"the attention scores of {call.site.name} are not finite: the weights or the inputs "
-                "hold NaN or inf"
+                f"the attention scores of {call.site.name} are not finite: the weights or the "
+                "inputs hold NaN or inf"
             )
         facts = self._facts(call.site)
         q, k, lse = call.q, call.k, state.lse
@@ -161,8 +162,8 @@ class Collector(Handler):
             new[:, new.shape[1] - call.q.shape[2] - kept : new.shape[1] - call.q.shape[2]],
         ):
             raise ReachError(
-                "the rows of the cache changed places (beam search does that), so sums over it cannot "
-                "go on: watch with num_beams=1, or watch one forward over the finished text"
+                "the rows of the cache changed places (beam search does that), so sums over it "
+                "cannot go on: watch with num_beams=1, or watch one forward over the finished text"
             )
         return record
 

@@ -79,20 +79,25 @@ def _read(fn: MaskFunction, keys: int, start: int) -> Mask | None:
             torch.div(positions - left, held["chunk_size"], rounding_mode="floor") + keys
         )
     if kind == "packed_sequence_mask_function":
-        return Mask.segments(held["packed_sequence_mask"].cpu())
+        return _segments(held["packed_sequence_mask"], keys, start)
     if kind == "remap_positions_for_packed_sequence":
         return _read(
             held["mask_function"], keys, start
         )  # within a document positions count on one by one
     if kind == "blockwise_overlay":
-        ids = held["block_sequence_ids"].cpu()
-        return Mask.segments(ids[:, start : start + keys]) if ids.shape[1] >= start + keys else None
+        return _segments(held["block_sequence_ids"], keys, start)
     if kind == "padding_mask_function":
         valid = held["padding_mask"]
         return (
             Mask.padding(valid[:, start : start + keys]) if valid.shape[1] >= start + keys else None
         )
     return None
+
+
+def _segments(ids: Tensor, keys: int, start: int) -> Mask | None:
+    return (
+        Mask.segments(ids.cpu()[:, start : start + keys]) if ids.shape[1] >= start + keys else None
+    )
 
 
 def _closure(fn: MaskFunction) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,14 +28,34 @@ SOFTMAX = {"eager", "sdpa", "flex_attention", NAME, None} | {
 _CROSS = re.compile(r"cross|enc_?dec|encoder_?attn", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Handed:
-    """What our mask function hands to our attention function in place of a dense mask."""
+class Handed(Tensor):
+    """What our mask function hands to our attention function in place of a dense mask.
+
+    transformers passes masks on as 4-D tensors, so this is one: a single stored number seen as
+    `[batch, 1, queries, keys]`, that carries the description and survives being moved or made contiguous.
+    """
 
     mask: Mask
     live: Tensor | None
     query_offset: int
     key_offset: int
+
+    @staticmethod
+    def of(
+        mask: Mask, live: Tensor | None, offsets: tuple[int, int], shape: tuple[int, int, int]
+    ) -> Handed:
+        batch, queries, keys = shape
+        plain = torch.zeros((), dtype=torch.bool).expand(batch, 1, queries, keys)
+        handed = plain.as_subclass(Handed)
+        handed.mask, handed.live = mask, live
+        handed.query_offset, handed.key_offset = offsets
+        return handed
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> Handed:  # type: ignore[override]
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Handed:  # type: ignore[override]
+        return self
 
 
 def sites(model: Any) -> list[Site]:
@@ -167,7 +186,7 @@ def _mask(
         live = padded[:, first : first + q_length]
         if live.shape[1] != q_length or bool(live.all()):
             live = None
-    return Handed(mask, live, first, start)
+    return Handed.of(mask, live, (first, start), (batch_size, q_length, keys))
 
 
 def _looks_back(mask_function: Callable[..., Any]) -> bool:
@@ -209,6 +228,10 @@ def _attention(
     q_length = query.shape[2]
     mask, bias, live, offsets = Mask.full(), position_bias, None, (0, 0)
     if isinstance(attention_mask, Handed):
+        if not hasattr(attention_mask, "mask"):
+            raise ReachError(
+                f"{site.name} cuts or changes its attention mask on the way, which regard cannot follow"
+            )
         mask, offsets = (
             attention_mask.mask,
             (attention_mask.query_offset, attention_mask.key_offset),

@@ -55,13 +55,11 @@ class Fact:
         raise NotImplementedError
 
     def extend(self, old: Sums, new: Sums, view: View) -> Sums:
-        """Sums of all calls so far; by default rows are appended and key columns added at their
-        place.
-        """
+        """Sums of all calls so far, each as `start` gave them: rows appended, key columns added."""
         if self.axis == "queries":
             return {n: torch.cat([old[n], new[n]], 3) for n in new}
         total = max(view.key_offset + view.keys, next(iter(old.values())).shape[-1])
-        return {n: place(old[n], 0, total) + place(new[n], view.key_offset, total) for n in new}
+        return {n: place(old[n], 0, total) + place(new[n], 0, total) for n in new}
 
     def start(self, sums: Sums, view: View) -> Sums:
         """The sums of a first call, with keys at their absolute place."""

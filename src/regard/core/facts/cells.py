@@ -75,7 +75,7 @@ class Rows(Fact):
 
     def extend(self, old: Sums, new: Sums, view: View) -> Sums:
         total = max(view.key_offset + view.keys, old["sum"].shape[-1])
-        parts = [place(old["sum"], 0, total), place(new["sum"], view.key_offset, total)]
+        parts = [place(old["sum"], 0, total), place(new["sum"], 0, total)]
         return {"sum": torch.cat(parts, 3)}
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from regard.core import identities
 from regard.core.kernels.tiled import Tile
 from regard.core.mask import Mask
 
@@ -44,11 +45,9 @@ class Received(Fact):
     def fused(
         self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
     ) -> Tensor | None:
-        return (
-            received(q, k, lse, mask=mask, scale=scale)
-            if type(self) is Received and self == Received()
-            else None
-        )
+        if type(self) is not Received or self != Received():
+            return None
+        return identities.received(q, k, lse, mask=mask, scale=scale)
 
     def _chosen(self, tile: Tile, view: View) -> Tensor | None:
         """Which pairs of the tile count, `[rows, cols]`: `_ALL`, a tensor, or None for not one."""

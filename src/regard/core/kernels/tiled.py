@@ -94,7 +94,7 @@ class Tiles:
             lse = lse.to(self.work).masked_fill(lse == -torch.inf, -MASKED)
             self.lse = lse.unflatten(1, (self.kv_heads, self.groups))
         block = min(BLOCK_Q, max(self.queries, 1))
-        cells = self.groups * block * min(BLOCK_K, self.keys)  # of one key head
+        cells = self.groups * block * max(1, min(BLOCK_K, self.keys))  # of one key head
         self.heads_step = max(1, min(self.kv_heads, TILE_CELLS // cells))
         self.batch_step = max(1, min(self.batch, TILE_CELLS // (cells * self.kv_heads)))
         self.plan = [

@@ -1,0 +1,44 @@
+"""The typer application: its commands lie in the files beside this one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from regard.cli import bench, check, methods, models, reproduce, see
+
+app = typer.Typer(
+    help="See, steer, shrink and shape the attention of any Transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from regard import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """See, steer, shrink and shape the attention of any Transformer."""
+
+
+app.command("see")(see.see)
+app.command("check")(check.check)
+app.command("models")(models.models)
+app.command("methods")(methods.methods)
+app.command("reproduce")(reproduce.reproduce)
+app.add_typer(bench.app, name="bench")

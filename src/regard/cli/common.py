@@ -1,0 +1,123 @@
+"""What several verbs share: reading text, checking where output goes, loading with a word to the
+user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from regard.errors import InputError, nearest
+
+
+def read_text(given: str) -> str:
+    """The text itself, the file behind `@path`, or the shipped text behind `@name`."""
+    if not given.startswith("@"):
+        text = given
+    else:
+        from regard import zoo
+
+        name = given[1:]
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise InputError(f"{name} is a folder: name a text file in it")
+        if path.exists():
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise InputError(
+                    f"{name} is not UTF-8 text: convert it, or name a text file"
+                ) from None
+        elif name in zoo.texts():
+            text = zoo.text(name)
+        else:
+            hint = nearest(name, zoo.texts())
+            raise InputError(f"there is no file {name!r}, and no shipped text of that name.{hint}")
+    if not text.strip():
+        raise InputError("the text is empty: give some words, or @file")
+    if "\0" in text:
+        raise InputError(f"{given[:40]} holds binary data, not text: name a text file")
+    return text
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse an output path that cannot be written, before any work is done."""
+    if path is None or str(path) == "-":
+        return
+    folder = path.expanduser().absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: the folder {folder} does not exist: make it first")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file in it")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{path}: no permission to write there: choose another place")
+
+
+def write_json(data: Any, path: Path | None) -> None:
+    """JSON to a file (written whole or not at all), or to stdout for "-"; nothing for None."""
+    if path is None:
+        return
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def err() -> Any:
+    """A console on stderr, for progress and notes."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr while something of unknown length runs; silent where no one looks."""
+    console = err()
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        yield
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer, with a spinner."""
+    from regard import zoo
+
+    with working(f"loading {name}"):
+        return zoo.load(name)
+
+
+def numbers(given: str | None, what: str) -> list[int] | None:
+    """ "0,3,5-7" as a list of ints."""
+    if given is None:
+        return None
+    found: list[int] = []
+    for piece in given.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError(f"--{what} takes numbers such as 0,3,5-7, not {given!r}")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def count(given: str) -> int:
+    """ "4k" or "4096" as an int."""
+    text = given.strip().lower()
+    factor = {"k": 1024, "m": 1024 * 1024}.get(text[-1:], 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdigit() or int(digits) < 1:
+        raise InputError(f"{given!r} is not a length: write 4096 or 4k")
+    return int(digits) * factor

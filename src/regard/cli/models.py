@@ -1,0 +1,36 @@
+"""regard models: what `--model` takes by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regard.cli.common import check_output, write_json
+
+
+def models(
+    json: Annotated[
+        Path | None, typer.Option(help="Write the list as JSON here; - for stdout.")
+    ] = None,
+) -> None:
+    """List the models that have a name here; any folder or hub id of a checkpoint works as well."""
+    from dataclasses import asdict
+
+    from regard import zoo
+
+    check_output(json)
+    entries = zoo.models()
+    write_json([asdict(e) for e in entries], json)
+    if json is not None and str(json) == "-":
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for column in ("name", "what", "parameters", "licence", "comes from"):
+        table.add_column(column)
+    for entry in entries:
+        table.add_row(entry.name, entry.what, str(entry.parameters), entry.licence, entry.source)
+    Console().print(table)

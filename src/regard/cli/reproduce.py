@@ -1,0 +1,51 @@
+"""regard reproduce: measure a paper's claims on this machine, and say which hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regard.cli.common import check_output
+from regard.errors import InputError, nearest
+
+
+def reproduce(
+    method: Annotated[
+        str, typer.Argument(help="A method of `regard methods`, for example sink-emergence.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
+    ] = "smollm2-135m",
+    quick: Annotated[bool, typer.Option(help="Fewer samples: a look, not a result.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result; ./reproductions by default.")
+    ] = None,
+) -> None:
+    """Rerun the claims of a paper that this machine can measure, with control, interval and
+    verdict.
+
+    The rule that turns numbers into a verdict is part of each claim and older than the run; a
+    claim that
+    does not hold is reported as not reproduced.
+
+    [bold]Example[/]
+
+      regard reproduce sink-emergence
+    """
+    from rich.console import Console
+
+    from regard import catalog
+    from regard import reproduce as harness
+
+    known = harness.available()
+    if method not in known:
+        slugs = [m.slug for m in catalog.methods()]
+        if method in slugs:
+            raise InputError(f"{method} cannot be reproduced yet: {', '.join(known)} can")
+        raise InputError(f"unknown method {method!r}.{nearest(method, slugs)}")
+    if out is not None:
+        check_output(out / f"{method}.json")
+    result = harness.run(method, quick=quick, model=model, out=out)
+    Console().print(harness.table(result))

@@ -1,0 +1,153 @@
+"""regard see: exact facts and pictures of attention over a text."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.common import check_output, count, err, load, numbers, read_text, write_json
+from regard.errors import InputError
+
+FACTS = ("mean_received", "entropy", "distance", "waad", "influence", "thumbnail")
+
+
+def see(
+    text: Annotated[
+        str, typer.Argument(help="The text itself, or @file, or @name of a shipped text.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
+    ] = "smollm2-135m",
+    max_tokens: Annotated[
+        str, typer.Option(help="Look at the first so many tokens at most (2k = 2048).")
+    ] = "4k",
+    html: Annotated[Path | None, typer.Option(help="Write the report page here.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3,5-7.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Only these heads: 0,3,5-7.")] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Also time the plain model, for the ratio.")
+    ] = False,
+) -> None:
+    """See what a model attends to, exactly, at any length.
+
+    [bold]Examples[/]
+
+      regard see "The cat sat on the mat because it was tired."
+
+      regard see @book.txt --max-tokens 8k --html out.html --json out.json
+
+      regard see @northanger-abbey --model path/to/checkpoint --layers 0-3
+    """
+    limit = count(max_tokens)
+    wanted = numbers(layers, "layers"), numbers(heads, "heads")
+    check_output(html)
+    check_output(json)
+    content = read_text(text)
+    loaded, tokenizer = load(model)
+    ids, notes = _tokens(content, loaded, tokenizer, limit)
+    seen, meta = _run(loaded, ids, wanted, compare)
+    from regard.see.overview import overview
+
+    command = "regard " + " ".join(shlex.quote(a) for a in sys.argv[1:])
+    pieces = [tokenizer.decode([n]) for n in ids[0].tolist()]
+    page = overview(seen, tokens=pieces, model_name=model, notes=notes, command=command, **meta)
+    if json is None or str(json) != "-":
+        from regard.report import terminal
+
+        terminal.show(page)
+        for note in notes:
+            err().print(f"note: {note}", style="dim", markup=False)
+    write_json(page, json)
+    if html is not None:
+        from regard.report import write_page
+
+        err().print(f"report: {write_page(page, html)}", markup=False, highlight=False)
+
+
+def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, list[str]]:
+    """Token ids `[1, tokens]`, cut to what the user and the model allow, and notes on what was
+    cut.
+    """
+    if tokenizer is None or not hasattr(tokenizer, "decode") or not callable(tokenizer):
+        raise InputError(f"{type(model).__name__} came without a tokenizer, so it cannot read text")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise InputError(
+            f"{type(model).__name__} reads {model.main_input_name}, not text: "
+            "`regard see` takes text models"
+        )
+    tokenizer.model_max_length = int(1e30)  # we cut, and say so; its warning would come twice
+    ids = tokenizer(content, return_tensors="pt").input_ids
+    total = ids.shape[1]
+    if total < 2:
+        raise InputError("attention needs at least two tokens: give a longer text")
+    text = (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
+    room = getattr(text, "max_position_embeddings", None) or total
+    kept = min(total, limit, room)
+    notes = []
+    if kept < total:
+        why = f"the model has {room:,} positions" if room <= limit else "raise it with --max-tokens"
+        notes.append(
+            f"the text has {total:,} tokens; only the first {kept:,} were looked at ({why})"
+        )
+    return ids[:, :kept].to(model.device), notes
+
+
+def _run(
+    model: Any, ids: Any, wanted: tuple[Any, Any], compare: bool
+) -> tuple[Any, dict[str, Any]]:
+    """One watched forward with a progress bar, and what it cost."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from regard.api import watch
+    from regard.reach import Handler, Session
+
+    keywords = {"input_ids": ids}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        keywords["logits_to_keep"] = 1  # the vocabulary is not what we look at
+    if getattr(model.config, "is_encoder_decoder", False):
+        keywords["decoder_input_ids"] = ids
+    seen = watch(model, FACTS, layers=wanted[0], heads=wanted[1])
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err(), transient=True, disable=not err().is_terminal) as bar:
+        task = bar.add_task(f"attention over {ids.shape[1]:,} tokens", total=len(seen.sites))
+
+        class Tick(Handler):
+            def after(self, call: Any, state: Any) -> None:
+                bar.advance(task)
+
+        with torch.no_grad(), seen, Session(model, [Tick()]):
+            model(**keywords)
+    plain = None
+    if compare:
+        with torch.no_grad():
+            started = time.perf_counter()
+            model(**keywords)
+            plain = time.perf_counter() - started
+    return seen, {"plain_seconds": plain, "peak_mib": _peak_mib()}
+
+
+def _peak_mib() -> float | None:
+    """Peak memory of this process so far, the model included."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

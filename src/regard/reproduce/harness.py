@@ -1,0 +1,431 @@
+"""Claims, their verdicts, and the run that turns one into the other.
+
+A method's file lists its claims with the rule of each verdict, as text and as a function, before
+anything is measured; `run` measures, settles every claim and writes `reproductions/<slug>.json`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from regard.errors import InputError, nearest
+
+VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
+_METHODS = {
+    "sink-emergence": "regard.reproduce.sink_emergence",
+    "preplan-anchor": "regard.reproduce.preplan_anchor",
+}
+MODEL = "smollm2-135m"
+Judge = Callable[[dict[str, float]], str]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval of the measured value, or the p-value of a permutation test, or both."""
+
+    kind: str
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper, and what became of it here.
+
+    Attributes:
+        key: short name, unique within the method.
+        statement: what the paper claims; paper: its figure.
+        rule: how numbers become the verdict, in words; judge: the same as a function of `values`.
+        command: for a claim that needs scale, what to type on a big machine.
+        built: False when that command does not exist yet.
+        here: the measured value in words; control: that of the control; values: all numbers.
+
+    >>> claim = Claim("x", "x grows", "+3", "reproduced if x > 0", lambda v: verdict(v["x"] > 0))
+    >>> claim.settle({"x": 2.0}, here="+2", control="0").verdict
+    'reproduced'
+    """
+
+    key: str
+    statement: str
+    paper: str
+    rule: str
+    judge: Judge | None = field(default=None, repr=False, compare=False)
+    command: str | None = None
+    built: bool = True
+    here: str = ""
+    control: str = ""
+    interval: Interval | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    verdict: str = ""
+
+    def settle(
+        self,
+        values: dict[str, Any],
+        *,
+        here: str,
+        control: str,
+        interval: Interval | None = None,
+        note: str = "",
+    ) -> Claim:
+        """The claim with its measurement, and the verdict that its own rule gives."""
+        if self.judge is None:
+            raise ValueError(
+                f"the claim {self.key!r} needs scale: there is no rule to settle it by"
+            )
+        if any(isinstance(v, float) and math.isnan(v) for v in values.values()):
+            raise ValueError(
+                f"the claim {self.key!r} was measured as NaN: nothing can be concluded"
+            )
+        said = self.judge(values)
+        if said not in VERDICTS:
+            raise ValueError(f"{said!r} is no verdict: choose one of {', '.join(VERDICTS)}")
+        return replace(
+            self,
+            values=values,
+            here=here,
+            control=control,
+            interval=interval,
+            note=note,
+            verdict=said,
+        )
+
+    def unmeasured(self) -> Claim:
+        """The claim as one that this machine cannot settle."""
+        if self.command is None:
+            raise ValueError(f"the claim {self.key!r} needs scale: say with which command")
+        return replace(self, verdict="needs scale")
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {n: v for n, v in self.__dict__.items() if n != "judge"}
+        return {**plain, "interval": asdict(self.interval) if self.interval else None}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Claim:
+        interval = plain.get("interval")
+        return cls(**{**plain, "interval": Interval(**interval) if interval else None})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one method's claims came to, and everything needed to run them again."""
+
+    slug: str
+    title: str
+    paper: str
+    claims: list[Claim]
+    model: str
+    data: str
+    seeds: dict[str, int]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    commit: str | None
+    source: str  # a fingerprint of the files that measured, for when the commit does not tell
+    date: str
+    seconds: float
+    quick: bool
+    command: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many claims got which verdict."""
+        return {v: sum(c.verdict == v for c in self.claims) for v in VERDICTS}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "claims": [c.as_dict() for c in self.claims]}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Result:
+        return cls(**{**plain, "claims": [Claim.from_dict(c) for c in plain["claims"]]})
+
+    def write(self, folder: Path) -> Path:
+        """Write `<slug>.json` (a quick run `<slug>.quick.json`) into the folder."""
+        path = folder / f"{self.slug}{'.quick' if self.quick else ''}.json"
+        write_text(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        return path
+
+
+@dataclass
+class Setup:
+    """What a method's `measure` gets: the model, the size of the run, and a memory of its parts."""
+
+    model: Any
+    tokenizer: Any
+    model_name: str
+    quick: bool
+    journal: Journal
+    show: bool
+
+    @contextmanager
+    def progress(self, total: int, label: str) -> Iterator[Callable[[], None]]:
+        """A bar on stderr, where that is a terminal; yields what to call after each step."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+        hidden = not (self.show and console.is_terminal)
+        with Progress(*columns, console=console, disable=hidden) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a method's `measure` gives back."""
+
+    claims: list[Claim]
+    data: str
+    seeds: dict[str, int]
+    settings: dict[str, Any]
+
+
+class Journal:
+    """Finished parts of a run, kept on disk so that an interrupted run goes on where it stopped.
+
+    Parts of other settings (another model, another size, other code) are not taken up.
+    """
+
+    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
+        self.path, self.key = path, key
+        self.parts: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if found["key"] == key:
+                    self.parts = found["parts"]
+            except (ValueError, KeyError, TypeError):
+                pass  # half a file is no file: measure again
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The part of this name, measured by `make` unless it is there; plain JSON values only."""
+        if name not in self.parts:
+            self.parts[name] = json.loads(json.dumps(make()))
+            if self.path is not None:
+                write_text(self.path, json.dumps({"key": self.key, "parts": self.parts}))
+        return self.parts[name]
+
+    def clear(self) -> None:
+        """Forget all parts."""
+        self.parts = {}
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def available() -> list[str]:
+    """The methods whose claims can be measured here, by the slug of `regard methods`."""
+    return sorted(_METHODS)
+
+
+def run(
+    slug: str,
+    *,
+    quick: bool = False,
+    model: Any = MODEL,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """Measure the claims of one method, and write the result.
+
+    Args:
+        slug: one of `available()`.
+        quick: a much smaller run, to see that it works; its verdicts mean little, and its result
+            goes to `<slug>.quick.json`.
+        model: a name for `regard.load`, or a pair (model, tokenizer).
+        out: the folder of the result; `reproductions` of the clone, or of the working folder.
+        progress: show a bar on stderr where that is a terminal.
+
+    An interrupted run goes on where it stopped when it is called again.
+
+    Raises:
+        InputError: an unknown slug or model, a folder that cannot be written.
+    """
+    if slug not in _METHODS:
+        raise InputError(f"there is no reproduction of {slug!r}.{nearest(slug, _METHODS)}")
+    folder = Path(out) if out is not None else results_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InputError(f"the folder {folder} cannot be made: {problem.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"the folder {folder} cannot be written: name another with out=")
+    method = import_module(_METHODS[slug])
+    loaded, tokenizer, name = _model(model)
+    source = fingerprint(slug)
+    key = {"slug": slug, "model": name, "quick": quick, "source": source}
+    partial = folder / f".{slug}{'.quick' if quick else ''}.partial.json"
+    journal = Journal(partial, key)
+    spent = float(journal.parts.get("seconds", 0.0))
+    started = time.perf_counter()
+    try:
+        done = method.measure(Setup(loaded, tokenizer, name, quick, journal, progress))
+    finally:
+        journal.parts["seconds"] = spent + time.perf_counter() - started
+        if len(journal.parts) > 1:
+            write_text(partial, json.dumps({"key": key, "parts": journal.parts}))
+    keys = [c.key for c in done.claims]
+    if keys != [c.key for c in method.CLAIMS]:
+        raise ValueError(f"{slug} settled {keys}, which are not the claims it had stated")
+    result = Result(
+        slug=slug,
+        title=method.TITLE,
+        paper=method.PAPER,
+        claims=done.claims,
+        model=name,
+        data=done.data,
+        seeds=done.seeds,
+        settings=done.settings,
+        versions=versions(),
+        device=device(loaded),
+        commit=commit(),
+        source=source,
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        seconds=round(journal.parts["seconds"], 1),
+        quick=quick,
+        command=_command(slug, quick, name),
+    )
+    result.write(folder)
+    journal.clear()
+    return result
+
+
+def verdict(whole: bool, half: bool = False) -> str:
+    """ "reproduced" if the whole rule holds, "partly" if half of it does, else "not reproduced".
+
+    >>> verdict(False, True)
+    'partly'
+    """
+    return "reproduced" if whole else "partly" if half else "not reproduced"
+
+
+def bootstrap(values: Sequence[float], *, draws: int = 4000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean, by drawing the values again with repetition.
+
+    >>> bootstrap([1.0, 1.0, 1.0])
+    (1.0, 1.0)
+    """
+    import numpy
+
+    sample = numpy.asarray(values, dtype=float)
+    if len(sample) == 0:
+        raise ValueError("an interval needs at least one value")
+    drawn = numpy.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
+    low, high = numpy.quantile(sample[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    except OSError as problem:
+        raise InputError(f"{path} cannot be written: {problem.strerror}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# -- where and with what -----------------------------------------------------------------------
+def root() -> Path | None:
+    """The clone that this package lies in, None when it is installed elsewhere."""
+    folder = Path(__file__).resolve().parents[3]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def results_folder() -> Path:
+    return (root() or Path.cwd()) / "reproductions"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "regard": import_module("regard").__version__}
+
+
+def device(model: Any) -> str:
+    """Device and dtype, with the name of the GPU or the number of CPU cores."""
+    import torch
+
+    where = next(model.parameters())
+    if where.device.type == "cuda":
+        name = torch.cuda.get_device_name(where.device)
+    else:
+        name = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{where.device.type} ({name}), {str(where.dtype).removeprefix('torch.')}"
+
+
+def commit() -> str | None:
+    """The commit of the clone, marked when files differ from it; None outside a clone."""
+    folder = root()
+    if folder is None:
+        return None
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src")
+    return f"{head}+changes" if head and changed else head
+
+
+def fingerprint(slug: str) -> str:
+    """Twelve digits that change when the method's own files do."""
+    here = Path(__file__).resolve().parent
+    name = slug.replace("-", "_")
+    mark = hashlib.sha256()
+    for path in sorted([here / f"{name}.py", *here.parent.glob(f"s*/{name}.py")]):
+        mark.update(path.read_bytes())
+    return mark.hexdigest()[:12]
+
+
+def _model(model: Any) -> tuple[Any, Any, str]:
+    if not isinstance(model, (str, os.PathLike)):
+        loaded, tokenizer = model
+        # a folder is named, not where it lies: results are read on other machines
+        return loaded, tokenizer, Path(loaded.config._name_or_path).name or type(loaded).__name__
+    from regard.zoo import load
+
+    loaded, tokenizer = load(model)
+    if tokenizer is None:
+        raise InputError(f"{model} carries no tokenizer, and the claims need texts")
+    name = os.fspath(model)
+    return loaded, tokenizer, Path(name).name if os.path.isdir(name) else name
+
+
+def _command(slug: str, quick: bool, model: str) -> str:
+    words = ["regard", "reproduce", slug]
+    if model != MODEL:
+        words += ["--model", model]
+    return " ".join([*words, "--quick"] if quick else words)

@@ -1,0 +1,195 @@
+"""Every kernel path equals the dense float64 reference: outputs, lse, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard.core import Mask, State, attend, choose, merge
+from regard.core.kernels import cpu, reference, tiled
+
+from .cases import SHAPES, close, masks, tensors
+
+CALLS = [(s, m) for s in SHAPES for m in masks(1, 8, 8)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def _mask(shape: str, name: str) -> Mask | None:
+    batch, _, _, queries, keys, _ = SHAPES[shape]
+    return masks(batch, queries, keys)[name]
+
+
+@pytest.mark.parametrize("shape, mask", CALLS)
+@pytest.mark.parametrize("kernel", [None, "tiled"])
+def test_fast_equals_true(shape: str, mask: str, kernel: str | None) -> None:
+    for dtype, tolerance in TOLERANCE.items():
+        q, k, v = tensors(SHAPES[shape], dtype)
+        m = _mask(shape, mask)
+        out, lse = reference.attend(q, k, v, m, q.shape[-1] ** -0.5)
+        found = attend(q, k, v, mask=m, kernel=kernel)
+        assert found.out.dtype == dtype
+        assert found.lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        close(found.out, out, tolerance, f"out {dtype}")
+        close(found.lse, lse, max(tolerance, 2e-6) if dtype != torch.bfloat16 else 1e-3, "lse")
+
+
+@pytest.mark.parametrize("mask", [m for m in masks(1, 8, 8) if m != "none"])
+def test_flex_equals_true(mask: str) -> None:
+    shape = "B2-T37-S53-H4-Hkv2-D16"
+    q, k, v = tensors(SHAPES[shape])
+    m = _mask(shape, mask)
+    out, lse = reference.attend(q, k, v, m, 0.25, softcap=3.0)
+    found = attend(q, k, v, mask=m, scale=0.25, softcap=3.0, kernel="flex")
+    close(found.out, out, 1e-5, "out")
+    close(found.lse, lse, 1e-5, "lse")
+
+
+@pytest.mark.parametrize("shape, mask", CALLS)
+def test_gradients_of_out_and_lse(shape: str, mask: str) -> None:
+    m = _mask(shape, mask)
+    grads = []
+    for kernel in (None, "dense"):
+        q, k, v = tensors(SHAPES[shape], torch.float64, grad=True)
+        if kernel == "dense":
+            out, lse = reference.attend(q, k, v, m, 0.3)
+        else:
+            state = attend(q, k, v, mask=m, scale=0.3)
+            out, lse = state.out, state.lse
+        seen = lse > -torch.inf
+        loss = (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).sum()
+        grads.append(torch.autograd.grad(loss + (lse[seen] ** 2).sum(), (q, k, v)))
+    for name, found, true in zip("qkv", *grads):
+        close(found, true, 1e-10, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_bias_and_softcap_with_gradients(batch: int, heads: int, softcap: float | None) -> None:
+    grads = []
+    for dense in (False, True):
+        q, k, v = tensors((2, 4, 2, 9, 11, 8), torch.float64, grad=True)
+        make = torch.Generator().manual_seed(3)
+        bias = torch.randn(
+            batch, heads, 9, 11, generator=make, dtype=torch.float64
+        ).requires_grad_()
+        if dense:
+            out, lse = reference.attend(q, k, v, Mask.causal(), 0.4, softcap, bias)
+        else:
+            s = attend(q, k, v, mask=Mask.causal(), scale=0.4, softcap=softcap, bias=bias)
+            out, lse = s.out, s.lse
+        grads.append(torch.autograd.grad((out**2).sum() + lse.sum(), (q, k, v, bias)))
+    for found, true in zip(*grads):
+        close(found, true, 1e-10)
+
+
+def test_a_learned_sink_is_one_more_key_with_value_zero() -> None:
+    q, k, v = tensors((2, 4, 2, 9, 9, 8), torch.float64)
+    sinks = torch.tensor([0.3, -1.0, 2.0, 5.0], dtype=torch.float64)
+    found = attend(q, k, v, mask=Mask.causal(), sinks=sinks)
+    s = reference.scores(q, k, Mask.causal(), 8**-0.5)
+    wide = torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:3], 1)], -1)
+    p = torch.softmax(wide, -1)[..., :-1]
+    close(found.out, p @ v.repeat_interleave(2, 1), 1e-12)
+    close(found.lse, torch.logsumexp(wide, -1), 1e-12)
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_many_tiles_equal_one(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Small tiles walk every path: chunks of batch and heads, ragged ends, skipped blocks."""
+    q, k, v = tensors((3, 6, 2, 77, 101, 8))
+    monkeypatch.setattr(tiled, "BLOCK_Q", block)
+    monkeypatch.setattr(tiled, "BLOCK_K", 2 * block)
+    monkeypatch.setattr(tiled, "STEP_K", block)
+    monkeypatch.setattr(tiled, "TILE_CELLS", 2 * block * block)
+    for name, m in masks(3, 77, 101).items():
+        out, lse = reference.attend(q, k, v, m, 0.3)
+        found = attend(q, k, v, mask=m, scale=0.3, kernel="tiled")
+        close(found.out, out, 2e-6, name)
+        close(found.lse, lse, 2e-6, name)
+
+
+def test_fresh_memory_is_never_read() -> None:
+    """With uninitialised memory full of NaN nothing leaks into the results."""
+    torch.use_deterministic_algorithms(True)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        q, k, v = tensors((2, 4, 2, 40, 40, 8))
+        m = masks(2, 40, 40)["right padding"]
+        state = attend(q, k, v, mask=m, kernel="tiled")
+        assert not torch.isnan(state.out).any()
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
+        torch.use_deterministic_algorithms(False)
+
+
+def test_extreme_scores_stay_exact() -> None:
+    """Scores hundreds apart (exp underflows) and equal scores a thousand high."""
+    q, k, v = tensors((1, 2, 2, 50, 50, 8), torch.float64)
+    for scale in (40.0, 0.0):
+        out, lse = reference.attend(q, k, v, Mask.causal(), scale)
+        found = attend(
+            q.float(), k.float(), v.float(), mask=Mask.causal(), scale=scale, kernel="tiled"
+        )
+        close(found.out, out, 2e-4)
+        close(found.lse, lse, 1e-6)
+
+
+def test_the_fused_kernel_is_taken_where_it_can_be() -> None:
+    q, k, v = tensors((2, 4, 2, 9, 9, 8))
+    assert choose(q, k, v, mask=Mask.causal()) == "cpu"
+    assert choose(q, k, v) == "cpu"
+    assert choose(q, k, v, mask=Mask.causal() & Mask.window(3)) == "tiled"
+    assert choose(q, k, v, softcap=2.0) == "tiled"
+    wide = torch.randn(2, 2, 9, 12)
+    assert not cpu.supports(q, k, wide, None, None, None)
+    close(attend(q, k, wide).out, reference.attend(q, k, wide, None, 8**-0.5)[0], 1e-6)
+
+
+def test_grouped_keys_are_not_copied() -> None:
+    """The fused call reads the keys of a group in place: no allocation as large as repeated keys."""
+    q, k, v = tensors((1, 8, 1, 256, 256, 64))
+    with torch.profiler.profile(profile_memory=True) as seen:
+        cpu.forward(q, k, v, Mask.causal(), 0.125)
+    largest = max(e.self_cpu_memory_usage for e in seen.events())
+    assert largest <= q.numel() * 4 * 2  # the output and little more, not 8 copies of k and of v
+
+
+def test_empty_lists() -> None:
+    q, k, v = tensors((1, 2, 2, 4, 4, 8))
+    nothing = attend(q, k[:, :, :0], v[:, :, :0], kernel="tiled")
+    assert torch.equal(nothing.out, torch.zeros_like(q))
+    assert bool((nothing.lse == -torch.inf).all())
+    whole = attend(q, k, v)
+    both = merge(whole, nothing)
+    close(both.out, whole.out, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        (((1, 3, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)), "multiple of 2"),
+        (((1, 2, 4, 8), (1, 2, 4, 6), (1, 2, 4, 8)), "do not fit"),
+        (((2, 4, 8), (2, 4, 8), (2, 4, 8)), r"\[batch, heads, tokens, head_dim\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attend(*(torch.zeros(s) for s in shapes))
+
+
+def test_unknown_kernel_and_wrong_bias() -> None:
+    q, k, v = tensors((1, 2, 2, 4, 4, 8))
+    with pytest.raises(ValueError, match="unknown kernel 'fast'"):
+        attend(q, k, v, kernel="fast")
+    with pytest.raises(ValueError, match="bias"):
+        attend(q, k, v, bias=torch.zeros(1, 1, 3, 4))
+    with pytest.raises(ValueError, match="use 'tiled'"):
+        attend(q, k, v, mask=Mask.window(2), kernel="cpu")
+
+
+def test_state_is_small_and_typed() -> None:
+    q, k, v = tensors((1, 2, 2, 4, 4, 8))
+    state = attend(q, k, v)
+    assert isinstance(state, State) and set(vars(state)) == {"out", "lse"}

@@ -1,0 +1,147 @@
+"""One description, many forms: every form of a mask says the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regard.core import Mask
+
+from .cases import masks
+
+NAMES = [n for n in masks(1, 8, 8) if n != "none"]
+
+
+def _brute(name: str, b: int, i: int, j: int, keys: int, batch: int) -> bool:
+    """The rules in plain words, one pair at a time."""
+    causal, third = j <= i, max(1, keys // 3)
+    left = j >= b * (keys // 3)
+    right = (keys - 1 - j) >= b * (keys // 3)
+    return {
+        "full": True,
+        "causal": causal,
+        "window": abs(i - j) < 5,
+        "causal window": causal and i - j < 5,
+        "prefix": causal or j < keys // 4 + 1,
+        "documents": causal and i // third == j // third,
+        "left padding": causal and left,
+        "right padding": causal and right,
+        "not window": abs(i - j) >= 4,
+        "rule": (i + j) % 3 != b % 3,
+        "band apart": 2 <= i - j <= 9,
+    }[name]
+
+
+def _expected(name: str, batch: int, queries: int, keys: int) -> torch.Tensor:
+    shift = keys - queries
+    return torch.tensor(
+        [
+            [
+                [_brute(name, b, i + shift, j, keys, batch) for j in range(keys)]
+                for i in range(queries)
+            ]
+            for b in range(batch)
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(queries=st.integers(1, 20), more=st.integers(0, 9), batch=st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_every_form_says_the_same(name: str, queries: int, more: int, batch: int) -> None:
+    keys = queries + more
+    mask = masks(batch, queries, keys)[name]
+    assert mask is not None
+    true = _expected(name, batch, queries, keys)
+    cells = mask.cells(queries, keys)[:, 0]
+    assert torch.equal(cells.expand(batch, -1, -1), true)
+    area = mask.area(queries, keys)
+    assert (area if isinstance(area, list) else [area] * batch) == true.sum((1, 2)).tolist()
+    for block in (3, 8):
+        grid = mask.grid(queries, keys, block, block)
+        for a, c in torch.cartesian_prod(
+            torch.arange(len(grid)), torch.arange(len(grid.T))
+        ).tolist():
+            part = true[:, a * block : (a + 1) * block, c * block : (c + 1) * block]
+            if grid[a, c] == 0:
+                assert not part.any()
+            if grid[a, c] == 2:
+                assert part.all()
+    for b in range(batch):
+        drawn = torch.zeros(queries, keys, dtype=torch.long)
+        for r in mask.ranges(queries, keys, row=b):
+            for q in range(r.q0, r.q1):
+                start = r.k0 + (q - r.q0 if r.kind in ("inverse", "band") else 0)
+                stop = r.k1 - (r.q1 - 1 - q if r.kind in ("causal", "band") else 0)
+                drawn[q, start:stop] += 1
+        assert torch.equal(drawn, true[b].long())  # covered once: disjoint and complete
+    arguments = mask.sdpa(queries, keys)
+    if arguments.get("is_causal"):
+        assert torch.equal(true[0], torch.ones_like(true[0]).tril())
+    elif "attn_mask" in arguments:
+        assert torch.equal(arguments["attn_mask"][:, 0].expand(batch, -1, -1), true)
+    else:
+        assert true.all()
+    turned = mask.swap(queries, keys).cells(keys, queries)[:, 0].expand(batch, -1, -1)
+    assert torch.equal(turned, true.transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_mask_of_flex_attention(name: str) -> None:
+    queries, keys = 200, 300
+    mask = masks(2, queries, keys)[name]
+    assert mask is not None
+    block = mask.block_mask(queries, keys)
+    cells = mask.cells(queries, keys)[:, 0].any(0)
+    padded = torch.nn.functional.pad(cells, (0, -keys % 128, 0, -queries % 128))
+    some = padded.view(2, 128, 3, 128).any(3).any(1)
+    assert torch.equal(block.to_dense()[0, 0].bool(), some)
+    b, q, k = torch.meshgrid(
+        torch.arange(2), torch.arange(0, 200, 17), torch.arange(0, 300, 13), indexing="ij"
+    )
+    said = mask.mask_mod(queries, keys)(b, torch.zeros_like(b), q, k)
+    assert torch.equal(said, mask.cells(queries, keys)[:, 0].expand(2, -1, -1)[b, q, k])
+
+
+def test_plain_masks_stay_plain() -> None:
+    assert Mask.causal() & Mask.window(4) == Mask.band(3, 0)
+    assert (Mask.full() & Mask.causal()).is_causal(9, 9)
+    assert not Mask.causal().is_causal(4, 9)
+    assert Mask.causal().sdpa(5, 5) == {"is_causal": True}
+    assert Mask.full().sdpa(5, 5) == {}
+    assert (Mask.causal() & Mask.window(99)).is_causal(50, 50)
+    assert Mask.causal().is_full(1, 9)  # one query at the end sees every key
+    assert Mask.padding(torch.ones(2, 6)).is_full(6, 6)
+
+
+def test_areas_in_closed_form() -> None:
+    assert Mask.causal().area(1000, 1000) == 1000 * 1001 // 2
+    assert Mask.causal().area(10, 1000) == 10 * 990 + 55
+    assert (Mask.causal() & Mask.window(100)).area(1000, 1000) == 100 * 101 // 2 + 900 * 100
+    assert Mask.documents([300, 500, 200]).area(1000, 1000) == 300**2 + 500**2 + 200**2
+
+
+def test_large_masks_are_never_built() -> None:
+    """The grid of a million tokens would be a terabyte as a matrix."""
+    grid = (Mask.causal() & Mask.window(4096)).grid(2**20, 2**20, 4096, 4096)
+    assert int((grid > 0).sum()) == 256 + 255
+
+
+def test_drawing() -> None:
+    assert Mask.window(2).draw(3) == "■ ■ ⬚\n■ ■ ■\n⬚ ■ ■"
+
+
+def test_bad_masks() -> None:
+    with pytest.raises(ValueError, match="at least 1 position"):
+        Mask.window(0)
+    with pytest.raises(ValueError, match="must be positive"):
+        Mask.documents([3, 0])
+    with pytest.raises(ValueError, match="additive one is a bias"):
+        Mask.dense(torch.zeros(2, 2))
+
+
+def test_negative_ids_see_nothing() -> None:
+    mask = Mask.segments(torch.tensor([0, 0, -1, 1]))
+    assert mask.draw(4).splitlines()[2] == "⬚ ⬚ ⬚ ⬚"

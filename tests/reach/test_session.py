@@ -1,0 +1,200 @@
+"""Sessions nest, end by exception, refuse by name, and leave no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from regard.core import Received, State
+from regard.errors import InputError, ReachError
+from regard.reach import Call, Collector, Handler, Session
+from regard.reach.session import _active
+from regard.zoo.tiny import inputs, tiny
+
+IDS = torch.randint(3, 100, (1, 10), generator=torch.Generator().manual_seed(0))
+
+
+class Order(Handler):
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def before(self, call: Call) -> None:
+        if call.site.layer == 0:
+            self.log.append(f"before {self.name}")
+
+    def after(self, call: Call, state: State) -> None:
+        if call.site.layer == 0:
+            self.log.append(f"after {self.name}")
+
+
+def fingerprint(model: Any) -> list[str]:
+    return [
+        f"{n} {m.training} {len(m._forward_hooks)} {len(m._forward_pre_hooks)} {sorted(map(str, vars(m.config).items()))}"
+        for n, m in model.named_modules()
+        if hasattr(m, "config")
+    ]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_no_trace(implementation: str) -> None:
+    model = tiny("llama")
+    model.set_attn_implementation(implementation)
+    before, state = fingerprint(model), torch.random.get_rng_state()
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with Session(model, [Collector([Received()])]):
+            model(IDS)
+        with pytest.raises(KeyError), Session(model), Session(model):
+            model(IDS)
+            raise KeyError
+        assert torch.equal(model(IDS).logits, plain)
+    assert fingerprint(model) == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not _active
+
+
+def test_sessions_that_end_out_of_order() -> None:
+    model = tiny("llama")
+    a, b = Session(model).attach(), Session(model).attach()
+    a.detach()
+    assert model.config._attn_implementation == "regard"
+    b.detach()
+    assert model.config._attn_implementation == "sdpa"
+    b.detach()  # once more does nothing
+    assert not _active
+
+
+def test_order_of_handlers() -> None:
+    model, log = tiny("llama"), list[str]()
+    with (
+        torch.no_grad(),
+        Session(model, [Order("a", log), Order("b", log)]),
+        Session(model, [Order("c", log)]),
+    ):
+        model(IDS)
+    assert log == [f"{t} {n}" for t in ("before", "after") for n in "abc"]
+
+
+def test_handlers_change_calls_and_states() -> None:
+    model = tiny("llama")
+
+    class Double(Handler):
+        def before(self, call: Call) -> Call:
+            return call.change(v=call.v * 2)
+
+    class Halve(Handler):
+        def after(self, call: Call, state: State) -> State:
+            return State(state.out / 2, state.lse)
+
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with Session(model, [Double()]):
+            assert not torch.allclose(model(IDS).logits, plain, atol=1e-4)
+        with Session(model, [Double(), Halve()]):
+            assert torch.allclose(model(IDS).logits, plain, atol=1e-5)
+
+
+def test_two_models_at_once_do_not_mix() -> None:
+    one, two = tiny("llama"), tiny("llama", seed=1)
+    seen = Collector([Received()])
+    with torch.no_grad(), Session(one, [seen]), Session(two):
+        two(IDS)
+        assert not seen.records
+        one(IDS)
+    assert len(seen.records) == 2
+
+
+def test_a_submodel_on_its_own() -> None:
+    model = tiny("llava")
+    seen = Collector([Received()])
+    with torch.no_grad(), Session(model.model.language_model, [seen]):
+        model(**inputs("llava", model))
+    assert [r.site.name for r in seen.records.values()] == [
+        "layers.0.self_attn",
+        "layers.1.self_attn",
+    ]
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+def test_refusals() -> None:
+    with pytest.raises(ReachError, match="not a transformers model"):
+        Session(torch.nn.Linear(2, 2))
+    from transformers import BloomConfig, BloomModel
+
+    old = BloomModel(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ReachError, match="BloomModel computes attention by itself"):
+        Session(old)
+    model = tiny("llama")
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    with pytest.raises(ReachError, match=r"model\.eval\(\)"), Session(model):
+        model(IDS)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_foreign_attention_is_not_replaced() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("sigmoid_of_mine", lambda *a, **k: None)
+    model = tiny("llama")
+    model.config._attn_implementation_internal = "sigmoid_of_mine"
+    with pytest.raises(ReachError, match="sigmoid_of_mine"), Session(model):
+        pass
+    assert model.config._attn_implementation == "sigmoid_of_mine"
+    assert not _active
+
+
+def test_asking_for_the_matrix_names_the_remedy() -> None:
+    model = tiny("whisper")
+    with pytest.raises((ReachError, ValueError), match="thumbnail|eager"), Session(model):
+        model(**inputs("whisper", model), output_attentions=True)
+
+
+def test_beam_search_and_cut_caches_are_refused() -> None:
+    model = tiny("llama", seed=3)
+    ids = IDS.repeat(2, 1)
+    with (
+        torch.no_grad(),
+        pytest.raises(ReachError, match="num_beams=1"),
+        Session(model, [Collector([Received()])]),
+    ):
+        model.generate(ids, num_beams=4, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    with (
+        torch.no_grad(),
+        pytest.raises(ReachError, match="cut back"),
+        Session(model, [Collector([Received()])]),
+    ):
+        cache = model(ids, use_cache=True).past_key_values
+        cache.crop(-4)
+        model(ids[:, 6:8], past_key_values=cache)
+
+
+def test_a_new_prompt_begins_anew() -> None:
+    model = tiny("llama")
+    seen = Collector([Received()])
+    with torch.no_grad(), Session(model, [seen]):
+        model(IDS)
+        model(IDS[:, :6])
+    assert seen.value(seen.records[0], seen.facts[0]).shape[-1] == 6
+
+
+def test_weights_that_are_not_finite() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+        with (
+            pytest.raises(InputError, match=r"layers\.1\.self_attn are not finite"),
+            Session(model, [Collector([Received()])]),
+        ):
+            model(IDS)
+
+
+def test_attaching_twice() -> None:
+    session = Session(tiny("llama")).attach()
+    with pytest.raises(RuntimeError, match="attached already"):
+        session.attach()
+    session.detach()
