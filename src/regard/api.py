@@ -166,6 +166,11 @@ class Watch(Session):
         own = own or [r.site.part for r in self._records()] or self.parts
         return own[-1]
 
+    @property
+    def causal(self) -> bool:
+        """Whether no token of the main part looks ahead."""
+        return all(r.causal for r in self._records() if r.site.part == self.main)
+
     def __getitem__(self, fact: str | Fact) -> Layers:
         wanted = next((f for f in self.facts if fact in (f, f.name)), None)
         if wanted is None:

@@ -45,12 +45,12 @@ def see(
     """
     from rich.console import Console
 
-    from regard.bench import see as bench
-
     sizes = [count(n) for n in lengths.split(",") if n.strip()]
     if not sizes:
         raise InputError("--lengths is empty: write, for example, 1k,2k,4k")
     check_output(out)
+    from regard.bench import see as bench
+
     result = bench.run(
         lengths=sizes,
         model=model,

@@ -25,6 +25,7 @@ class Record:
     rows: int  # queries seen
     end: int  # position after the last query
     trace: Tensor  # one number of every cached key: tells when a cache was reordered
+    causal: bool  # no query of the first call sees a later key
 
 
 class Collector(Handler):
@@ -106,9 +107,9 @@ class Collector(Handler):
         trace = call.k[:, 0, :, 0].detach().clone()
         queries = q.shape[2]
         if record is None:
-            self.records[call.site.index] = Record(
-                call.site, sums, queries, call.query_offset + queries, trace
-            )
+            end = call.query_offset + queries
+            causal = call.site.kind == "self" and not _looks_ahead(call)
+            self.records[call.site.index] = Record(call.site, sums, queries, end, trace, causal)
             return None
         view = View(
             q.shape[0],
@@ -171,3 +172,10 @@ class Collector(Handler):
         """The result of one fact at one site; None where the fact does not apply."""
         facts = self._facts(record.site)
         return fact.finish(record.sums[facts.index(fact)]) if fact in facts else None
+
+
+def _looks_ahead(call: Call) -> bool:
+    """Whether the first query sees the last key; a call of one query, which decodes, does not."""
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    corner = call.mask.cells(queries, keys, slice(0, 1), slice(keys - 1, keys))
+    return queries > 1 and bool(corner.any())

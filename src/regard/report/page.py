@@ -347,7 +347,8 @@ def _position_section(overview: Overview, drawn: dict[str, Any]) -> Section:
         "Line chart: median, mean, 90th percentile and maximum of the attention received, by "
         "position in the text, on a logarithmic scale.",
         "How to read this: each line step upwards is ten times more attention; the band holds the "
-        "upper-middle tokens, the dotted line the most watched of each stretch.",
+        "upper-middle tokens, the dotted line the most watched of each stretch. The last tokens "
+        "rise because few tokens come after them to look elsewhere.",
     )
     return "position", "By position", body
 

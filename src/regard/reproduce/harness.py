@@ -405,7 +405,9 @@ def fingerprint(slug: str) -> str:
     here = Path(__file__).resolve().parent
     name = slug.replace("-", "_")
     mark = hashlib.sha256()
-    for path in sorted([here / f"{name}.py", *here.parent.glob(f"s*/{name}.py")]):
+    for path in sorted(
+        [here / f"{name}.py", here / "problems.py", *here.parent.glob(f"s*/{name}.py")]
+    ):
         mark.update(path.read_bytes())
     return mark.hexdigest()[:12]
 

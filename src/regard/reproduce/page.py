@@ -89,8 +89,8 @@ def _section(result: Result) -> list[str]:
     for claim in result.claims:
         if claim.verdict == "needs scale":
             continue
-        cells = (claim.statement, claim.paper, claim.here, claim.control)
-        cells = (*cells, interval_text(claim.interval), f"**{claim.verdict}**")
+        cells = [claim.statement, claim.paper, claim.here, claim.control]
+        cells += [interval_text(claim.interval), f"**{claim.verdict}**"]
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     lines += ["", "Rules, fixed before the run:", ""]
     measured = [c for c in result.claims if c.verdict != "needs scale"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ CLAIMS = (
         "massive",
         "The first token's hidden state is massive where there is a sink, and only there "
         "(its norm over the mean of the others', largest layer)",
-        "shown as a figure",
+        "qualitative",
         "reproduced if the ratio exceeds 10 on text and stays below 1.05 on a repeated token; "
         "partly if only one of the two holds",
         lambda v: verdict(
@@ -58,7 +59,7 @@ CLAIMS = (
         "key-bias",
         "The first token acts as a key bias: its key is small but points where queries do "
         "(cosine with the queries, that of other keys taken off)",
-        "shown as a figure",
+        "qualitative",
         "reproduced if, in the sink heads, the cosine gap exceeds 0.25 and the key's norm is below "
         "0.6 of the median key; partly if the gap is positive and the key below the median",
         lambda v: verdict(v["gap"] > 0.25 and v["key"] < 0.6, v["gap"] > 0 and v["key"] < 1),
@@ -66,7 +67,7 @@ CLAIMS = (
     Claim(
         "small-value",
         "It adds almost nothing to the output: its value is small (norm over the median value)",
-        "shown as a figure",
+        "qualitative",
         "reproduced if, in the sink heads, the value's norm is below 0.6 of the median; partly if "
         "below the median",
         lambda v: verdict(v["value"] < 0.6, v["value"] < 1),
@@ -127,7 +128,7 @@ def measure(setup: Setup) -> Measured:
     parts: dict[str, Any] = {}
     with setup.progress(4, "sinks") as step:
         for kind in ("text", "random", "repeat"):
-            parts[kind] = setup.journal.get(kind, lambda kind=kind: _kind(setup, kind, count))
+            parts[kind] = setup.journal.get(kind, partial(_kind, setup, kind, count))
             step()
         heads = parts["text"]["heads"]
         parts["control"] = setup.journal.get("control", lambda: _control(setup, count, heads))
@@ -184,7 +185,7 @@ def _batches(setup: Setup, kind: str, count: int) -> list[torch.Tensor]:
 
 
 def _probes(found: Sinks, heads: torch.Tensor) -> dict[str, list[float]]:
-    """Per sequence, the mean over the chosen heads; and the share of heads where each sign holds."""
+    """Means over the chosen heads, per sequence; the share of heads where each sign holds."""
     if not heads.any():
         return {}
     every = {n: v[:, heads] for n, v in found.every.items() if v.dim() == 3}
@@ -253,8 +254,8 @@ def _bias(
     if not probes:
         # without a single sink head there is nothing that could act as a bias
         none = {"gap": -1.0, "key": 9.0, "value": 9.0}
-        words = {"here": "no head has a sink", "control": "-"}
-        return {n: stated[n].settle(none, **words) for n in ("key-bias", "small-value")}
+        names = ("key-bias", "small-value")
+        return {n: stated[n].settle(none, here="no head has a sink", control="-") for n in names}
 
     def mean(values: dict[str, Any], name: str) -> float:
         return sum(values[name]) / len(values[name])
@@ -282,9 +283,9 @@ def _bias(
             control=f"{elsewhere}: gap {mean(control, 'gap'):.2f}, "
             f"key {mean(control, 'key_ratio'):.2f}",
             interval=Interval("bootstrap, gap", low, high),
-            note=f"cosine {mean(probes, 'cosine'):.2f} against {mean(probes, 'cosine_others'):.2f}, "
-            f"larger in {100 * probes['share_gap'][0]:.0f} % of the sink heads"
-            + rest.format("the gap is"),
+            note=f"cosine {mean(probes, 'cosine'):.2f}, with other keys "
+            f"{mean(probes, 'cosine_others'):.2f}; larger in "
+            f"{100 * probes['share_gap'][0]:.0f} % of the sink heads" + rest.format("the gap is"),
         )
     }
     low, high = bootstrap(probes["value_ratio"])

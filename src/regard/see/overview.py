@@ -244,7 +244,7 @@ def peaks(values: Tensor) -> Tensor:
 def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> None:
     """WAAD of the local and FAI of the global heads, with their peaks (Li et al., 2025)."""
     waad, fai = stack(seen, "waad", row), stack(seen, "influence", row)
-    if distance is None or waad is None or fai is None or waad[1].shape[-1] < 8:
+    if distance is None or waad is None or fai is None or waad[1].shape[-1] < 8 or not seen.causal:
         return
     near, far = split_heads(distance[1].mean(-1))
     window = next(f.window for f in seen.facts if isinstance(f, WindowedDistance))
@@ -290,19 +290,22 @@ def _thumbnails(
             )
         ]
     width = next(f.width(tokens) for f in seen.facts if isinstance(f, Thumbnail))
-    chosen: dict[tuple[int, int], list[str]] = {}
+    chosen: dict[tuple[int, int], str] = {}
     for label, score in reasons:
-        where = int(score.flatten().argmax())
-        chosen.setdefault((where // score.shape[1], where % score.shape[1]), []).append(label)
+        for where in score.flatten().argsort(descending=True).tolist():
+            head = divmod(where, score.shape[1])
+            if head not in chosen:  # six heads, not one head for six reasons
+                chosen[head] = label
+                break
     return [
         {
             "layer": layers[a],
             "head": b,
-            "label": ", ".join(why),
+            "label": label,
             "tokens_per_cell": width,
             "cells": cells[a, b].tolist(),
         }
-        for (a, b), why in chosen.items()
+        for (a, b), label in chosen.items()
     ]
 
 

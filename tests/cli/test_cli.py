@@ -1,0 +1,185 @@
+"""The command line as a person meets it: answers, files, exit codes, one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regard import zoo
+from regard.cli import main
+from regard.zoo.tiny import tiny
+
+
+class Words:
+    """A tokenizer of one token a word, enough for the command line."""
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        import torch
+
+        ids = [3 + sum(map(ord, w)) % 100 for w in text.split()]
+        return type("Batch", (), {"input_ids": torch.tensor([ids])})
+
+    def decode(self, ids: list[int]) -> str:
+        return f"<w{ids[0]}> "
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--model tiny:FAMILY` gives a tiny random model; any other name goes the usual way."""
+    real = zoo.load
+
+    def load(name: str, **kwargs: Any) -> Any:
+        if name.startswith("tiny:"):
+            return tiny(name[5:]), Words()
+        return real(name, **kwargs)
+
+    monkeypatch.setattr(zoo, "load", load)
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    try:
+        main(list(args))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+TEXT = "the cat sat on the mat because it was tired and the day was long " * 4
+
+
+def test_see_writes_page_and_json(capsys: Any, tmp_path: Path) -> None:
+    page, data = tmp_path / "a.html", tmp_path / "a.json"
+    code, out, err = run(
+        capsys, "see", TEXT, "--model", "tiny:llama", "--html", str(page), "--json", str(data)
+    )
+    assert code == 0 and str(page) in err.replace("\n", "")
+    assert "attention" in out
+    found = json.loads(data.read_text())
+    assert found["meta"]["num_tokens"] == 60 and found["sinks"]["alpha"]
+    assert "<w" not in page.read_text().split("<script")[0]  # what the user gave is escaped
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "a.json"]
+
+
+def test_see_as_a_filter(capsys: Any) -> None:
+    code, out, _ = run(capsys, "see", TEXT, "--model", "tiny:llama", "--json", "-")
+    assert code == 0 and json.loads(out)["meta"]["model"] == "tiny:llama"
+
+
+def test_see_cuts_and_says_so(capsys: Any, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(TEXT)
+    code, _, err = run(capsys, "see", f"@{book}", "--model", "tiny:llama", "--max-tokens", "20")
+    assert code == 0 and "60 tokens; only the first 20" in " ".join(err.split())
+
+
+def test_layers_and_heads(capsys: Any) -> None:
+    args = ("--model", "tiny:llama", "--layers", "1", "--heads", "0,2-3", "--json", "-")
+    code, out, _ = run(capsys, "see", TEXT, *args)
+    found = json.loads(out)
+    assert code == 0 and found["sinks"]["layers"] == [1] and len(found["sinks"]["alpha"][0]) == 3
+
+
+WRONG = {
+    "empty text": (["see", "  "], "text is empty"),
+    "one token": (["see", "word", "--model", "tiny:llama"], "at least two tokens"),
+    "no file": (["see", "@nope.txt"], "no file 'nope.txt'"),
+    "near a shipped text": (["see", "@northanger-abey"], "Did you mean 'northanger-abbey'"),
+    "a folder": (["see", "@."], "is a folder"),
+    "not text": (["see", "@binary.bin"], "not UTF-8 text"),
+    "unknown model": (
+        ["see", "some words", "--model", "smolm2-135m"],
+        "Did you mean 'smollm2-135m'",
+    ),
+    "no such folder": (["see", "some words", "--html", "nowhere/a.html"], "does not exist"),
+    "a folder as page": (["see", "some words", "--html", "."], "is a folder"),
+    "layer": (["see", TEXT, "--model", "tiny:llama", "--layers", "9"], "layer 9 is out of range"),
+    "head": (["see", TEXT, "--model", "tiny:llama", "--heads", "9"], "head 9 is out of range"),
+    "head syntax": (
+        ["see", TEXT, "--model", "tiny:llama", "--heads", "x"],
+        "--heads takes numbers",
+    ),
+    "length syntax": (["see", TEXT, "--max-tokens", "0"], "is not a length"),
+    "a vision model": (["see", TEXT, "--model", "tiny:vit"], "reads pixel_values, not text"),
+    "unknown verb": (["methods", "sea"], "Did you mean 'see'"),
+    "unknown method": (["reproduce", "sink-emergance"], "Did you mean 'sink-emergence'"),
+    "method to come": (["reproduce", "act"], "cannot be reproduced yet"),
+    "bench lengths": (["bench", "see", "--lengths", "1k,two"], "is not a length"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_get_one_line(
+    case: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("binary.bin").write_bytes(b"\xff\xfe\x00\x80")
+    args, message = WRONG[case]
+    code, out, err = run(capsys, *args)
+    assert code == 2, (code, out, err)
+    assert message in err and err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.bin"]
+
+
+def test_no_permission(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so the system's answer is given here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    page = str(tmp_path / "a.html")
+    code, _, err = run(capsys, "see", TEXT, "--model", "tiny:llama", "--html", page)
+    assert code == 2 and "no permission" in err and not list(tmp_path.iterdir())
+
+
+def test_weights_with_nan(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tiny("llama")
+    broken.model.layers[0].self_attn.k_proj.weight.data[0, 0] = float("inf")
+    monkeypatch.setattr(zoo, "load", lambda name: (broken, Words()))
+    code, _, err = run(capsys, "see", TEXT)
+    assert code == 2 and "not finite" in err
+
+
+def test_check_says_ok_and_exits_with_it(capsys: Any) -> None:
+    code, out, _ = run(capsys, "check", "tiny:mistral")
+    assert code == 0 and "prefill = decode" in out
+    code, out, _ = run(capsys, "check", "tiny:llama", "--json", "-")
+    assert code == 0 and json.loads(out)["ok"]
+
+
+def test_check_fails_loudly(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A door that lets a causal model see the future must not pass."""
+    from regard.core import Mask
+    from regard.reach import transformers as door
+
+    monkeypatch.setattr(door, "from_mask_function", lambda *a, **k: Mask.full())
+    code, out, _ = run(capsys, "check", "tiny:llama", "--json", "-")
+    failed = {f["what"] for f in json.loads(out)["findings"] if f["status"] == "failed"}
+    assert code == 1 and {"same output", "prefill = decode"} <= failed
+
+
+def test_lists(capsys: Any) -> None:
+    code, out, _ = run(capsys, "methods", "--json", "-")
+    assert code == 0 and len(json.loads(out)) == 27
+    code, out, _ = run(capsys, "methods", "see")
+    assert code == 0 and "sink-emergence" in out
+    code, out, _ = run(capsys, "models")
+    assert code == 0 and "smollm2-135m" in out
+
+
+def test_help_of_every_verb(capsys: Any) -> None:
+    for args in (
+        [],
+        ["see"],
+        ["check"],
+        ["models"],
+        ["methods"],
+        ["reproduce"],
+        ["bench"],
+        ["bench", "see"],
+    ):
+        code, out, _ = run(capsys, *args, "--help")
+        assert code == 0 and "Usage" in out
