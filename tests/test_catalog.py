@@ -101,6 +101,14 @@ def test_page_is_up_to_date() -> None:
     assert page.read_text(encoding="utf-8") == as_markdown(), "run `make docs`"
 
 
+def test_readme_is_up_to_date() -> None:
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        pytest.skip("README.md is not here: this is an installed package, not a clone")
+    text = readme.read_text(encoding="utf-8")
+    assert catalog.MARKS[0] in text and catalog.into_readme(text) == text, "run `make docs`"
+
+
 def test_main_writes_or_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert catalog.main([str(tmp_path / "m.md")]) == 0
     assert [f.name for f in tmp_path.iterdir()] == ["m.md"]

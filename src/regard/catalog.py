@@ -440,8 +440,27 @@ def as_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
+MARKS = ("<!-- methods: made by `make docs` -->", "<!-- end of methods -->")
+
+
+def into_readme(readme: str) -> str:
+    """Return the README with the short catalogue renewed between its two marks."""
+    head, _, rest = readme.partition(MARKS[0])
+    _, _, tail = rest.partition(MARKS[1])
+    lines = ["| verb | what a person gets | methods |", "| --- | --- | --- |"]
+    for verb, promise in VERBS.items():
+        names = [
+            f"**{row.slug}**" if row.status == "available" else row.slug
+            for row in methods()
+            if row.verb == verb
+        ]
+        lines.append(f"| **{verb}** | {promise} | {', '.join(names)} |")
+    table = "\n".join(lines)
+    return f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Print the catalogue, or write it to the file named as the one argument."""
+    """Print the catalogue, or write it to the file named; into a README, between its marks."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) > 1:
         print("usage: python -m regard.catalog [FILE]", file=sys.stderr)
@@ -451,6 +470,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(page, end="")
         return 0
     path = Path(arguments[0])
+    if path.is_file() and MARKS[0] in (old := path.read_text(encoding="utf-8")):
+        page = into_readme(old)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:

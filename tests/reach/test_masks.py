@@ -21,9 +21,14 @@ KNOWN = {
     "sliding both ways": mu.sliding_window_bidirectional_mask_function(3),
     "chunked": mu.chunked_causal_mask_function(5, torch.tensor([0, 3])),
     "padding": mu.and_masks(mu.causal_mask_function, mu.padding_mask_function(PAD)),
-    "packed": mu.packed_sequence_compatibility_function(mu.causal_mask_function, POSITIONS, PACKED),
+    "packed": mu.and_masks(mu.causal_mask_function, mu.packed_sequence_mask_function(PACKED)),
     "blocks": mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(GROUPS)),
 }
+
+if hasattr(mu, "packed_sequence_compatibility_function"):  # transformers 5.23
+    KNOWN["packed, remapped"] = mu.packed_sequence_compatibility_function(
+        mu.causal_mask_function, POSITIONS, PACKED
+    )
 
 
 def said(fn: object, queries: int, keys: int, first: int, start: int) -> torch.Tensor:

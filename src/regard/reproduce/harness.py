@@ -396,7 +396,7 @@ def commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short=12", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src")
+    changed = git("status", "--porcelain", "--", "src")
     return f"{head}+changes" if head and changed else head
 
 
@@ -405,9 +405,8 @@ def fingerprint(slug: str) -> str:
     here = Path(__file__).resolve().parent
     name = slug.replace("-", "_")
     mark = hashlib.sha256()
-    for path in sorted(
-        [here / f"{name}.py", here / "problems.py", *here.parent.glob(f"s*/{name}.py")]
-    ):
+    files = [here / f"{name}.py", here / "problems.py", *here.parent.glob(f"s*/{name}.py")]
+    for path in sorted(f for f in files if f.is_file()):
         mark.update(path.read_bytes())
     return mark.hexdigest()[:12]
 

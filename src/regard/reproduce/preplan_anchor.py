@@ -233,7 +233,7 @@ def _couplings(seen: dict[bool, list[Rhythm]]) -> dict[str, Claim]:
             {**values, **{f"{n}_heads_on_token_0": share for n, share in mass.items()}},
             here=f"{_figure(name, one.observed)}, lift {100 * one.lift:+.0f} % ({one.marks} peaks)",
             control=f"{_figure(name, one.random)} at random places",
-            interval=Interval("bootstrap, lift in %", 100 * one.low, 100 * one.high, one.p),
+            interval=Interval("lift in %, bootstrap", 100 * one.low, 100 * one.high, one.p),
             note=f"largest 40 % as peaks: {_short(top[name])}; against marks turned round as a "
             f"whole, which keeps their spacing: {_short(turned[name])}; attention on token 0 left "
             f"out: {_short(without[name])} (the global heads put {100 * mass['global']:.0f} % of "
@@ -266,7 +266,7 @@ def _perturb(changes: list[dict[str, Any]]) -> Claim:
         },
         here=f"{mean('high'):.3f}, lower in {100 * lower:.0f} % of {len(each)} problems",
         control=f"{mean('low'):.3f} at the lowest FAI",
-        interval=Interval("bootstrap, difference", low, high),
+        interval=Interval("difference, bootstrap", low, high),
         note=f"the tokens compared stand at {mean('high_place'):.0f} (high) and "
         f"{mean('low_place'):.0f} (low) of the response on average, with entropy "
         f"{mean('high_entropy'):.2f} and {mean('low_entropy'):.2f}: place and certainty are not "

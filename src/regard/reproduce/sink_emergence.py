@@ -74,7 +74,7 @@ CLAIMS = (
     ),
     Claim(
         "open-models",
-        "Every open model tested has it, 14M to 13B, and GPT-2 keeps it on repeated tokens",
+        "Every open model tested has it, 14M to 13B",
         "Sink_1 between 88 and 99 % for 7B to 13B",
         "needs the weights of larger models",
         command="regard reproduce sink-emergence --model meta-llama/Meta-Llama-3-8B",
@@ -215,7 +215,7 @@ def _settle(parts: dict[str, Any]) -> dict[str, Claim]:
             },
             here=f"{part['rate']:.1f} %",
             control=f"{part['elsewhere']:.1f} % at the next best position",
-            interval=Interval("bootstrap, %", low, high),
+            interval=Interval("%, bootstrap", low, high),
             note="threshold "
             + ", ".join(f"{e}: {r:.1f} %" for e, r in part["epsilon"].items())
             + f"; mean attention on the first token {part['alpha']:.3f}, uniform attention would "
@@ -226,7 +226,7 @@ def _settle(parts: dict[str, Any]) -> dict[str, Claim]:
         {"rate": repeat["rate"], "text": text["rate"], "massive": repeat["massive"]},
         here=f"{repeat['rate']:.1f} %",
         control=f"{text['rate']:.1f} % on text",
-        interval=Interval("bootstrap, %", low, high),
+        interval=Interval("%, bootstrap", low, high),
         note=f"largest ratio of hidden-state norms {repeat['massive']:.4f}",
     )
     low, high = bootstrap(text["massive_every"])
@@ -239,7 +239,7 @@ def _settle(parts: dict[str, Any]) -> dict[str, Claim]:
         },
         here=f"{text['massive']:.0f}",
         control=f"{repeat['massive']:.3f} on a repeated token",
-        interval=Interval("bootstrap of each sequence's largest layer", low, high),
+        interval=Interval("largest layer of each sequence, bootstrap", low, high),
         note=f"over the median of the others {text['massive_median']:.0f}; "
         f"on random ids {parts['random']['massive']:.0f}",
     )
@@ -282,7 +282,7 @@ def _bias(
             here=f"gap {gap:.2f}, key {key:.2f} of the median ({heads})",
             control=f"{elsewhere}: gap {mean(control, 'gap'):.2f}, "
             f"key {mean(control, 'key_ratio'):.2f}",
-            interval=Interval("bootstrap, gap", low, high),
+            interval=Interval("gap, bootstrap", low, high),
             note=f"cosine {mean(probes, 'cosine'):.2f}, with other keys "
             f"{mean(probes, 'cosine_others'):.2f}; larger in "
             f"{100 * probes['share_gap'][0]:.0f} % of the sink heads" + rest.format("the gap is"),

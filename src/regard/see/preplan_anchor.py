@@ -593,7 +593,7 @@ def perturb(
     Raises:
         InputError: a position out of range, no alternatives.
     """
-    ids = torch.as_tensor(input_ids).reshape(-1)
+    ids = torch.as_tensor(input_ids).reshape(-1).cpu()
     if not 0 < position < len(ids):
         raise InputError(f"position {position} is out of range: 1 to {len(ids) - 1}")
     if alternatives < 1 or new_tokens < 1:

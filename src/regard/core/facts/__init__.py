@@ -112,6 +112,7 @@ def received(
     mask: Mask | None = None,
     scale: float | None = None,
     weights: Tensor | None = None,
+    kernel: str | None = None,
 ) -> Tensor:
     """Attention each key receives, sum_i w_i P_ij: float32 `[batch, heads, keys]`.
 
@@ -119,8 +120,15 @@ def received(
         q: `[batch, heads, queries, head_dim]`; k: `[batch, kv_heads, keys, head_dim]`.
         lse: `[batch, heads, queries]` of the same call, from `attend(...).lse`.
         weights: per-query weights w `[batch, heads, queries]` (or broadcast), of any sign.
+        kernel: "tiles" (no weights, no gradients), "fused" (an attention call with the roles
+            swapped) or "triton" (one GPU program per block of keys; no gradients); chosen by
+            device when None. "triton" is never chosen by itself: no GPU measurement shows yet
+            that it is faster.
 
     Carries gradients to q, k, lse and weights where one of them asks for it.
+
+    Raises:
+        ValueError: a kernel that cannot compute this call, or not here.
 
     >>> q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     >>> state = attend(q, k, k, mask=Mask.causal())
@@ -128,9 +136,20 @@ def received(
     >>> round(total.sum().item(), 3)  # 2 heads x 6 queries
     12.0
     """
-    if weights is None and _tiled(q, k, lse):
-        return _one(Received(), q, k, lse, mask, scale)
-    return identities.received(q, k, lse, mask=mask, scale=scale, weights=weights)
+    if kernel is None:
+        kernel = "tiles" if weights is None and _tiled(q, k, lse) else "fused"
+    if kernel == "fused":
+        return identities.received(q, k, lse, mask=mask, scale=scale, weights=weights)
+    if kernel not in ("tiles", "triton"):
+        raise ValueError(f"unknown kernel {kernel!r}: choose one of tiles, fused, triton")
+    if _asks(q, k, lse, *([] if weights is None else [weights])):
+        raise ValueError(f"kernel {kernel!r} carries no gradients: use 'fused' or torch.no_grad()")
+    if kernel == "triton":
+        return _triton(q, k, lse, mask, scale, weights)
+    if weights is not None:
+        raise ValueError("kernel 'tiles' takes no weights: use 'fused'")
+    # a choice of all queries: the same sums, but never by the fused call that GPUs take otherwise
+    return _one(Received(queries=(0, q.shape[2])), q, k, lse, mask, scale)
 
 
 def entropy(
@@ -159,8 +178,34 @@ def distance(
 
 def _tiled(*tensors: Tensor) -> bool:
     """Whether tiles are the better way: on a CPU, where nothing asks for a gradient."""
-    asks = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not asks and tensors[0].device.type == "cpu"
+    return not _asks(*tensors) and tensors[0].device.type == "cpu"
+
+
+def _asks(*tensors: Tensor) -> bool:
+    """Whether a gradient is asked for."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    mask: Mask | None,
+    scale: float | None,
+    weights: Tensor | None,
+) -> Tensor:
+    from regard.core.kernels import triton  # an import of half a second that few ask for
+
+    reason = triton.available()
+    if reason is not None:
+        raise ValueError(f"kernel 'triton' cannot run: {reason}; or leave kernel=None")
+    if not triton.supports(q, k, mask):
+        raise ValueError(
+            "kernel 'triton' takes GPU tensors of 32 or 16 bits, heads up to 256 wide, and masks "
+            "made of bands and padding: leave kernel=None for this call"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return triton.received(q, k, lse, mask=mask, scale=scale, weights=weights)
 
 
 def _one(

@@ -1,0 +1,204 @@
+"""Attention received by each key, in one Triton program per block of keys.
+
+The lse of every query is known, so a column of the attention matrix is a plain sum: nothing is
+rescaled on the way, and programs share nothing. The keys of a program stay where they are while
+the queries that may see them pass by. Checked against the dense map through Triton's interpreter
+and compiled for GPUs, but never timed on one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..mask import Band, Both, Mask, Padding
+
+try:
+    import triton
+    import triton.language as tl
+
+    INSTALLED = True
+except ImportError:
+    INSTALLED = False
+
+
+def available() -> str | None:
+    """Why the kernel cannot run here, in words; None where it can."""
+    if not INSTALLED:
+        return "Triton is not installed (pip install triton)"
+    if not (INTERPRETED or torch.cuda.is_available()):
+        return "there is no CUDA device (set TRITON_INTERPRET=1 before the start to try it slowly)"
+    return None
+
+
+def supports(q: Tensor, k: Tensor, mask: Mask | None) -> bool:
+    """Whether the kernel computes such a call: float32 or 16 bits, heads up to 256 wide, and a
+    mask made of bands and padding.
+    """
+    return (
+        q.dtype == k.dtype
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and q.shape[-1] <= 256
+        and (q.is_cuda or INTERPRETED)
+        and _split(mask) is not None
+    )
+
+
+def received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Attention each key receives, sum_i w_i exp(scale q_i . k_j - lse_i) over the allowed pairs:
+    float32 `[batch, heads, keys]`, without gradients.
+
+    Args:
+        q: `[batch, heads, queries, head_dim]`; k: `[batch, kv_heads, keys, head_dim]`, read in
+            place by all heads of a group. Any strides.
+        lse: `[batch, heads, queries]` of the same call; a query with -inf gives nothing.
+        weights: per-query weights w `[batch, heads, queries]` (or broadcast), of any sign.
+
+    Call it where `available()` is None and `supports(q, k, mask)` is true.
+
+    Raises:
+        ValueError: a mask that is not made of bands and padding.
+    """
+    parts = _split(mask)
+    if parts is None:
+        raise ValueError(
+            "kernel 'triton' knows bands and padding only, not this mask: leave kernel=None"
+        )
+    band, valid = parts
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    out = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out
+    q, k, lse = q.detach(), k.detach(), lse.detach().float()
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        q, k = q.float(), k.float()  # the interpreter multiplies the bits of bfloat16 as integers
+    # without weights their pointer is never read, but it must point somewhere
+    w = lse if weights is None else weights.detach().to(lse).expand(lse.shape)
+    padded = max(16, 1 << (dim - 1).bit_length())
+    # one block of keys and two of queries in flight must fit the shared memory of one processor
+    block = 64 if padded * q.element_size() <= 512 else 32
+    with torch.cuda.device_of(q):
+        _kernel[(-(-keys // block), heads, batch)](
+            *(q, k, lse, w, out),
+            *(*q.stride(), *k.stride(), *lse.stride(), *w.stride()),
+            *(queries, keys, heads // k.shape[1], keys - queries),
+            *(band.before or 0, band.after or 0, float(scale)),
+            DIM=dim,
+            PADDED=padded,
+            BLOCK=block,
+            BEFORE=band.before is not None,
+            AFTER=band.after is not None,
+            WEIGHTED=weights is not None,
+        )
+    # padding hides whole keys: their sums are dropped, nothing else changes
+    return out if valid is None else out.masked_fill_(~valid.to(out.device)[:, None], 0.0)
+
+
+def _split(mask: Mask | None) -> tuple[Band, Tensor | None] | None:
+    """The mask as one band and the real keys `[batch, keys]`; None where it is more than that."""
+    if mask is None:
+        return Band(None, None), None
+    if isinstance(mask, Band):
+        return mask, None
+    if isinstance(mask, Padding):
+        return Band(None, None), mask.valid
+    if not isinstance(mask, Both):
+        return None
+    left, right = _split(mask.left), _split(mask.right)
+    if left is None or right is None:
+        return None
+    band = left[0] & right[0]
+    assert isinstance(band, Band)
+    if left[1] is None or right[1] is None:
+        return band, right[1] if left[1] is None else left[1]
+    return band, left[1] & right[1]
+
+
+def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations as code
+    q,
+    k,
+    lse,
+    weights,
+    out,
+    q_b,  # strides
+    q_h,
+    q_t,
+    q_d,
+    k_b,
+    k_h,
+    k_t,
+    k_d,
+    l_b,
+    l_h,
+    l_t,
+    w_b,
+    w_h,
+    w_t,
+    queries,
+    keys,
+    group,
+    shift,
+    before,
+    after,
+    scale,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    # offsets in 64 bits: a long batch holds more than 2^31 numbers
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0) * BLOCK
+    j = first + tl.arange(0, BLOCK)
+    d = tl.arange(0, PADDED)
+    q += b * q_b + h * q_h
+    k += b * k_b + (h // group) * k_h
+    lse += b * l_b + h * l_h
+    weights += b * w_b + h * w_h
+    at_k = k + j.to(tl.int64)[:, None] * k_t + d[None, :] * k_d
+    block_k = tl.load(at_k, mask=(j < keys)[:, None] & (d < DIM)[None, :], other=0.0)
+    # the queries that may see any key of the block: first >= ..., last < ...
+    start, stop = 0, queries
+    if AFTER:
+        start = tl.maximum(first - after - shift, 0) // BLOCK * BLOCK
+    if BEFORE:
+        stop = tl.minimum(first + BLOCK + before - shift, queries)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for low in range(start, stop, BLOCK):
+        i = low + tl.arange(0, BLOCK)
+        wide = i.to(tl.int64)
+        at_q = q + wide[None, :] * q_t + d[:, None] * q_d
+        block_q = tl.load(at_q, mask=(i < queries)[None, :] & (d < DIM)[:, None], other=0.0)
+        row = tl.load(lse + wide * l_t, mask=i < queries, other=float("inf"))
+        row = tl.where(row == -float("inf"), float("inf"), row)  # a query without keys: p = 0
+        s = tl.dot(block_k, block_q, input_precision="ieee") * scale - row[None, :]
+        away = i[None, :] + shift - j[:, None]
+        if BEFORE:
+            s = tl.where(away <= before, s, -float("inf"))
+        if AFTER:
+            s = tl.where(away >= -after, s, -float("inf"))
+        p = tl.exp(s)
+        if WEIGHTED:
+            p *= tl.load(weights + wide * w_t, mask=i < queries, other=0.0)[None, :]
+        total += tl.sum(p, 1)
+    tl.store(out + (b * tl.num_programs(1) + h) * keys + j, total, mask=j < keys)
+
+
+INTERPRETED = False
+if INSTALLED:
+    # lengths and limits change from call to call: code made for one value is made too often
+    _kernel = triton.jit(
+        _columns, do_not_specialize=["queries", "keys", "shift", "before", "after"]
+    )
+    INTERPRETED = not isinstance(_kernel, triton.JITFunction)

@@ -1,0 +1,106 @@
+"""The two reproductions run end to end on a tiny model, and their judges judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regard import reproduce
+from regard.reproduce import preplan_anchor, sink_emergence
+from regard.reproduce.problems import problems
+from regard.zoo import tiny
+
+
+class Letters:
+    """A tokenizer of single characters, for the vocabulary of the tiny models."""
+
+    bos_token_id = None
+    eos_token_id = 2
+    pad_token_id = 0
+    chat_template = None
+
+    def __len__(self) -> int:
+        return 128
+
+    def __call__(self, words: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(c) % 120 for c in words]}
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
+        return [" ".join(str(n) for n in row if n > 2) for row in rows.tolist()]
+
+
+def test_problems_differ_and_are_the_same_again() -> None:
+    made = problems(36)
+    assert len(set(made)) == 36 and made == problems(36) and made != problems(36, seed=1)
+    assert not any("{" in one for one in made)
+
+
+@pytest.mark.parametrize("slug", reproduce.available())
+def test_it_runs_on_a_tiny_model(slug: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.generation_config.eos_token_id = None  # a random model would stop anywhere
+    result = reproduce.run(slug, quick=True, model=(model, Letters()), out=tmp_path)
+    stated = (sink_emergence if "sink" in slug else preplan_anchor).CLAIMS
+    assert [c.key for c in result.claims] == [c.key for c in stated]
+    for claim in result.claims:
+        assert claim.verdict in ("reproduced", "partly", "not reproduced", "needs scale")
+        if claim.verdict != "needs scale":
+            assert claim.here and claim.control and claim.values
+    assert json.loads((tmp_path / f"{slug}.quick.json").read_text())["settings"]
+
+
+def judged(module: Any, name: str, /, **values: float) -> str:
+    claim = next(c for c in module.CLAIMS if c.key == name)
+    return claim.settle(values, here="", control="").verdict
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "said"),
+    [
+        ("text", {"rate": 78, "low": 75, "elsewhere": 5}, "reproduced"),
+        ("text", {"rate": 40, "low": 35, "elsewhere": 5}, "partly"),
+        ("text", {"rate": 78, "low": 75, "elsewhere": 76}, "partly"),
+        ("text", {"rate": 3, "low": 2, "elsewhere": 5}, "not reproduced"),
+        ("random", {"rate": 55, "low": 50, "elsewhere": 5}, "reproduced"),
+        ("random", {"rate": 95, "low": 90, "elsewhere": 5}, "partly"),
+        ("repeat", {"rate": 0, "text": 78, "massive": 1.0}, "reproduced"),
+        ("repeat", {"rate": 0, "text": 78, "massive": 3.0}, "partly"),
+        ("repeat", {"rate": 60, "text": 78, "massive": 1.0}, "not reproduced"),
+        ("massive", {"massive": 150, "repeat": 1.0}, "reproduced"),
+        ("massive", {"massive": 150, "repeat": 9.0}, "partly"),
+        ("massive", {"massive": 2, "repeat": 9.0}, "not reproduced"),
+        ("key-bias", {"gap": 0.4, "key": 0.4}, "reproduced"),
+        ("key-bias", {"gap": 0.1, "key": 0.4}, "partly"),
+        ("key-bias", {"gap": 0.1, "key": 1.4}, "not reproduced"),
+        ("small-value", {"value": 0.2}, "reproduced"),
+        ("small-value", {"value": 0.8}, "partly"),
+        ("small-value", {"value": 1.2}, "not reproduced"),
+    ],
+)
+def test_judges_of_sink_emergence(key: str, values: dict[str, float], said: str) -> None:
+    assert judged(sink_emergence, key, **values) == said
+
+
+@pytest.mark.parametrize("key", ["entropy", "receiver", "follow"])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lift": 0.2, "p": 0.001, "top_lift": 0.1}, "reproduced"),
+        ({"lift": 0.2, "p": 0.001, "top_lift": -0.1}, "partly"),
+        ({"lift": 0.2, "p": 0.2, "top_lift": 0.1}, "not reproduced"),
+        ({"lift": -0.2, "p": 0.99, "top_lift": 0.1}, "not reproduced"),
+    ],
+)
+def test_judges_of_couplings(key: str, values: dict[str, float], said: str) -> None:
+    assert judged(preplan_anchor, key, **values) == said
+
+
+@pytest.mark.parametrize(
+    ("difference", "high", "said"),
+    [(-0.1, -0.02, "reproduced"), (-0.1, 0.01, "partly"), (0.1, 0.2, "not reproduced")],
+)
+def test_judge_of_perturbation(difference: float, high: float, said: str) -> None:
+    assert judged(preplan_anchor, "perturb", difference=difference, high=high) == said
