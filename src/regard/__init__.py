@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 # name -> module it comes from; nothing is imported before it is asked for
 _LAZY = {
     "watch": "regard.api",
+    "apply": "regard.api",
+    "ACT": "regard.steer",
     "Watch": "regard.api",
     "facts": "regard.api",
     "load": "regard.zoo",
@@ -22,16 +24,18 @@ _LAZY = {
     "methods": "regard.catalog",
     "check": "regard.reach.check",
 }
-_MODULES = ("core", "zoo", "reach", "see", "report")
+_MODULES = ("core", "zoo", "reach", "see", "steer", "report")
 
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
     from regard.api import Watch as Watch
+    from regard.api import apply as apply
     from regard.api import facts as facts
     from regard.api import watch as watch
     from regard.catalog import methods as methods
     from regard.reach.check import check as check
+    from regard.steer import ACT as ACT
     from regard.zoo import load as load
     from regard.zoo import models as models
 

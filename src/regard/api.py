@@ -11,7 +11,7 @@ import torch
 
 from regard.core import FACTS, Fact
 from regard.errors import InputError, NeedsMatrix, nearest
-from regard.reach import Collector, Session, Site
+from regard.reach import Collector, Handler, Session, Site
 
 _MATRIX = {"map", "maps", "attention", "attentions", "weights", "matrix", "probabilities"}
 
@@ -61,6 +61,22 @@ def watch(
         ReachError: a model whose attention regard cannot reach.
     """
     return Watch(model, facts, layers=layers, heads=heads, part=part, tokenizer=tokenizer)
+
+
+def apply(model: Any, *methods: Handler) -> Session:
+    """Run the model with methods that act on its attention calls, in the order given.
+
+    Use it as a context manager, or call `attach()` and `detach()`; afterwards the model is as it
+    was.
+
+    Raises:
+        InputError: a setting that this model cannot take.
+        ReachError: a model whose attention regard cannot reach.
+    """
+    for method in methods:
+        if not isinstance(method, Handler):
+            raise InputError(f"{method!r} is no method: give, for example, regard.ACT(beta=0.4)")
+    return Session(model, methods)
 
 
 class Layers(Mapping[int, Any]):

@@ -210,6 +210,17 @@ class Mask:
         cells = self._cells(i, j, (queries, keys))
         return cells.expand(*cells.shape[:2], len(i), len(j))
 
+    def columns(self, queries: int, keys: int, index: Tensor) -> Tensor:
+        """Whether each query may look at picked keys, `[batch, heads, queries, picked]`.
+
+        `index` `[batch, heads, picked]` names key positions; every head may pick its own.
+        """
+        unique, where = index.unique(return_inverse=True)
+        i = torch.arange(queries, device=index.device) + keys - queries
+        cells = self._cells(i, unique, (queries, keys))
+        cells = cells.expand(index.shape[0], index.shape[1], queries, len(unique))
+        return cells.gather(-1, where[:, :, None].expand(-1, -1, queries, -1))
+
     def area(self, queries: int, keys: int) -> Any:
         """Exact number of allowed pairs: an int, or a list with one int a batch row where rows
         differ.

@@ -119,8 +119,8 @@ def sample_inputs(model: Any, tokens: int = TOKENS, batch: int = 1) -> dict[str,
         return {"pixel_values": torch.randn(shape, dtype=dtype, device=device)}
     if main == "input_features":
         frames = 2 * getattr(config, "max_source_positions", tokens)
-        shape = (batch, config.num_mel_bins, frames)
-        features = torch.randn(shape, dtype=dtype, device=device)
+        bins = config.num_mel_bins
+        features = torch.randn((batch, bins, frames), dtype=dtype, device=device)
         return {"input_features": features, "decoder_input_ids": ids}
     if getattr(config, "is_encoder_decoder", False):
         return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}

@@ -51,10 +51,10 @@ class Handed(Tensor):
         handed.query_offset, handed.key_offset = offsets
         return handed
 
-    def contiguous(self, *args: Any, **kwargs: Any) -> Handed:  # type: ignore[override]
+    def contiguous(self, *args: Any, **kwargs: Any) -> Handed:
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> Handed:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Handed:
         return self
 
 
