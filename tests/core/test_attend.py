@@ -148,7 +148,7 @@ def test_the_fused_kernel_is_taken_where_it_can_be() -> None:
 
 
 def test_grouped_keys_are_not_copied() -> None:
-    """The fused call reads the keys of a group in place: no allocation as large as repeated keys."""
+    """The fused call reads the keys of a group in place: nothing as large as repeated keys."""
     q, k, v = tensors((1, 8, 1, 256, 256, 64))
     with torch.profiler.profile(profile_memory=True) as seen:
         cpu.forward(q, k, v, Mask.causal(), 0.125)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -236,7 +237,7 @@ def test_streaming_gives_what_one_call_gives(
     whole = measure(q, k, attend(q, k, v, mask=mask).lse, chosen, mask=mask)
     sums: list[dict[str, Tensor]] | None = None
     edges = [0, *sorted(cuts), 40]
-    for a, b in zip(edges, edges[1:]):
+    for a, b in pairwise(edges):
         first = 0 if window is None else max(0, a - window + 1)  # a sliding cache forgets
         qs, ks, vs = q[:, :, a:b], k[:, :, first:b], v[:, :, first:b]
         lse = attend(qs, ks, vs, mask=mask).lse

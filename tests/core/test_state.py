@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def test_merge_of_any_partition_is_the_whole(
 ) -> None:
     q, k, v = tensors((1, 2, 1, queries, keys, 4), torch.float64, seed)
     edges = sorted({0, keys, *(c for c in cuts if c < keys)})
-    parts = [attend(q, k[:, :, a:b], v[:, :, a:b]) for a, b in zip(edges, edges[1:])]
+    parts = [attend(q, k[:, :, a:b], v[:, :, a:b]) for a, b in pairwise(edges)]
     whole = attend(q, k, v)
     for order in (parts, parts[::-1]):
         merged = merge(*order)

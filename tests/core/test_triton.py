@@ -21,6 +21,7 @@ from .cases import SHAPES, close, masks, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = kernel.available()
+VERSION = tuple(map(int, kernel.triton.__version__.split(".")[:2])) if kernel.INSTALLED else (0, 0)
 runs = pytest.mark.skipif(HERE is not None, reason=f"not in this process: {HERE}")
 SIZES = {
     **{name: size for name, size in SHAPES.items() if size[3] < 300},  # interpreting is slow
@@ -30,7 +31,7 @@ SIZES = {
     "B1-T90-S40-H2-Hkv1-D16": (1, 2, 1, 90, 40, 16),  # more queries than keys
 }
 KNOWN = {"none", "full", "causal", "window", "causal window", "left padding", "right padding"}
-KNOWN |= {"band apart", "far", "ahead", "padding alone"}
+KNOWN |= {"band apart", "far", "ahead", "padding alone", "two paddings"}
 
 
 def cases(batch: int, queries: int, keys: int) -> dict[str, Mask | None]:
@@ -41,6 +42,7 @@ def cases(batch: int, queries: int, keys: int) -> dict[str, Mask | None]:
         "far": Mask.band(None, -(keys // 2)),  # the first queries see nothing
         "ahead": Mask.band(-1, 70),
         "padding alone": Mask.padding(real),
+        "two paddings": Mask.causal() & Mask.padding(real) & Mask.padding(real.flip(1)),
     }
 
 
@@ -135,6 +137,7 @@ def test_the_kernel_of_received_goes_by_name() -> None:
 
 @pytest.mark.skipif(not kernel.INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(HERE is None, reason="the tests above run here")
+@pytest.mark.skipif(VERSION < (3, 7), reason="older interpreters do not get along with NumPy 2.4")
 def test_all_of_this_in_the_interpreter() -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -152,30 +155,26 @@ def test_all_of_this_in_the_interpreter() -> None:
 @pytest.mark.skipif(
     not kernel.INSTALLED or kernel.INTERPRETED, reason="no compiler in this process"
 )
-@pytest.mark.parametrize("dtype, dim", [("fp32", 256), ("bf16", 128)])
-@pytest.mark.parametrize("band", [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    "dtype, dim, band", [("fp32", 64, True), ("bf16", 80, True), ("bf16", 128, False)]
+)
 def test_it_compiles_for_a_gpu_that_need_not_be_here(
-    dtype: str, dim: int, band: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dtype: str, dim: int, band: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where this is not said
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel._kernel.arg_names
-    constants = {
-        "DIM": dim,
-        "PADDED": dim,
-        "BLOCK": 32 if dtype == "fp32" else 64,
-        "BEFORE": band[0],
-        "AFTER": band[1],
-        "WEIGHTED": band[0],
-        **dict.fromkeys(("q_d", "k_d", "l_t", "w_t"), 1),
-    }
+    padded, block = kernel._sizes(dim, 4 if dtype == "fp32" else 2)
+    constants = {"DIM": dim, "PADDED": padded, "BLOCK": block}
+    constants |= {"BEFORE": band, "AFTER": band, "WEIGHTED": band}
+    constants |= dict.fromkeys(("q_d", "k_d", "l_t", "w_t"), 1)
     kinds = {"q": f"*{dtype}", "k": f"*{dtype}", "scale": "fp32"}
     kinds |= dict.fromkeys(("lse", "weights", "out"), "*fp32")
     kinds |= dict.fromkeys(constants, "constexpr")
-    signature = {n: kinds.get(n, "i32") for n in names}
+    signature = {n: kinds.get(n, "i32") for n in kernel._kernel.arg_names}
     source = ASTSource(kernel._kernel, signature, constants)
     made = kernel.triton.compile(source, target=GPUTarget("cuda", 80, 32))
-    assert "ptx" in made.asm
+    assert ("mma" in made.asm["ptx"]) == (dtype == "bf16")  # float32 products are not rounded
     assert made.metadata.shared <= 99 * 1024  # what the smallest of these GPUs lends one program

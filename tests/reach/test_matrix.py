@@ -16,7 +16,7 @@ from regard.zoo.tiny import CAUSAL_LMS, FAMILIES, inputs, tiny
 
 
 def own(family: str) -> Any:
-    """A tiny model on an attention of its own that honours its soft cap (older sdpa code left it out)."""
+    """A tiny model whose own attention honours its soft cap (older sdpa code left it out)."""
     model = tiny(family)
     if family == "gemma2":
         model.set_attn_implementation("eager")

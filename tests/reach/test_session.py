@@ -10,7 +10,7 @@ import torch
 from regard.core import Received, State
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Collector, Handler, Session
-from regard.reach.session import _active
+from regard.reach.dispatch import _active
 from regard.zoo.tiny import inputs, tiny
 
 IDS = torch.randint(3, 100, (1, 10), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,8 @@ class Order(Handler):
 
 def fingerprint(model: Any) -> list[str]:
     return [
-        f"{n} {m.training} {len(m._forward_hooks)} {len(m._forward_pre_hooks)} {sorted(map(str, vars(m.config).items()))}"
+        f"{n} {m.training} {len(m._forward_hooks)} {len(m._forward_pre_hooks)} "
+        f"{sorted(map(str, vars(m.config).items()))}"
         for n, m in model.named_modules()
         if hasattr(m, "config")
     ]
@@ -124,7 +125,7 @@ def test_refusals() -> None:
     from transformers import BloomConfig, BloomModel
 
     old = BloomModel(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ReachError, match="BloomModel computes attention by itself"):
+    with pytest.raises(ReachError, match=r"BloomModel computes attention by itself"):
         Session(old)
     model = tiny("llama")
     model.config.attention_dropout = 0.5
@@ -150,7 +151,7 @@ def test_a_foreign_attention_is_not_replaced() -> None:
 
 def test_asking_for_the_matrix_names_the_remedy() -> None:
     model = tiny("whisper")
-    with pytest.raises((ReachError, ValueError), match="thumbnail|eager"), Session(model):
+    with pytest.raises((ReachError, ValueError), match=r"thumbnail|eager"), Session(model):
         model(**inputs("whisper", model), output_attentions=True)
 
 
@@ -198,3 +199,24 @@ def test_attaching_twice() -> None:
     with pytest.raises(RuntimeError, match="attached already"):
         session.attach()
     session.detach()
+
+
+def test_layers_that_share_a_module() -> None:
+    """ALBERT runs all its layers through one module: each is a layer of its own here."""
+    from transformers import AlbertConfig, AlbertModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = AlbertConfig(vocab_size=128, embedding_size=16, num_hidden_layers=6, **sizes)
+    model = AlbertModel(config).eval()
+    model.set_attn_implementation("eager")
+    seen = Collector([Received()], layers=[0, 3, 5])
+    with torch.no_grad():
+        maps = model(IDS, output_attentions=True).attentions
+        with Session(model, [seen]):
+            model(IDS)
+            model(IDS)
+    assert [r.site.layer for r in seen.records.values()] == [0, 3, 5]
+    for record in seen.records.values():
+        found = seen.value(record, seen.facts[0])
+        assert torch.allclose(found, maps[record.site.layer].sum(2), atol=1e-5)
+    assert not model._forward_pre_hooks

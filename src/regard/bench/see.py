@@ -26,7 +26,7 @@ from regard.errors import InputError, nearest
 __all__ = ["run", "plan", "table", "page", "judge", "Step"]
 
 GIB = 2**30
-MAIN = ("received", "received + entropy", "all facts")
+MAIN = "received + entropy"  # the row that the targets are about
 Job = dict[str, Any]
 Progress = Callable[[str], None]
 
@@ -37,13 +37,14 @@ class Step:
 
     `job["logits"]` is "all" (the whole forward) or "last" (only the last position's, so that the
     vocabulary matrix hides nothing); `pairs` is how often row and plain model are timed in turn, 0
-    for memory alone.
+    for memory alone; `shared` cells of one length use one process, one after the other.
     """
 
     key: str
     job: Job
     pairs: int = 0
     peer: str | None = None
+    shared: bool = False
 
 
 def rows(facts: Sequence[str] | None = None) -> dict[str, Job]:
@@ -74,7 +75,7 @@ def plan(
     """The cells of a run, those that decide the targets first.
 
     >>> [s.key for s in plan([64], facts=["entropy"], kernel=False)][:3]
-    ['64/all/plain', '64/all/received', '64/all/received + entropy']
+    ['64/all/plain', '64/all/received + entropy', '64/all/eager']
     """
     steps: list[Step] = []
     own = rows(facts)
@@ -94,20 +95,21 @@ def plan(
     if peer:
         usual[peer] = {"do": "forward", "route": "peer", "peer": peer}
 
-    def add(n: int, row: str, job: Job, pairs: int, logits: str = "all") -> None:
+    def add(
+        n: int, row: str, job: Job, pairs: int, logits: str = "all", shared: bool = False
+    ) -> None:
         full = {**job, "tokens": n, "logits": logits}
-        steps.append(Step(key_of(n, row, logits), full, pairs, job.get("peer")))
+        steps.append(Step(key_of(n, row, logits), full, pairs, job.get("peer"), shared))
 
     for n in ordered:
         add(n, "plain", plain, 0)
-        for row in MAIN:
-            add(n, row, own[row], repeats)
+        add(n, MAIN, own[MAIN], repeats)
         if n == (middle or [max(lengths)])[0]:
             for row, job in usual.items():
                 add(n, row, job, repeats)
     for n in sorted(growth if growth is not None else lengths):
         add(n, "plain", plain, 0, "last")
-        add(n, "received + entropy", own["received + entropy"], repeats if n <= 4096 else 0, "last")
+        add(n, MAIN, own[MAIN], repeats if n == 4096 else 0, "last")
     have = {s.key for s in steps}
     for n in sorted(lengths):
         for row, job in usual.items():
@@ -115,8 +117,8 @@ def plan(
                 add(n, row, job, repeats)
     for n in sorted(lengths):
         for row, job in own.items():
-            if row not in MAIN:
-                add(n, row, job, 1 if n >= 4096 else repeats)
+            if row != MAIN:
+                add(n, row, job, 1 if n >= 4096 else repeats, shared=True)
     return steps
 
 
@@ -135,7 +137,7 @@ def run(
     threads: int | None = None,
     seed: int = 0,
     patience: float = 60.0,
-    pair_seconds: float = 120.0,
+    pair_seconds: float = 60.0,
     timeout: float = 1200.0,
     spare: int = GIB,
     progress: Progress | None = record.show_progress,
@@ -202,13 +204,14 @@ def run(
         if todo:
             runner.describe(result, longest)
             result.save(out)
-        for number, step in enumerate(todo, 1):
-            busy = _wait_for_calm(patience)
-            cell = runner.measure(step, pair_seconds, result)
-            cell.values["others_busy"] = round(busy, 3)
-            result.cells[step.key] = cell
-            result.save(out)
-            say(f"[{number}/{len(todo)}] {step.key}: {_short(cell)}")
+        with contextlib.closing(runner):
+            for number, step in enumerate(todo, 1):
+                busy = _wait_for_calm(patience)
+                cell = runner.measure(step, pair_seconds, result)
+                cell.values["others_busy"] = round(busy, 3)
+                result.cells[step.key] = cell
+                result.save(out)
+                say(f"[{number}/{len(todo)}] {step.key}: {_short(cell)}")
     return result
 
 
@@ -229,6 +232,7 @@ class _Runner:
         self.path, self.peer_python = model, peer_python
         self.timeout, self.spare, self.folder = timeout, spare, folder
         self.about: Job = {}
+        self.kept: tuple[int, _Worker] | None = None
 
     def describe(self, result: Result, longest: int) -> None:
         """Ask one process for the model's shape, where it lies, and the token ids."""
@@ -247,6 +251,9 @@ class _Runner:
     def measure(self, step: Step, pair_seconds: float, result: Result) -> Cell:
         """One cell: the first, cold forward gives the memory, the pairs after it the time."""
         job = dict(step.job)
+        if step.shared:
+            return self._pairs(self._share(job["tokens"]), step, pair_seconds, {})
+        self.close()
         with self._worker(step.peer) as worker:
             if job["do"] == "kernel":
                 shape = {k: self.about[k] for k in ("heads", "kv_heads")}
@@ -256,29 +263,52 @@ class _Runner:
             first = worker.ask({**job, "memory": True})
             if first["outcome"] != record.MEASURED:
                 return _cell(job, first, {})
-            values = {
-                "growth": first["growth"],
-                "total": first["total"],
-                "first_seconds": first["seconds"],
-            }
+            values = {k: first[k] for k in ("growth", "total")}
+            values["first_seconds"] = first["seconds"]
             if "peer_version" in first:
                 values["peer_version"] = first["peer_version"]
-            base = {**{k: job[k] for k in ("do", "tokens", "logits")}, "route": "plain"}
-            pairs: list[list[float]] = []
-            start = time.monotonic()
-            while len(pairs) < step.pairs:
-                one, other = worker.ask(base), worker.ask(job)
-                for part in (one, other):
-                    if part["outcome"] != record.MEASURED:
-                        return _cell(job, part, values)
-                pairs.append([one["seconds"], other["seconds"]])
-                spent = time.monotonic() - start
-                if spent + spent / len(pairs) > pair_seconds:
-                    break
-            if pairs:
-                values["pairs"] = pairs  # [plain, row] seconds, one after the other
-                values["ratio"] = dict(record.spread([b / a for a, b in pairs]))
-            return _cell(job, first, values)
+            return self._pairs(worker, step, pair_seconds, values)
+
+    def _pairs(
+        self, worker: _Worker, step: Step, pair_seconds: float, values: dict[str, Any]
+    ) -> Cell:
+        """Plain and row in turn; a shared process gives its free memory back before each."""
+        job = {**step.job, "memory": step.shared}
+        base = {**{k: job[k] for k in ("do", "tokens", "logits", "memory")}, "route": "plain"}
+        pairs: list[list[float]] = []
+        start = time.monotonic()
+        while len(pairs) < step.pairs:
+            one, other = worker.ask(base), worker.ask(job)
+            for part in (one, other):
+                if part["outcome"] != record.MEASURED:
+                    return _cell(step.job, part, values)
+            if step.shared and not pairs:
+                values |= {k: other[k] for k in ("growth", "total")} | {"shared": True}
+            pairs.append([one["seconds"], other["seconds"]])
+            spent = time.monotonic() - start
+            if spent + spent / len(pairs) > pair_seconds:
+                break
+        if pairs:
+            values["pairs"] = pairs  # [plain, row] seconds, one after the other
+            values["ratio"] = dict(record.spread([b / a for a, b in pairs]))
+        return _cell(step.job, {"outcome": record.MEASURED}, values)
+
+    def _share(self, tokens: int) -> _Worker:
+        """The process of the shared cells of one length, warmed by a plain forward."""
+        if self.kept is None or self.kept[0] != tokens or not self.kept[1].alive:
+            self.close()
+            worker = self._worker(None).__enter__()
+            self.kept = (tokens, worker)
+            worker.ask({"do": "forward", "route": "plain", "tokens": tokens, "logits": "all"})
+        worker = self.kept[1]
+        worker.deadline = time.monotonic() + self.timeout
+        return worker
+
+    def close(self) -> None:
+        """End the shared process."""
+        if self.kept is not None:
+            self.kept[1].__exit__(None, None, None)
+            self.kept = None
 
     def _worker(self, peer: str | None) -> _Worker:
         setup = self.setup if peer is None else {**self.setup, "model": self.path, "own": False}
@@ -348,6 +378,11 @@ class _Worker:
                 self.process.wait()
             self.watcher.join()
         self.errors.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take another job."""
+        return self.process is not None and self.process.poll() is None
 
     def ask(self, job: Job) -> Job:
         """The answer to one job; a process that is gone answers with how it ended."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import cpu, cuda, flex, reference, tiled
+from .kernels import cpu, cuda, flex, reference, spans, tiled
 from .mask import Mask
 from .state import State, merge
 
-KERNELS = ("cpu", "cuda", "flex", "tiled", "reference")
+KERNELS = ("cpu", "spans", "cuda", "flex", "tiled", "reference")
 
 
 def attend(
@@ -77,6 +77,8 @@ def choose(
     """Name of the kernel that `attend` takes for such a call."""
     if cpu.supports(q, k, v, mask, softcap, bias):
         return "cpu"
+    if spans.supports(q, k, v, mask, softcap, bias):
+        return "spans"
     if cuda.supports(q, k, v, mask, softcap, bias):
         return "cuda"
     if q.device.type == "cuda" and flex.supports(q, k, v, mask, softcap, bias):
@@ -106,6 +108,13 @@ class _Attend(torch.autograd.Function):
                     "use 'tiled'"
                 )
             out, lse = cpu.forward(q, k, v, mask, scale)
+        elif name == "spans":
+            if not spans.supports(q, k, v, mask, softcap, bias):
+                raise ValueError(
+                    "kernel 'spans' takes CPU tensors, some queries and neither soft cap nor bias: "
+                    "use 'tiled'"
+                )
+            out, lse = spans.forward(q, k, v, mask, scale)
         elif name == "cuda":
             out, lse = cuda.forward(q, k, v, mask, scale)
         elif name == "flex":

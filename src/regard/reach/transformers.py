@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from regard.core import Mask
 from regard.errors import ReachError
 
 from .call import Call, Site
+from .dispatch import run, site_of
 from .masks import from_mask_function
-from .session import run, site_of
 
 NAME = "regard"
 # attention functions that compute the softmax attention which regard computes too
@@ -32,7 +33,8 @@ class Handed(Tensor):
     """What our mask function hands to our attention function in place of a dense mask.
 
     transformers passes masks on as 4-D tensors, so this is one: a single stored number seen as
-    `[batch, 1, queries, keys]`, that carries the description and survives being moved or made contiguous.
+    `[batch, 1, queries, keys]`, that carries the description and survives being moved or made
+    contiguous.
     """
 
     mask: Mask
@@ -72,9 +74,14 @@ def sites(model: Any) -> list[Site]:
             "(of a wrapper, usually its .model)"
         )
     found: list[Site] = []
-    for name, module in model.named_modules():
-        if _asks_interface(module):
-            found.append(_site(len(found), name, module))
+    asking = [(name, m) for name, m in model.named_modules() if _asks_interface(m)]
+    for name, module in asking:
+        # ALBERT runs several layers through one module
+        groups = getattr(model.config, "num_hidden_groups", None)
+        turns = model.config.num_hidden_layers // groups if groups else 1
+        for turn in range(turns):
+            site = _site(len(found), name, module)
+            found.append(replace(site, layer=site.layer * turns + turn))
     if not found:
         raise ReachError(
             f"{type(model).__name__} computes attention by itself and never asks transformers' "
@@ -230,7 +237,8 @@ def _attention(
     if isinstance(attention_mask, Handed):
         if not hasattr(attention_mask, "mask"):
             raise ReachError(
-                f"{site.name} cuts or changes its attention mask on the way, which regard cannot follow"
+                f"{site.name} cuts or changes its attention mask on the way, which regard cannot "
+                "follow"
             )
         mask, offsets = (
             attention_mask.mask,

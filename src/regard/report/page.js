@@ -22,7 +22,11 @@
   const number = (v) => {
     if (v === null || v === undefined) return "–";
     const size = Math.abs(v);
-    if (v !== 0 && (size < 1e-3 || size >= 1e7)) return v.toExponential(1).replace("e", " × 10^").replace("+", "");
+    if (v !== 0 && (size < 1e-3 || size >= 1e7)) {
+      const raised = (n) => n.replace(/[-\d]/g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]);
+      const [digits, power] = v.toExponential(1).split("e");
+      return digits + " × 10" + raised(power.replace("+", ""));
+    }
     return v.toLocaleString("en", { maximumSignificantDigits: 3 });
   };
   const shown = (t) => t.replace(/\r\n|\r|\n/g, "↵").replace(/\t/g, "⇥").trim() || (t ? "␣" : "·");

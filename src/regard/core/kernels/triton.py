@@ -83,9 +83,7 @@ def received(
         q, k = q.float(), k.float()  # the interpreter multiplies the bits of bfloat16 as integers
     # without weights their pointer is never read, but it must point somewhere
     w = lse if weights is None else weights.detach().to(lse).expand(lse.shape)
-    padded = max(16, 1 << (dim - 1).bit_length())
-    # one block of keys and two of queries in flight must fit the shared memory of one processor
-    block = 64 if padded * q.element_size() <= 512 else 32
+    padded, block = _sizes(dim, q.element_size())
     with torch.cuda.device_of(q):
         _kernel[(-(-keys // block), heads, batch)](
             *(q, k, lse, w, out),
@@ -101,6 +99,15 @@ def received(
         )
     # padding hides whole keys: their sums are dropped, nothing else changes
     return out if valid is None else out.masked_fill_(~valid.to(out.device)[:, None], 0.0)
+
+
+def _sizes(dim: int, item: int) -> tuple[int, int]:
+    """Head width as the kernel pads it, and queries or keys per block, for numbers of `item` bytes.
+
+    Larger blocks would not fit the shared memory of common GPUs or, in float32, their registers.
+    """
+    padded = max(16, 1 << (dim - 1).bit_length())
+    return padded, 64 if padded <= (64 if item == 4 else 256) else 32
 
 
 def _split(mask: Mask | None) -> tuple[Band, Tensor | None] | None:

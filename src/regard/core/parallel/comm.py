@@ -188,9 +188,7 @@ class Comm:
         arrived = torch.empty_like(parts)
         what = f"exchanging {label}"
         with self._naming(what):
-            work = dist.all_to_all_single(
-                arrived, parts, group=self._groups[name], async_op=True
-            )
+            work = dist.all_to_all_single(arrived, parts, group=self._groups[name], async_op=True)
         self._wait([work], what)
         count = len(parts)
         self.sent[label] += parts.numel() * parts.element_size() * (count - 1) // count
@@ -198,8 +196,9 @@ class Comm:
 
     # -- between all ranks -------------------------------------------------------------------------
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over all ranks, on every rank; changes `x`."""
+        """The sum of `x` over all ranks, on every rank; may change `x`."""
         if self.size > 1:
+            x = x.contiguous()
             with self._naming("summing over ranks"):
                 work = dist.all_reduce(x, group=self._groups["all"], async_op=True)
             self._wait([work], "summing over ranks")

@@ -116,7 +116,9 @@ def _degree(ranks: int, least: int, heads: tuple[int, int] | None) -> int:
             return True
         return heads[0] % u == 0 and (heads[1] % u == 0 or u % heads[1] == 0)
 
-    return max(u for u in _divisors(ranks) if u == 1 or (u <= NODE and ranks // u >= least and fits(u)))
+    return max(
+        u for u in _divisors(ranks) if u == 1 or (u <= NODE and ranks // u >= least and fits(u))
+    )
 
 
 def _divisors(n: int) -> list[int]:

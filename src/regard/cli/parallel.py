@@ -1,0 +1,185 @@
+"""regard bench parallel, regard bench plan, and `regard see` over several processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regard.cli.common import check_output, count, write_json
+from regard.errors import InputError
+
+SCHEMES = "ulysses,ring,allgather,usp,loongtrain"
+
+
+def app_commands(app: typer.Typer) -> None:
+    """Add `parallel` and `plan` to the commands of `regard bench`."""
+    app.command("parallel")(parallel)
+    app.command("plan")(plan)
+
+
+def parallel(
+    schemes: Annotated[str, typer.Option(help="Which schemes, by name.")] = SCHEMES,
+    mask: Annotated[
+        str, typer.Option(help="A mask of `regard bench masks`.")
+    ] = "causal_document",
+    tokens_per_rank: Annotated[str, typer.Option(help="Tokens of each rank: 1024 or 1k.")] = "1k",
+    heads: Annotated[str, typer.Option(help="Query and key heads.")] = "8:2",
+    dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    documents: Annotated[
+        str | None,
+        typer.Option(help="Lengths of the documents, 500,300,224; like a corpus by default."),
+    ] = None,
+    ulysses: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of a head group of usp and loongtrain.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls after one warm-up.")] = 5,
+    backward: Annotated[bool, typer.Option(help="Also time gradients.")] = True,
+    peer: Annotated[bool, typer.Option(help="Also torch's own context_parallel.")] = True,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a silent rank counts as lost.")
+    ] = 600,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
+    ] = None,
+) -> None:
+    """Five schemes of context parallelism on the processes that torchrun started.
+
+    [bold]Example[/]
+
+      torchrun --nproc-per-node 4 -m regard bench parallel --mask causal --tokens-per-rank 1k
+    """
+    with one_voice():
+        from regard.bench import parallel as bench
+        from regard.core.parallel import started
+
+        check_output(out)
+        names = [n.strip() for n in schemes.split(",") if n.strip()]
+        pair = pair_of(heads)
+        rows = count(tokens_per_rank)
+        bench.check(names, mask, pair, dtype)
+        lengths = None
+        if documents is not None:
+            lengths = [count(n) for n in documents.split(",") if n.strip()]
+            total = rows * int(os.environ.get("WORLD_SIZE", "1"))
+            if sum(lengths) != total:
+                raise InputError(
+                    f"the documents have {sum(lengths)} tokens together, the ranks {total}: change "
+                    "the lengths or --tokens-per-rank"
+                )
+        with started(timeout):
+            result = bench.run(
+                names,
+                mask=mask,
+                tokens_per_rank=rows,
+                heads=pair,
+                dim=dim,
+                dtype=dtype,
+                lengths=lengths,
+                ulysses=ulysses,
+                repeats=repeats,
+                backward=backward,
+                peer=peer,
+                out=out,
+                timeout=timeout,
+            )
+        if first_rank():
+            from rich.console import Console
+
+            Console().print(bench.table(result))
+
+
+def plan(
+    ranks: Annotated[int, typer.Option(min=1, help="How many devices.")],
+    tokens: Annotated[str, typer.Option(help="Length of the sequence: 1M, 128k.")],
+    heads: Annotated[str, typer.Option(help="Query and key heads.")] = "64:8",
+    dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 128,
+    device: Annotated[
+        str, typer.Option(help="a100, h100, h200, or TFLOP/s and GiB as 400:80.")
+    ] = "h100",
+    link: Annotated[
+        str,
+        typer.Option(help="Links within and between nodes: nvlink4:ib-ndr, or GB/s as 450:50."),
+    ] = "nvlink4:ib-ndr",
+    node: Annotated[int, typer.Option(min=1, help="Devices of a node.")] = 8,
+    latency: Annotated[float, typer.Option(min=0, help="Microseconds of a message.")] = 10,
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the device's peak that attention reaches.")
+    ] = 0.6,
+    reserve: Annotated[
+        float, typer.Option(min=0, help="GiB of each device that the model and the rest take.")
+    ] = 0,
+    mask: Annotated[
+        str, typer.Option(help="causal, full, causal_document or full_document.")
+    ] = "causal",
+    schemes: Annotated[str, typer.Option(help="Which schemes, by name.")] = SCHEMES,
+    ulysses: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of a head group of usp and loongtrain.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON here; - for stdout.")
+    ] = None,
+) -> None:
+    """Which scheme would be fastest on machines you do not have here, and where each hits a wall.
+
+    Computed from byte and FLOP formulas and from the figures you give; nothing is measured.
+
+    [bold]Example[/]
+
+      regard bench plan --ranks 96 --tokens 1M --heads 64:8 --device h100 --link nvlink4:ib-ndr
+    """
+    from regard.bench import plan as bench
+
+    check_output(json)
+    length = count(tokens)
+    on = bench.machine(
+        device, link, node=node, latency=latency, efficiency=efficiency, reserve=reserve
+    )
+    names = [n.strip() for n in schemes.split(",") if n.strip()]
+    found = bench.plan(
+        ranks,
+        length,
+        on,
+        heads=pair_of(heads),
+        dim=dim,
+        mask=mask,
+        schemes=names,
+        ulysses=ulysses,
+    )
+    write_json(bench.as_dict(found, on), json)
+    if json is None or str(json) != "-":
+        from rich.console import Console
+
+        title = f"{mask}, {length:,} tokens on {ranks} x {device} ({link}), heads {heads} x {dim}"
+        Console().print(bench.table(found, title))
+
+
+def pair_of(heads: str) -> tuple[int, int]:
+    """ "64:8" or "64" as query and key heads."""
+    parts = heads.split(":")
+    if len(parts) > 2 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise InputError(f"--heads takes query and key heads such as 64:8, not {heads!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """What the user got wrong is said once, by the first rank; a lost rank is said by every one."""
+    try:
+        yield
+    except (InputError, ValueError):
+        if first_rank():
+            raise
+        sys.exit(2)
+
+
