@@ -156,6 +156,17 @@ def test_overview_is_plain_json_and_complete() -> None:
     assert len({(t["layer"], t["head"]) for t in page["thumbnails"]}) == 6
 
 
+def test_overview_of_one_head_and_of_one_token() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        with regard.watch(model, ALL, layers=[0], heads=[1]) as one:
+            model(IDS)
+        with regard.watch(model, ALL) as word:
+            model(IDS[:, :1])
+    assert "rhythm" not in overview(one) and overview(one)["heads"]["local"] == []
+    assert "sinks" not in overview(word) and len(overview(word)["tokens"]) == 1
+
+
 def test_overview_leaves_out_what_was_not_watched() -> None:
     page = overview(seen_of(facts=["entropy"]))
     assert "sinks" not in page and "rhythm" not in page

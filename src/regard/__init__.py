@@ -24,7 +24,7 @@ _LAZY = {
     "methods": "regard.catalog",
     "check": "regard.reach.check",
 }
-_MODULES = ("core", "zoo", "reach", "see", "steer", "report")
+_MODULES = ("core", "zoo", "reach", "see", "steer", "report", "reproduce")
 
 __all__ = ["__version__", *_LAZY]
 

@@ -303,9 +303,10 @@ def _method(result: Result) -> list[str]:
     lines = [
         f"- Input: {text}, repeated where it is too short. Seed {result.settings['seed']}.",
         "- Each cell: a fresh process loads the model, runs 16 tokens, then one forward of the "
-        f"row for its memory, then up to {result.settings['repeats']} pairs of plain and row in turn "
-        "for the time. The rows of single facts at one length share a process, which gives its "
-        "free memory back to the system before every forward; from 4k tokens on they have one pair.",
+        f"row for its memory, then up to {result.settings['repeats']} pairs of plain and row in "
+        "turn for the time. The rows of single facts at one length share a process, which gives "
+        "its free memory back to the system before every forward; from 4k tokens on they have "
+        "one pair.",
         "- Before a cell the bench waits, up to a minute, while other processes use 15 % of "
         "the machine or more. "
         f"At {loaded} of {len(busy)} cells they still did.",

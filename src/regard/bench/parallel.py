@@ -1,14 +1,15 @@
 """Five schemes of context parallelism and torch's own, in one table; run under torchrun.
 
 Each rank holds its rows of the same random q, k, v. Time is that of the slowest rank; bytes are
-counted as
-they are sent and compared with the formula; output and gradients are compared with one process.
+counted as they are sent and compared with the formula; output and gradients are compared with one
+process.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def _scheme(
         found = [out.detach()]
         if data.backward:
             own.sent.clear()
-            grads, seconds = _timed(comm, lambda o=out: torch.autograd.grad(o, leaves, grad))
+            grads, seconds = _timed(comm, partial(torch.autograd.grad, out, leaves, grad))
             bytes_["backward"] = dict(own.sent)
             if turn:
                 times["backward"].append(seconds)
@@ -352,14 +353,13 @@ def _run_peer(
         leaves = [x.detach().requires_grad_(data.backward) for x in (q, k, v)]
         found: list[Tensor] = []
         for turn in range(repeats + 1):
-            out, seconds = _timed(
-                comm, lambda: functional.scaled_dot_product_attention(*leaves, is_causal=causal)
-            )
+            fused = functional.scaled_dot_product_attention
+            out, seconds = _timed(comm, partial(fused, *leaves, is_causal=causal))
             if turn:
                 times["forward"].append(seconds)
             found = [out.detach()]
             if data.backward:
-                grads, seconds = _timed(comm, lambda o=out: torch.autograd.grad(o, leaves, grad))
+                grads, seconds = _timed(comm, partial(torch.autograd.grad, out, leaves, grad))
                 if turn:
                     times["backward"].append(seconds)
                 found += grads
@@ -490,11 +490,11 @@ def table(result: Result) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title(result), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown = Table(title=title(result), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(BRIEF):
         short = name.replace("forward", "fwd").replace("backward", "bwd")
         left = number < 2
-        shown.add_column(Text(short), justify="left" if left else "right", no_wrap=left)
+        shown.add_column(Text(short), justify="left" if left else "right", no_wrap=True)
     for line in rows(result):
         shown.add_row(*(Text(line.get(name, "")) for name in BRIEF))
     return Group(shown, Text(LEGEND), *(Text(note, style="dim") for note in notes(result)))
@@ -520,14 +520,14 @@ def page(paths: Sequence[str | Path]) -> str:
     lines = [
         "# Context parallelism, measured",
         "",
-        "Generated from saved results by `python -m regard.bench.parallel OUT RESULT...`; not edited",
-        "by hand. The grid is ranks that share heads x places of the ring / windows of a double",
+        "Generated from saved results by `python -m regard.bench.parallel OUT RESULT...`; not",
+        "edited by hand. The grid is ranks that share heads x places of the ring / windows of a double",
         "ring. Time is that of the slowest rank, one process per rank. Sent is the most that one",
         "rank sent, counted at every message; *as formula* says whether every rank sent exactly",
-        "what the formula gives. Work is the area of the mask under a rank's queries, the most over",
-        "the mean; *in order* is the same without zigzag placement. Errors are the largest",
-        "difference from float64 attention in one process, as a share of its largest value. The row",
-        "*torch* is `torch.distributed.tensor.experimental.context_parallel`.",
+        "what the formula gives. Work is the area of the mask under a rank's queries, the most",
+        "over the mean; *in order* is the same without zigzag placement. Errors are the largest",
+        "difference from float64 attention in one process, as a share of its largest value. The",
+        "row *torch* is `torch.distributed.tensor.experimental.context_parallel`.",
         "",
     ]
     for path in paths:
@@ -545,8 +545,9 @@ def page(paths: Sequence[str | Path]) -> str:
             f"--dim {result.settings['dim']}"
         )
         lines += ["```", command, "```", ""]
-        machine = f"{e['cpu']}, {e['cores']} cores, torch {e['torch']}, {e['threads']} thread a rank"
-        lines += [f"{result.settings['timing']}; {machine}.", ""]
+        machine = f"{e['cpu']}, {e['cores']} cores, torch {e['torch']}"
+        timing = result.settings["timing"]
+        lines += [f"{timing}; {machine}, threads of a rank: {e['threads']}.", ""]
     return "\n".join(lines)
 
 

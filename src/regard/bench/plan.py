@@ -1,9 +1,8 @@
 """What context parallelism would cost on ranks that are not here: time, memory and walls, computed.
 
-Bytes come from the formulas that `bench parallel` confirms message by message; work from the area of
-the
-mask; speed of device and links from what the user gives. Nothing is measured here, and nothing
-here stands for a measurement.
+Bytes come from the formulas that `bench parallel` confirms message by message; work from the area
+of the mask; speed of device and links from what the user gives. Nothing is measured here, and
+nothing here stands for a measurement.
 """
 
 from __future__ import annotations
@@ -278,6 +277,10 @@ def _pair(text: str, option: str, hint: str, names: dict[str, Any]) -> tuple[flo
     return first, second
 
 
+def _short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 # -- showing -------------------------------------------------------------------------------------
 def as_dict(estimates: Sequence[Estimate], on: Machine) -> dict[str, Any]:
     """Everything as plain data."""
@@ -292,11 +295,11 @@ def table(estimates: Sequence[Estimate], title: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     heads = ("scheme", "grid", "work", "traffic", "fwd", "bwd", "sent", "memory", "fits", "ranks")
     for number, name in enumerate(heads):
         left = number < 2
-        shown.add_column(Text(name), justify="left" if left else "right", no_wrap=left)
+        shown.add_column(Text(name), justify="left" if left else "right", no_wrap=True)
     for e in estimates:
         limit = "any" if e.most_ranks is None else str(e.most_ranks)
         if e.grid is None:
@@ -307,7 +310,7 @@ def table(estimates: Sequence[Estimate], title: str) -> Any:
         shown.add_row(
             Text(e.scheme),
             grid,
-            *(f"{x:.3g}" for x in (e.compute_ms, e.traffic_ms, e.forward_ms, e.backward_ms)),
+            *(_short(x) for x in (e.compute_ms, e.traffic_ms, e.forward_ms, e.backward_ms)),
             f"{(e.sent_forward + e.sent_backward) / GIB:.3g}",
             f"{e.memory_gib:.3g}",
             f"{e.most_tokens / 2**20:.3g}M",

@@ -25,9 +25,7 @@ def app_commands(app: typer.Typer) -> None:
 
 def parallel(
     schemes: Annotated[str, typer.Option(help="Which schemes, by name.")] = SCHEMES,
-    mask: Annotated[
-        str, typer.Option(help="A mask of `regard bench masks`.")
-    ] = "causal_document",
+    mask: Annotated[str, typer.Option(help="A mask of `regard bench masks`.")] = "causal_document",
     tokens_per_rank: Annotated[str, typer.Option(help="Tokens of each rank: 1024 or 1k.")] = "1k",
     heads: Annotated[str, typer.Option(help="Query and key heads.")] = "8:2",
     dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
@@ -181,5 +179,3 @@ def one_voice() -> Iterator[None]:
         if first_rank():
             raise
         sys.exit(2)
-
-

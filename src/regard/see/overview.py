@@ -15,9 +15,11 @@ from torch import Tensor
 
 from regard.core import Influence, Thumbnail, WindowedDistance
 
+from .preplan_anchor import Heads, head_split, peaks
+from .sink_emergence import EPSILON, hidden_sinks, sink_rate
+
 BINS = 512
 TAIL = 16  # the last tokens are seen by few queries, so what they receive on average says little
-EPSILON = 0.3
 _HELP = {
     "received": (
         "attention received",
@@ -112,7 +114,7 @@ def overview(
         "marks": {"preplan": [], "anchor": []},
     }
     alpha = stack(seen, "mean_received", row)
-    if alpha is not None:
+    if alpha is not None and alpha[1].shape[-1] > 1:
         page["views"]["received"] = _view("received", alpha[1].mean((0, 1)))
         if len(tokens) > 2 * TAIL:
             page["views"]["received"]["values"][-TAIL:] = [None] * TAIL
@@ -156,28 +158,18 @@ def _sinks(
     layers: list[int], alpha: Tensor, tokens: list[str], position: int = 0
 ) -> dict[str, Any]:
     """Sink map of the first position, and the later tokens that are sinks of some heads."""
-    chosen = alpha[:, :, position]
-    late = alpha[:, :, position + 1 : max(position + 1, alpha.shape[2] - TAIL)]
-    count = (late > EPSILON).sum((0, 1))
-    best = count.topk(min(12, len(count))) if len(count) else None
-    hidden = []
-    for number, where in zip(best.values.tolist(), best.indices.tolist()) if best else ():
-        if number:
-            key = where + position + 1
-            hidden.append(
-                {
-                    "position": key,
-                    "token": tokens[key],
-                    "heads": number,
-                    "alpha": float(alpha[:, :, key].max()),
-                }
-            )
+    batch = alpha[None]
+    found = hidden_sinks(batch, after=position, tail=TAIL)[:12]
+    hidden = [
+        {**{n: f[n] for n in ("position", "heads", "alpha")}, "token": tokens[f["position"]]}
+        for f in found
+    ]
     return {
         "epsilon": EPSILON,
         "position": position,
-        "alpha": chosen.tolist(),
+        "alpha": alpha[:, :, position].tolist(),
         "layers": layers,
-        "rate": float((chosen > EPSILON).float().mean()),
+        "rate": sink_rate(batch, EPSILON, position),
         "hidden": hidden,
     }
 
@@ -215,48 +207,38 @@ def _heads(entropy: Any, distance: Any) -> dict[str, Any]:
         block["entropy"] = entropy[1].mean(-1).tolist()
     if distance is not None:
         block["distance"] = distance[1].mean(-1).tolist()
-        near, far = split_heads(distance[1].mean(-1))
-        layers = distance[0]
-        block["local"] = [[layers[a], b] for a, b in near.nonzero().tolist()]
-        block["global"] = [[layers[a], b] for a, b in far.nonzero().tolist()]
+        one = distance[1].shape[:2].numel() < 2
+        split = Heads((), ()) if one else head_split(distance[1].mean(-1), distance[0])
+        block["local"] = [list(pair) for pair in split.local]
+        block["global"] = [list(pair) for pair in split.far]
     return block
-
-
-def split_heads(span: Tensor, quantile: float = 0.3) -> tuple[Tensor, Tensor]:
-    """The most local and the most global heads by mean look-back distance, as masks `[layers,
-    heads]`.
-    """
-    count = max(1, round(quantile * span.numel()))
-    order = span.flatten().argsort()
-    near, far = torch.zeros_like(span, dtype=torch.bool), torch.zeros_like(span, dtype=torch.bool)
-    near.view(-1)[order[:count]] = True
-    far.view(-1)[order[-count:]] = True
-    return near, far
-
-
-def peaks(values: Tensor) -> Tensor:
-    """Positions of strict local maxima above the median."""
-    inner = values[1:-1]
-    high = (inner > values[:-2]) & (inner > values[2:]) & (inner > values.median())
-    return high.nonzero()[:, 0] + 1
 
 
 def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> None:
     """WAAD of the local and FAI of the global heads, with their peaks (Li et al., 2025)."""
     waad, fai = stack(seen, "waad", row), stack(seen, "influence", row)
-    if distance is None or waad is None or fai is None or waad[1].shape[-1] < 8 or not seen.causal:
+    if (
+        distance is None
+        or distance[1].shape[:2].numel() < 2
+        or waad is None
+        or fai is None
+        or waad[1].shape[-1] < 8
+        or not seen.causal
+    ):
         return
-    near, far = split_heads(distance[1].mean(-1))
+    rows = list(range(len(distance[0])))
+    split = head_split(distance[1].mean(-1), rows)
     window = next(f.window for f in seen.facts if isinstance(f, WindowedDistance))
     band = next(f.band for f in seen.facts if isinstance(f, Influence)) or (0, 0)
-    back, ahead = waad[1][near].mean(0), fai[1][far].mean(0)
+    back = torch.stack([waad[1][pair] for pair in split.local]).mean(0)
+    ahead = torch.stack([fai[1][pair] for pair in split.far]).mean(0)
     known = max(0, len(ahead) - band[0])  # the last tokens have no token that far ahead
     page["views"]["waad"] = _view("waad", back)
     page["views"]["fai"] = _view("fai", ahead)
     page["views"]["fai"]["values"][known:] = [None] * (len(ahead) - known)
     page["marks"] = {
-        "preplan": peaks(back).tolist(),
-        "anchor": peaks(ahead[:known]).tolist() if known > 2 else [],
+        "preplan": peaks(back),
+        "anchor": peaks(ahead[:known]),
     }
     page["rhythm"] = {
         "position": list(range(len(back))),

@@ -37,7 +37,8 @@ class Parallel:
     >>> q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
     >>> run = Parallel("ring", 6)
     >>> state = run.attend(run.dispatch(q), run.dispatch(k), run.dispatch(v))
-    >>> torch.allclose(run.undispatch(state.out), attend(q, k, v, mask=Mask.causal()).out, atol=1e-6)
+    >>> whole = attend(q, k, v, mask=Mask.causal())
+    >>> torch.allclose(run.undispatch(state.out), whole.out, atol=1e-6)
     True
     """
 
@@ -76,7 +77,9 @@ class Parallel:
         return rows.masked_fill(empty, 0)
 
     def undispatch(self, x: Tensor, dim: int = 2) -> Tensor:
-        """The tensor over the whole sequence, on every rank, from the rows of each; no gradients."""
+        """The tensor over the whole sequence, on every rank, from the rows of each; no
+        gradients.
+        """
         parts = self.comm.gather_all(x.detach())
         size = list(x.shape)
         size[dim] = self.tokens

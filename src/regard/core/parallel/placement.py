@@ -72,9 +72,8 @@ def place(
     """Deal the rows out as the scheme wants them.
 
     Zigzag: each document is padded to a multiple of twice the ranks and cut in 2R chunks; place r
-    of
-    the ring owns chunks r and 2R - 1 - r, so that causal work is equal. Otherwise the sequence as a
-    whole is padded to a multiple of the ranks and cut in order.
+    of the ring owns chunks r and 2R - 1 - r, so that causal work is equal. Otherwise the sequence
+    as a whole is padded to a multiple of the ranks and cut in order.
 
     Args:
         documents: lengths that add up to `tokens`; one document when None.

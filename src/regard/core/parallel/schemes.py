@@ -1,9 +1,8 @@
 """The five schemes of context parallelism as one shape: a grid of ranks, and how keys travel on it.
 
 Every scheme is a pair: `ulysses` ranks exchange rows for heads (all-to-all), and `ring` such groups
-show
-their keys and values to each other, hop by hop or in one gather. Ulysses alone has a ring of one; the
-ring family has one rank a group; USP and LoongTrain have both. Nothing here communicates.
+show their keys and values to each other, hop by hop or in one gather. Ulysses alone has a ring of
+one; the ring family has one rank a group; USP and LoongTrain have both. Nothing here communicates.
 """
 
 from __future__ import annotations
