@@ -59,6 +59,13 @@ def test_layers_and_heads() -> None:
         assert torch.equal(some[fact][1], whole[fact][1][:, [3, 0]])
 
 
+def test_table_prints_itself() -> None:
+    table = seen_of(facts=["entropy", "thumbnail"]).table()
+    assert [row["layer"] for row in table] == [0, 1] and set(table[0]) == {"layer", "entropy"}
+    assert repr(table).splitlines()[0].split() == ["layer", "entropy"]
+    assert table._repr_html_().count("<tr>") == 3
+
+
 def test_settings_by_object() -> None:
     spans = {"first": (0, 10), "second": (10, 40)}
     seen = seen_of(facts=[Influence(band=(5, 20)), Mass(spans), TopKeys(3), Thumbnail(8)])

@@ -136,7 +136,8 @@ class Watch(Session):
         part: str | None = None,
         tokenizer: Any = None,
     ) -> None:
-        self.facts = [_fact(f) for f in ([facts] if isinstance(facts, (str, Fact)) else facts)]
+        named = [facts] if isinstance(facts, (str, Fact)) else facts
+        self.facts = [_fact(f, model) for f in named]
         if not self.facts:
             raise InputError(
                 f'name at least one fact, for example "received"; known are {", ".join(FACTS)}'
@@ -208,7 +209,10 @@ class Watch(Session):
         return [records[i] for i in sorted(records)]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a layer of the main part: the mean of each fact over batch, heads and tokens."""
+        """One row a layer of the main part: the mean of each fact over batch, heads and tokens.
+
+        A list of dictionaries that prints as a table.
+        """
         from regard.see.overview import table
 
         return table(self)
@@ -228,14 +232,18 @@ class Watch(Session):
         return write_page(overview(self, **meta), path)
 
 
-def _fact(fact: str | Fact) -> Fact:
+def _fact(fact: str | Fact, model: Any) -> Fact:
     if isinstance(fact, Fact):
         return fact
     if fact.lower() in _MATRIX:
+        text = _text_config(model)
+        heads = getattr(text, "num_attention_heads", 1) * getattr(text, "num_hidden_layers", 1)
+        at = {n: f"{heads * n**2 * 4096 * 4096 * 4 / 2**30:,.0f} GiB" for n in (1, 4)}
         raise NeedsMatrix(
-            f"{fact!r} is the whole queries x keys matrix: 4 bytes a cell, 1 GiB a head at 16k "
-            'tokens. Ask for "thumbnail" (the map averaged to 64 x 64 cells), or for exact rows '
-            "and columns: core.Rows(queries=...), core.Columns(keys=...)"
+            f"{fact!r} is the whole queries x keys matrix: with the {heads} heads of this model "
+            f'{at[1]} at 4k tokens, {at[4]} at 16k. Ask for "thumbnail" (the map averaged to '
+            "64 x 64 cells), or for exact rows and columns: core.Rows(queries=...), "
+            "core.Columns(keys=...)"
         )
     if fact not in FACTS:
         raise InputError(f"unknown fact {fact!r}.{nearest(fact, FACTS)}")
@@ -252,10 +260,13 @@ def _tokenizer(model: Any) -> Any:
 
 
 def _check_heads(model: Any, heads: Sequence[int] | None) -> None:
-    text = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
+    text = _text_config(model)
     count = getattr(text, "num_attention_heads", None)
     wrong = [h for h in heads or [] if h < 0 or (count is not None and h >= count)]
     if wrong:
         raise InputError(f"head {wrong[0]} is out of range: this model has {count} heads, from 0")
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -101,6 +101,8 @@ WRONG = {
     "a folder as page": (["see", "some words", "--html", "."], "is a folder"),
     "layer": (["see", TEXT, "--model", "tiny:llama", "--layers", "9"], "layer 9 is out of range"),
     "head": (["see", TEXT, "--model", "tiny:llama", "--heads", "9"], "head 9 is out of range"),
+    "a fact": (["see", TEXT, "--model", "tiny:llama", "--facts", "entrpy"], "mean 'entropy'"),
+    "the matrix": (["see", TEXT, "--model", "tiny:llama", "--facts", "map"], "GiB at 16k"),
     "head syntax": (
         ["see", TEXT, "--model", "tiny:llama", "--heads", "x"],
         "--heads takes numbers",

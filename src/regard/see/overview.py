@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Sequence
+from html import escape
 from itertools import pairwise
 from typing import Any
 
@@ -57,7 +58,27 @@ def stack(seen: Any, name: str, row: int = 0) -> tuple[list[int], Tensor] | None
     return list(layers), torch.stack([layers[n][row].float() for n in layers]).cpu()
 
 
-def table(seen: Any) -> list[dict[str, Any]]:
+class Table(list[dict[str, Any]]):
+    """Rows that print as a table, in a terminal and in a notebook."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "(no rows)"
+        lines = [list(self[0]), *([_short(v) for v in row.values()] for row in self)]
+        widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in lines)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in (self[0] if self else ()))
+        rows = ("".join(f"<td>{_short(v)}</td>" for v in row.values()) for row in self)
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(seen: Any) -> Table:
     """One row a layer: the mean of each watched fact over batch, heads and tokens."""
     rows: dict[int, dict[str, Any]] = {}
     for fact in seen.facts:
@@ -65,7 +86,7 @@ def table(seen: Any) -> list[dict[str, Any]]:
             continue
         for layer, value in seen[fact].items():
             rows.setdefault(layer, {"layer": layer})[fact.name] = float(value.float().mean())
-    return [rows[n] for n in sorted(rows)]
+    return Table(rows[n] for n in sorted(rows))
 
 
 def overview(
