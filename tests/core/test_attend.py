@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard.core import Mask, State, attend, choose, merge
-from regard.core.kernels import cpu, reference, tiled
+from regard.core.kernels import cpu, cuda, reference, tiled
 
 from .cases import SHAPES, close, masks, tensors
 
@@ -193,3 +193,13 @@ def test_state_is_small_and_typed() -> None:
     q, k, v = tensors((1, 2, 2, 4, 4, 8))
     state = attend(q, k, v)
     assert isinstance(state, State) and set(vars(state)) == {"out", "lse"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_cuda_operators_take_these_arguments(dtype: torch.dtype) -> None:
+    """Shapes of the CUDA path without a GPU: torch's meta device knows the operators' signatures."""
+    q, k, v = (torch.empty(2, h, 40, 64, device="meta", dtype=dtype) for h in (4, 2, 2))
+    out, lse = cuda.forward(q, k, v, Mask.causal(), 0.125)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
+    assert not cuda.supports(q, k, v, Mask.causal(), None, None)  # meta is no GPU
