@@ -36,14 +36,10 @@ def _rule(name: str, total: int, p: dict[str, Any]) -> Rule:
         "causal_document": lambda q, k: same(q, k) and k <= q,
         "sliding_window": lambda q, k: abs(q - k) <= w,
         "sliding_window_causal": lambda q, k: 0 <= q - k <= w,
-        "share_question": lambda q, k: (
-            (same(q, k) and k <= q) or (owner[k] == 0 and owner[q] > 0)
-        ),
+        "share_question": lambda q, k: (same(q, k) and k <= q) or (owner[k] == 0 and owner[q] > 0),
         "causal_blockwise": lambda q, k: (same(q, k) and k <= q) or (owner[q] == last and k <= q),
         "prefix_lm_causal": lambda q, k: k < prefix or k <= q,
-        "prefix_lm_document": lambda q, k: (
-            same(q, k) and (k - starts[owner[k]] < prefix or k <= q)
-        ),
+        "prefix_lm_document": lambda q, k: same(q, k) and (k - starts[owner[k]] < prefix or k <= q),
         "global_sliding_window": lambda q, k: abs(q - k) <= w or q < w or k < w,
         "block_causal_document": lambda q, k: same(q, k) and k < (q // block + 1) * block,
     }

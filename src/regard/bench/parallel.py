@@ -353,7 +353,7 @@ def _run_peer(
         leaves = [x.detach().requires_grad_(data.backward) for x in (q, k, v)]
         found: list[Tensor] = []
         for turn in range(repeats + 1):
-            fused = functional.scaled_dot_product_attention
+            fused: Callable[..., Tensor] = functional.scaled_dot_product_attention
             out, seconds = _timed(comm, partial(fused, *leaves, is_causal=causal))
             if turn:
                 times["forward"].append(seconds)
@@ -413,8 +413,8 @@ def _begin(comm: Comm, out: str | Path | None, new: Result) -> Result:
 HEAD = (
     "scheme",
     "grid",
-    "forward ms",
-    "backward ms",
+    "forward",
+    "backward",
     "sent forward",
     "sent backward",
     "as formula",
@@ -424,12 +424,13 @@ HEAD = (
     "error out",
     "error gradients",
 )
-BRIEF = ("scheme", "grid", "forward ms", "backward ms", "sent", "as formula", "work", "error")
+BRIEF = ("scheme", "grid", "forward ms", "backward ms", "sent", "formula", "work", "error")
 
 
 def rows(result: Result) -> list[dict[str, str]]:
     """One row a scheme, as text, by the names of `HEAD` and `BRIEF`."""
     lines = []
+    first = next((c.values for c in result.cells.values() if c.ok), {})
     for name, cell in result.cells.items():
         line = {"scheme": name, "grid": "" if cell.ok else cell.outcome}
         lines.append(line)
@@ -443,13 +444,15 @@ def rows(result: Result) -> list[dict[str, str]]:
             w = v.get(way, {})
             if "ms" in w:
                 line[f"{way} ms"] = f"{w['ms']['median']:.3g}"
+                base = first.get(way, {}).get("ms", w["ms"])["median"]
+                line[way] = f"{w['ms']['median'] / base:.2f}x"
             if "sent_most" in w:
                 line[f"sent {way}"] = _size(w["sent_most"])
                 total += w["sent_most"]
                 formula.append(w["as_formula"])
         if formula:
             line["sent"] = _size(total)
-            line["as formula"] = "yes" if all(formula) else "NO"
+            line["formula"] = line["as formula"] = "yes" if all(formula) else "NO"
         if "balance" in v:
             line["work"], line["in order"] = f"{v['balance']:.3f}", f"{v['balance_unplaced']:.3f}"
             line["padding"] = f"{100 * v['padding'] / result.settings['tokens']:.1f} %"
@@ -485,12 +488,17 @@ def notes(result: Result) -> list[str]:
 
 def table(result: Result) -> Any:
     """The result for a terminal."""
-    from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title(result), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(
+        title=title(result),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
+    )
     for number, name in enumerate(BRIEF):
         short = name.replace("forward", "fwd").replace("backward", "bwd")
         left = number < 2
@@ -521,13 +529,14 @@ def page(paths: Sequence[str | Path]) -> str:
         "# Context parallelism, measured",
         "",
         "Generated from saved results by `python -m regard.bench.parallel OUT RESULT...`; not",
-        "edited by hand. The grid is ranks that share heads x places of the ring / windows of a double",
-        "ring. Time is that of the slowest rank, one process per rank. Sent is the most that one",
-        "rank sent, counted at every message; *as formula* says whether every rank sent exactly",
-        "what the formula gives. Work is the area of the mask under a rank's queries, the most",
-        "over the mean; *in order* is the same without zigzag placement. Errors are the largest",
-        "difference from float64 attention in one process, as a share of its largest value. The",
-        "row *torch* is `torch.distributed.tensor.experimental.context_parallel`.",
+        "edited by hand. The grid is ranks that share heads x places of the ring / windows of a",
+        "double ring. Forward and backward are times of the slowest rank, one process per rank,",
+        "over those of the first scheme in the same run. Sent is the most",
+        "that one rank sent, counted at every message; *as formula* says whether every rank sent",
+        "exactly what the formula gives. Work is the area of the mask under a rank's queries, the",
+        "most over the mean; *in order* is the same without zigzag placement. Errors are the",
+        "largest difference from float64 attention in one process, as a share of its largest",
+        "value. The row *torch* is `torch.distributed.tensor.experimental.context_parallel`.",
         "",
     ]
     for path in paths:

@@ -174,7 +174,7 @@ def _estimate(grid: Shape, load: Load, area: int, tokens: int, on: Machine) -> E
     room = on.memory - on.reserve
     wall = ""
     if memory > room:
-        wall = f"memory: {memory:.3g} GiB a rank, of which {room:.3g} are free"
+        wall = f"memory: {_short(memory)} GiB a rank, of which {_short(room)} are free"
     return Estimate(
         grid.name,
         grid,
@@ -278,7 +278,7 @@ def _pair(text: str, option: str, hint: str, names: dict[str, Any]) -> tuple[flo
 
 
 def _short(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    return f"{x / 1e3:,.0f}k" if x >= 1e5 else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 # -- showing -------------------------------------------------------------------------------------
@@ -290,12 +290,13 @@ def as_dict(estimates: Sequence[Estimate], on: Machine) -> dict[str, Any]:
 
 def table(estimates: Sequence[Estimate], title: str) -> Any:
     """The estimates for a terminal, the best first."""
-    from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(
+        title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold"
+    )
     heads = ("scheme", "grid", "work", "traffic", "fwd", "bwd", "sent", "memory", "fits", "ranks")
     for number, name in enumerate(heads):
         left = number < 2
@@ -311,8 +312,8 @@ def table(estimates: Sequence[Estimate], title: str) -> Any:
             Text(e.scheme),
             grid,
             *(_short(x) for x in (e.compute_ms, e.traffic_ms, e.forward_ms, e.backward_ms)),
-            f"{(e.sent_forward + e.sent_backward) / GIB:.3g}",
-            f"{e.memory_gib:.3g}",
+            _short((e.sent_forward + e.sent_backward) / GIB),
+            _short(e.memory_gib),
             f"{e.most_tokens / 2**20:.3g}M",
             limit,
             style="" if e.possible else "dim",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from regard.cli.common import check_output, count, write_json
 from regard.errors import InputError
 
+PATIENCE = 2.0  # seconds
 SCHEMES = "ulysses,ring,allgather,usp,loongtrain"
 
 
@@ -158,6 +160,19 @@ def plan(
         Console().print(bench.table(found, title))
 
 
+def see_shared(model: Any, ids: Any, facts: Any, wanted: tuple[Any, Any], ranks: int) -> Any:
+    """What `regard see --context-parallel` watches; the same call on every rank."""
+    from regard.core.parallel import device, started
+    from regard.see.parallel import SharedWatch
+
+    with started(ranks=ranks):
+        where = device()
+        watch = SharedWatch(
+            model.to(where), facts, ids.to(where), layers=wanted[0], heads=wanted[1]
+        )
+        return watch.see()
+
+
 def pair_of(heads: str) -> tuple[int, int]:
     """ "64:8" or "64" as query and key heads."""
     parts = heads.split(":")
@@ -171,11 +186,19 @@ def first_rank() -> bool:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """What the user got wrong is said once, by the first rank; a lost rank is said by every one."""
+def one_voice(ranks: int | None = None) -> Iterator[None]:
+    """What the user got wrong is said once, by the first rank; a lost rank is said by every one.
+
+    Refuses at once where torchrun did not start the `ranks` that were asked for.
+    """
+    from regard.core.parallel import expect
+
     try:
+        expect(ranks)
         yield
     except (InputError, ValueError):
         if first_rank():
             raise
+        # torchrun ends all ranks with the first that ends: let rank 0 speak
+        time.sleep(PATIENCE)
         sys.exit(2)

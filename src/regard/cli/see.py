@@ -6,11 +6,13 @@ import inspect
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from regard.cli import parallel
 from regard.cli.common import check_output, count, err, load, numbers, read_text, write_json
 from regard.errors import InputError
 
@@ -39,6 +41,10 @@ def see(
     compare: Annotated[
         bool, typer.Option(help="Also time the plain model, for the ratio.")
     ] = False,
+    context_parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Deal the text out to the processes that torchrun started."),
+    ] = None,
 ) -> None:
     """See what a model attends to, exactly, at any length.
 
@@ -49,16 +55,39 @@ def see(
       regard see @book.txt --max-tokens 8k --html out.html --json out.json
 
       regard see @northanger-abbey --model path/to/checkpoint --layers 0-3
+
+      torchrun --nproc-per-node 4 -m regard see @book.txt --context-parallel 4
     """
-    limit = count(max_tokens)
-    wanted = numbers(layers, "layers"), numbers(heads, "heads")
+    with parallel.one_voice(context_parallel) if context_parallel else nullcontext():
+        wanted = numbers(layers, "layers"), numbers(heads, "heads")
+        names = [n.strip() for n in facts.split(",") if n.strip()]
+        _see(text, model, count(max_tokens), html, json, names, wanted, compare, context_parallel)
+
+
+def _see(
+    text: str,
+    model: str,
+    limit: int,
+    html: Path | None,
+    json: Path | None,
+    names: list[str],
+    wanted: tuple[Any, Any],
+    compare: bool,
+    ranks: int | None,
+) -> None:
+    if compare and ranks is not None:
+        raise InputError("--compare times one process: leave it out, or --context-parallel")
     check_output(html)
     check_output(json)
     content = read_text(text)
     loaded, tokenizer = load(model)
     ids, notes = _tokens(content, loaded, tokenizer, limit)
-    names = [n.strip() for n in facts.split(",") if n.strip()]
-    seen, meta = _run(loaded, ids, names, wanted, compare)
+    if ranks is None:
+        seen, meta = _run(loaded, ids, names, wanted, compare)
+    else:
+        seen, meta = parallel.see_shared(loaded, ids, names, wanted, ranks), {}
+        if not parallel.first_rank():
+            return
     from regard.see.overview import overview
 
     command = "regard " + " ".join(shlex.quote(a) for a in sys.argv[1:])

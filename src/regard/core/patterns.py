@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from .mask import Mask
 
 WINDOW, BLOCK = 1024, 1024
-Lengths = Optional[Sequence[int]]
+Lengths = Sequence[int] | None
 
 # Share of documents by length in tokens, [low, high). Reconstructed by hand to the corpora's rough
 # shape (many short documents, a long tail up to the limit that the benchmark names): nobody should
@@ -234,7 +234,7 @@ class Steps(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Mask):
-    """A checkerboard: the query's and the key's block decide, `keep` is `[query blocks, key blocks]`.
+    """A checkerboard: the blocks decide; `keep` is `[query blocks, key blocks]`.
 
     Edges are the block borders, from 0 to the number of positions.
     """

@@ -8,6 +8,8 @@ query block.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -91,8 +93,8 @@ def _runs(row: list[int], step: int, keys: int) -> list[tuple[int, int, bool]]:
 
 
 def _pieces(x: Tensor, runs: list[tuple[int, int, bool]]) -> Tensor:
-    """Keys of the runs, `[kv_heads, keys of the runs, dim]`: a view where they follow each other."""
-    if all(a[1] == b[0] for a, b in zip(runs, runs[1:])):
+    """Keys of the runs, `[kv_heads, keys, dim]`: a view where the runs follow each other."""
+    if all(a[1] == b[0] for a, b in pairwise(runs)):
         return x[:, runs[0][0] : runs[-1][1]]
     return torch.cat([x[:, a:b] for a, b, _ in runs], 1)
 

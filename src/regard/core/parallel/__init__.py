@@ -5,7 +5,7 @@ State), `undispatch`, and `measure` for facts. Start the processes with torchrun
 """
 
 from .attention import Parallel
-from .comm import Comm, RankLost, device, started
+from .comm import Comm, RankLost, device, expect, started
 from .facts import measure
 from .placement import Piece, Placement, Run, pieces, place, restrict
 from .schemes import NODE, SCHEMES, Load, Shape, hops_home, sent, shape
@@ -22,6 +22,7 @@ __all__ = [
     "Run",
     "Shape",
     "device",
+    "expect",
     "hops_home",
     "measure",
     "pieces",

@@ -34,16 +34,10 @@ def started(timeout: float = TIMEOUT, ranks: int | None = None) -> Iterator[None
 
     A group that exists already is used and left open.
     """
+    expect(ranks)
     if dist.is_initialized():
-        _check_ranks(ranks, dist.get_world_size())
         yield
         return
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        raise InputError(
-            "context parallelism runs in several processes: start it with "
-            f"torchrun --nproc-per-node {ranks or 4} -m regard ..."
-        )
-    _check_ranks(ranks, int(os.environ["WORLD_SIZE"]))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available() and local < torch.cuda.device_count()
     if cuda:
@@ -61,11 +55,25 @@ def started(timeout: float = TIMEOUT, ranks: int | None = None) -> Iterator[None
         dist.destroy_process_group()
 
 
-def _check_ranks(wanted: int | None, found: int) -> None:
-    if wanted is not None and wanted != found:
+def expect(ranks: int | None = None) -> None:
+    """Refuse to go on without the processes of torchrun, or with another number than `ranks`.
+
+    Raises:
+        InputError: with the command to start.
+    """
+    if dist.is_initialized():
+        found = dist.get_world_size()
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        found = int(os.environ["WORLD_SIZE"])
+    else:
         raise InputError(
-            f"{wanted} ranks were asked for, but {found} run: start with "
-            f"torchrun --nproc-per-node {wanted}"
+            "context parallelism runs in several processes: start it with "
+            f"torchrun --nproc-per-node {ranks or 4} -m regard ..."
+        )
+    if ranks is not None and ranks != found:
+        raise InputError(
+            f"{ranks} ranks were asked for, but {found} run: start with "
+            f"torchrun --nproc-per-node {ranks}"
         )
 
 
