@@ -75,7 +75,10 @@ def test_see_as_a_filter(capsys: Any) -> None:
 def test_see_cuts_and_says_so(capsys: Any, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text(TEXT)
-    code, _, err = run(capsys, "see", f"@{book}", "--model", "tiny:llama", "--max-tokens", "20")
+    args = ("see", f"@{book}", "--model", "tiny:llama", "--max-tokens", "20")
+    code, out, _ = run(capsys, *args)
+    assert code == 0 and "60 tokens; only the first 20" in " ".join(out.split())
+    code, _, err = run(capsys, *args, "--json", "-")
     assert code == 0 and "60 tokens; only the first 20" in " ".join(err.split())
 
 

@@ -97,8 +97,9 @@ def _see(
         from regard.report import terminal
 
         terminal.show(page)
+    else:
         for note in notes:
-            err().print(f"note: {note}", style="dim", markup=False)
+            err().print(f"note: {note}", markup=False)
     write_json(page, json)
     if html is not None:
         from regard.report import write_page
