@@ -65,7 +65,9 @@ docs: env ## regenerate the pages that are made from code and results
 	@$(BIN)/python -m regard.catalog docs/methods.md
 	@$(BIN)/python -m regard.catalog README.md
 	@$(BIN)/python -c "from regard.reproduce import page; page()"
-	@$(BIN)/python -m regard.bench.see
+	@$(BIN)/python -m regard.bench.page
+	@$(BIN)/python -m regard.bench.kernels_page
+	@$(BIN)/python -m regard.bench.parallel docs/bench-parallel.md benchmarks/results/parallel-*.json
 
 clean: ## remove the environment and everything built
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

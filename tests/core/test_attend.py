@@ -197,7 +197,7 @@ def test_state_is_small_and_typed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_cuda_operators_take_these_arguments(dtype: torch.dtype) -> None:
-    """Shapes of the CUDA path without a GPU: torch's meta device knows the operators' signatures."""
+    """Shapes of the CUDA path without a GPU: the meta device knows the operators."""
     q, k, v = (torch.empty(2, h, 40, 64, device="meta", dtype=dtype) for h in (4, 2, 2))
     out, lse = cuda.forward(q, k, v, Mask.causal(), 0.125)
     assert out.shape == q.shape and out.dtype == dtype

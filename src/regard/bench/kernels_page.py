@@ -23,9 +23,7 @@ DRAWN = ("attend", "sdpa", "naive", "tiled", "flex", "flex-compiled", "sdpa-math
 def present(result: Result) -> list[str]:
     """The kernels that were measured, or might have been, at least once."""
     idle = ("unsupported", "not installed")
-    return list(
-        dict.fromkeys(c.settings["kernel"] for c in cells(result) if c.outcome not in idle)
-    )
+    return list(dict.fromkeys(c.settings["kernel"] for c in cells(result) if c.outcome not in idle))
 
 
 def absent(result: Result) -> list[tuple[str, str]]:
@@ -34,9 +32,8 @@ def absent(result: Result) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for cell in cells(result):
         if cell.settings["kernel"] not in there:
-            reason = cell.reason.removeprefix("not installed: ")
             word = "not installed: " if cell.outcome == "not installed" else ""
-            found.setdefault(cell.settings["kernel"], word + reason)
+            found.setdefault(cell.settings["kernel"], word + cell.reason)
     return list(found.items())
 
 
@@ -69,8 +66,9 @@ def grids(result: Result) -> list[tuple[str, Grid]]:
     there, made = present(result), []
     for total in values(result, "tokens"):
         for backward in values(result, "backward"):
-            rows = [m for m in values(result, "mask")
-                    if any(key_of(n, m, total, backward) in result.cells for n in there)]  # fmt: skip
+            keys = {m: [key_of(n, m, total, backward) for n in there]
+                    for m in values(result, "mask")}  # fmt: skip
+            rows = [m for m, names in keys.items() if any(n in result.cells for n in names)]
             way = "backward" if backward else "forward"
             for what, title in (
                 ("throughput", f"GFLOP/s of allowed pairs, {way}, {k(total)} tokens"),
@@ -208,7 +206,7 @@ def document(title: str, body: Sequence[str]) -> str:
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; "
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
             "style-src 'unsafe-inline'; img-src data:\">",
             f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>",
             *body,
@@ -252,7 +250,7 @@ def _machine(result: Result) -> list[str]:
     return lines
 
 
-# -- plots -------------------------------------------------------------------------------------------
+# -- plots ---- ----------------------------------------------------------------------------------
 def _drawn(result: Result) -> list[tuple[str, str]]:
     there = present(result)
     order = [n for n in DRAWN if n in there]
@@ -294,7 +292,7 @@ def throughput_svg(result: Result) -> str:
 
 
 def roofline(result: Result) -> str:
-    """Throughput over arithmetic intensity (FLOPs by the bytes of q, k, v and out) under the roofs."""
+    """Throughput over intensity (FLOPs by bytes of q, k, v and out) under the roofs."""
     machine = result.cells.get("machine")
     drawn = _drawn(result)
     out = _svg(760, 400, "Roofline: throughput over arithmetic intensity, forward")
@@ -369,7 +367,7 @@ def _line(points: list[tuple[float, float]], color: str) -> list[str]:
     return [f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2"/>', *dots]
 
 
-# -- small things ------------------------------------------------------------------------------------
+# -- small things --------------------------------------------------------------------------------
 def _some(where: list[str]) -> str:
     more = f" and {len(where) - 3} more" if len(where) > 3 else ""
     return ", ".join(where[:3]) + more
@@ -390,9 +388,8 @@ def _html(grid: Grid) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in line) + "</tr>" for line in grid[1:]
     )
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    inner = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f'<div class="wide"><table>{inner}</table></div>'
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from regard.bench.kernels import key_of
 from regard.bench.record import Cell, Result
 
 OURS, DENSE = "attend", "sdpa"
-FASTER = 3.0  # times as fast as the dense mask
+FASTER, LONG = 3.0, 8192  # times as fast as the dense mask, and from which length on
 SPARSE_LOW, SPARSE_HIGH, SPARSE_FIXED = 0.5, 1.5, 0.1
 LINEAR = 1.25
 # masks of the target "faster": windows, documents and prefixes
@@ -30,7 +30,7 @@ def cells(result: Result) -> Iterator[Cell]:
 
 
 def values(result: Result, what: str) -> list[Any]:
-    """Every kernel, mask or length (`kernel`, `mask`, `tokens`, `backward`) that occurs, in order."""
+    """Every `kernel`, `mask`, `tokens` or `backward` that occurs, in order."""
     found = list(dict.fromkeys(c.settings[what] for c in cells(result)))
     return sorted(found) if what in ("tokens", "backward") else found
 
@@ -41,9 +41,7 @@ def seconds(result: Result, kernel: str, mask: str, total: int, backward: bool =
     return cell.values["seconds"]["q50"] if cell else math.nan
 
 
-def ratio(
-    result: Result, mask: str, total: int, kernel: str = OURS, against: str = DENSE
-) -> float:
+def ratio(result: Result, mask: str, total: int, kernel: str = OURS, against: str = DENSE) -> float:
     """How many times as fast as `against` the kernel's forward is; NaN if one was not measured."""
     return seconds(result, against, mask, total) / seconds(result, kernel, mask, total)
 
@@ -66,10 +64,10 @@ def densities(result: Result, kernel: str = OURS) -> dict[tuple[int, int], dict[
     found: dict[tuple[int, int], dict[float, float]] = {}
     for cell in cells(result):
         s = cell.settings
-        if cell.ok and s["kernel"] == kernel and s["mask"].startswith("block_sparse:"):
-            if not s["backward"]:
-                at = (s["tokens"], s["parameters"]["block"])
-                found.setdefault(at, {})[s["area_share"]] = cell.values["seconds"]["q50"]
+        sparse = s["mask"].startswith("block_sparse:") and not s["backward"]
+        if cell.ok and sparse and s["kernel"] == kernel:
+            at = (s["tokens"], s["parameters"]["block"])
+            found.setdefault(at, {})[s["area_share"]] = cell.values["seconds"]["q50"]
     return {at: {d: t / row[1.0] for d, t in sorted(row.items())}
             for at, row in found.items() if 1.0 in row and len(row) > 1}  # fmt: skip
 
@@ -100,7 +98,7 @@ def _none() -> dict[str, Any]:
 
 
 def _exact(result: Result) -> dict[str, Any]:
-    done = [c for c in cells(result) if c.ok]
+    done = [c for c in cells(result) if c.ok and c.settings["origin"] != "user"]
     if not done:
         return _none()
     wrong = [c for c in done if not c.values["exact"]]
@@ -139,7 +137,7 @@ def _linear(result: Result) -> dict[str, Any]:
 
 
 def _longest(result: Result) -> tuple[int, dict[str, float]]:
-    for total in reversed(values(result, "tokens")):
+    for total in reversed([n for n in values(result, "tokens") if n >= LONG]):
         found = {m: ratio(result, m, total) for m in SKIPPING}
         found = {m: r for m, r in found.items() if not math.isnan(r)}
         if found:
@@ -151,7 +149,8 @@ def _faster(result: Result) -> dict[str, Any]:
     total, found = _longest(result)
     if not found:
         return _none()
-    words = ", ".join(f"{m} {r:.1f}x" for m, r in found.items())
+    shares = {m: result.cells[key_of(OURS, m, total, False)].settings["area_share"] for m in found}
+    words = ", ".join(f"{m} {r:.1f}x ({shares[m]:.2f} of pairs kept)" for m, r in found.items())
     return _verdict(min(found.values()) >= FASTER, f"at {k(total)}: {words}")
 
 

@@ -82,12 +82,9 @@ def markdown(result: Result, plot: str, source: str) -> str:
         f"<!-- Generated from {source} by `python -m regard.bench.page`; do not edit. -->",
         "",
         f"Model: {_md(s['model'])}, {shape.get('layers', '?')} layers, "
-        f"{shape.get('heads', '?')} query and "
-        f"{shape.get('kv_heads', '?')} key heads, {s['dtype']}, batch 1. Every ratio compares "
-        "with the plain "
-        "model on torch's fused attention, timed in the same process just before. Each cell is "
-        "a process of "
-        "its own.",
+        f"{shape.get('heads', '?')} query and {shape.get('kv_heads', '?')} key heads, "
+        f"{s['dtype']}, batch 1. Every ratio compares with the plain model on torch's fused "
+        "attention, timed in the same process just before.",
         "",
         f"![Time and memory over the plain model, by length]({plot})",
         "",
@@ -302,11 +299,14 @@ def _method(result: Result) -> list[str]:
     text = "a shipped text" if result.settings.get("shape", {}).get("text") else "random ids"
     lines = [
         f"- Input: {text}, repeated where it is too short. Seed {result.settings['seed']}.",
-        "- Each cell: a fresh process loads the model, runs 16 tokens, then one forward of the "
-        f"row for its memory, then up to {result.settings['repeats']} pairs of plain and row in "
-        "turn for the time. The rows of single facts at one length share a process, which gives "
-        "its free memory back to the system before every forward; from 4k tokens on they have "
-        "one pair.",
+        "- Memory and time are measured in processes apart. In the one for memory, freed memory "
+        "goes back to the system at once and the peak is reset before every forward, so that it "
+        "counts live tensors and not what a heap happens to hold. A plain forward warms either "
+        f"process. For the time up to {result.settings['repeats']} pairs of plain and row follow "
+        "in turn (more for received + entropy at 4k, which decides the targets); single facts from "
+        "4k tokens on have one pair. The eager routes and the peer "
+        "have processes of their own in every cell, the rows of `regard.watch` share two per "
+        "length.",
         "- Before a cell the bench waits, up to a minute, while other processes use 15 % of "
         "the machine or more. "
         f"At {loaded} of {len(busy)} cells they still did.",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from regard.bench.cases import Case, masks
 from regard.bench.kernels_page import document
-from regard.bench.registry import Case, masks
 
 SIZE = 32  # tokens of a drawing: small enough to see single pairs
 
@@ -47,7 +47,7 @@ def drawing(case: Case) -> str:
 
     >>> print(drawing(Case("causal", 4)))
     █▄
-      █▄
+    ███▄
     """
     cells = case.mask.cells(case.total, case.total)[0, 0]
     if len(cells) % 2:
@@ -92,7 +92,8 @@ def html(made: Sequence[Case]) -> str:
         body.append(
             f"<section><h2>{escape(case.name)}</h2>{svg(case)}<p>{escape(p.definition)}</p>"
             f"<p>{escape(p.kind)}; {case.area} of {case.total**2} pairs "
-            f"({case.area / case.total**2:.0%}); {escape(words(case) or 'no parameter')}</p></section>"
+            f"({case.area / case.total**2:.0%}); {escape(words(case) or 'no parameter')}</p>"
+            "</section>"
         )
     return document("Attention masks", [*body, "</div>"])
 

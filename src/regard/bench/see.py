@@ -37,7 +37,7 @@ class Step:
 
     `job["logits"]` is "all" (the whole forward) or "last" (only the last position's, so that the
     vocabulary matrix hides nothing); `pairs` is how often row and plain model are timed in turn, 0
-    for memory alone; `shared` cells of one length use one process, one after the other.
+    for memory alone; `shared` cells of one length use the same two processes, one after the other.
     """
 
     key: str
@@ -102,14 +102,15 @@ def plan(
         steps.append(Step(key_of(n, row, logits), full, pairs, job.get("peer"), shared))
 
     for n in ordered:
-        add(n, "plain", plain, 0)
-        add(n, MAIN, own[MAIN], repeats)
+        add(n, "plain", plain, 0, shared=True)
+        # the row and length that targets are about: enough pairs for a median on a busy machine
+        add(n, MAIN, own[MAIN], 2 * repeats + 1 if n == 4096 else repeats, shared=True)
         if n == (middle or [max(lengths)])[0]:
             for row, job in usual.items():
                 add(n, row, job, repeats)
     for n in sorted(growth if growth is not None else lengths):
-        add(n, "plain", plain, 0, "last")
-        add(n, MAIN, own[MAIN], repeats if n == 4096 else 0, "last")
+        add(n, "plain", plain, 0, "last", True)
+        add(n, MAIN, own[MAIN], repeats if n == 4096 else 0, "last", True)
     have = {s.key for s in steps}
     for n in sorted(lengths):
         for row, job in usual.items():
@@ -142,13 +143,13 @@ def run(
     spare: int = GIB,
     progress: Progress | None = record.show_progress,
 ) -> Result:
-    """Measure every row at every length, each cell in a process of its own; returns the result.
+    """Measure every row at every length, memory and time in processes apart; returns the result.
 
     Args:
         lengths: tokens of the input.
         model: a name of `regard.models()`, a checkpoint folder or a hub id.
         facts: what "all facts" and the single-fact rows hold; all that need no settings when None.
-        repeats: pairs (plain, row) timed in turn; fewer where they would take over `pair_seconds`.
+        repeats: pairs (plain, row) timed in turn; fewer where three would take over `pair_seconds`.
         out: JSON file, written after every cell; a run of the same settings goes on there.
         peer, peer_python: "nnsight" or "transformer_lens", and the Python that has it installed.
         memory_limit: bytes; the table says which lengths fit.
@@ -170,10 +171,7 @@ def run(
     if peer is not None and peer not in PEERS:
         raise InputError(f"unknown peer {peer!r}.{nearest(peer, PEERS)}")
     if not isinstance(model, (str, os.PathLike)):
-        raise InputError(
-            "every cell loads the model in a process of its own: pass its name or folder, not "
-            "the model"
-        )
+        raise InputError("the model is loaded in processes apart: pass its name or folder")
     _needs_psutil()
     threads = threads or _cores()
     result = resume(
@@ -216,7 +214,7 @@ def run(
 
 
 class _Runner:
-    """Starts a fresh process per cell and turns its answers into a Cell."""
+    """Starts the measuring processes and turns their answers into a Cell."""
 
     def __init__(
         self,
@@ -232,7 +230,7 @@ class _Runner:
         self.path, self.peer_python = model, peer_python
         self.timeout, self.spare, self.folder = timeout, spare, folder
         self.about: Job = {}
-        self.kept: tuple[int, _Worker] | None = None
+        self.kept: dict[tuple[str, int, str, str | None], _Worker] = {}
 
     def describe(self, result: Result, longest: int) -> None:
         """Ask one process for the model's shape, where it lies, and the token ids."""
@@ -249,78 +247,85 @@ class _Runner:
         result.settings["shape"] = about
 
     def measure(self, step: Step, pair_seconds: float, result: Result) -> Cell:
-        """One cell: the first, cold forward gives the memory, the pairs after it the time."""
-        job = dict(step.job)
-        if step.shared:
-            return self._pairs(self._share(job["tokens"]), step, pair_seconds, {})
-        self.close()
-        with self._worker(step.peer) as worker:
-            if job["do"] == "kernel":
-                shape = {k: self.about[k] for k in ("heads", "kv_heads")}
-                job |= {**shape, "head_dim": 64, "repeats": max(5, result.settings["repeats"])}
-                answer = worker.ask(job)
-                return _cell(job, answer, {"seconds": answer.get("seconds")})
-            first = worker.ask({**job, "memory": True})
-            if first["outcome"] != record.MEASURED:
-                return _cell(job, first, {})
-            values = {k: first[k] for k in ("growth", "total")}
-            values["first_seconds"] = first["seconds"]
-            if "peer_version" in first:
-                values["peer_version"] = first["peer_version"]
-            return self._pairs(worker, step, pair_seconds, values)
+        """One cell: its memory in one process, its time in another."""
+        if step.job["do"] == "kernel":
+            self.close()
+            shape = {k: self.about[k] for k in ("heads", "kv_heads")}
+            more = {**shape, "head_dim": 64, "repeats": 5 * result.settings["repeats"]}
+            with self._worker(None) as worker:
+                answer = worker.ask({**step.job, **more})
+            return _cell({**step.job, **more}, answer, {"seconds": answer.get("seconds")})
+        if not step.shared:
+            self.close()
+        first = self._use("memory", step).ask({**step.job, "memory": True})
+        if first["outcome"] != record.MEASURED:
+            return _cell(step.job, first, {})
+        kept = ("growth", "total", "peer_version")
+        values: dict[str, Any] = {k: first[k] for k in kept if k in first}
+        if not step.pairs:
+            return _cell(step.job, first, values)
+        if not step.shared:
+            self.close()
+        return self._pairs(self._use("time", step), step, pair_seconds, values)
 
     def _pairs(
         self, worker: _Worker, step: Step, pair_seconds: float, values: dict[str, Any]
     ) -> Cell:
-        """Plain and row in turn; a shared process gives its free memory back before each."""
-        job = {**step.job, "memory": step.shared}
-        base = {**{k: job[k] for k in ("do", "tokens", "logits", "memory")}, "route": "plain"}
+        """Plain and row in turn."""
+        base = {**{k: step.job[k] for k in ("do", "tokens", "logits")}, "route": "plain"}
         pairs: list[list[float]] = []
         start = time.monotonic()
+        budget = pair_seconds * max(1.0, step.pairs / 3)
         while len(pairs) < step.pairs:
-            one, other = worker.ask(base), worker.ask(job)
+            one, other = worker.ask(base), worker.ask(step.job)
             for part in (one, other):
                 if part["outcome"] != record.MEASURED:
                     return _cell(step.job, part, values)
-            if step.shared and not pairs:
-                values |= {k: other[k] for k in ("growth", "total")} | {"shared": True}
             pairs.append([one["seconds"], other["seconds"]])
             spent = time.monotonic() - start
-            if spent + spent / len(pairs) > pair_seconds:
+            if spent + spent / len(pairs) > budget:
                 break
-        if pairs:
-            values["pairs"] = pairs  # [plain, row] seconds, one after the other
-            values["ratio"] = dict(record.spread([b / a for a, b in pairs]))
+        values["pairs"] = pairs  # [plain, row] seconds, one after the other
+        values["ratio"] = dict(record.spread([b / a for a, b in pairs]))
         return _cell(step.job, {"outcome": record.MEASURED}, values)
 
-    def _share(self, tokens: int) -> _Worker:
-        """The process of the shared cells of one length, warmed by a plain forward."""
-        if self.kept is None or self.kept[0] != tokens or not self.kept[1].alive:
-            self.close()
-            worker = self._worker(None).__enter__()
-            self.kept = (tokens, worker)
-            worker.ask({"do": "forward", "route": "plain", "tokens": tokens, "logits": "all"})
-        worker = self.kept[1]
+    def _use(self, purpose: str, step: Step) -> _Worker:
+        """The process for memory or time at this length; started and warmed where there is none."""
+        tokens, logits = step.job["tokens"], step.job["logits"]
+        name = (purpose, tokens, logits, step.peer)
+        if name not in self.kept or not self.kept[name].alive:
+            if any(k[1:] != name[1:] for k in self.kept) or name in self.kept:
+                self.close()
+            worker = self._worker(step.peer, returning=purpose == "memory").__enter__()
+            self.kept[name] = worker
+            # the first forward also pays for what is made once
+            worker.ask({"do": "forward", "route": "plain", "tokens": tokens, "logits": logits})
+        worker = self.kept[name]
         worker.deadline = time.monotonic() + self.timeout
         return worker
 
     def close(self) -> None:
-        """End the shared process."""
-        if self.kept is not None:
-            self.kept[1].__exit__(None, None, None)
-            self.kept = None
+        """End the processes that are kept for further cells."""
+        while self.kept:
+            self.kept.popitem()[1].__exit__(None, None, None)
 
-    def _worker(self, peer: str | None) -> _Worker:
+    def _worker(self, peer: str | None, returning: bool = False) -> _Worker:
         setup = self.setup if peer is None else {**self.setup, "model": self.path, "own": False}
         python = sys.executable if peer is None else self.peer_python or sys.executable
-        return _Worker(python, setup, self.timeout, self.spare)
+        return _Worker(python, setup, self.timeout, self.spare, returning)
 
 
 class _Worker:
-    """A measuring process, stopped when it takes too long or the machine's last memory."""
+    """A measuring process, stopped when it takes too long or the machine's last memory.
 
-    def __init__(self, python: str, setup: Job, timeout: float, spare: int) -> None:
-        self.python, self.setup = python, setup
+    `returning`: freed memory goes back to the system at once (glibc), so that a peak counts tensors
+    and not what the heap happens to hold; slower, so never for times.
+    """
+
+    def __init__(
+        self, python: str, setup: Job, timeout: float, spare: int, returning: bool = False
+    ) -> None:
+        self.python, self.setup, self.returning = python, setup, returning
         self.deadline, self.timeout, self.spare = time.monotonic() + timeout, timeout, spare
         self.stopped: tuple[str, str] | None = None
         self.problem: str | None = None
@@ -339,6 +344,8 @@ class _Worker:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if self.returning:
+            env |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         script = str(Path(__file__).with_name("worker.py"))
         try:
@@ -350,6 +357,7 @@ class _Worker:
                 text=True,
                 encoding="utf-8",
                 env=env,
+                start_new_session=True,  # a scheduling group of its own, see worker.main
             )
         except OSError as problem:
             self.problem = f"{Path(self.python).name} cannot be started: {problem.strerror}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 import threading
 import time
@@ -51,7 +50,6 @@ def peak(call: Callable[[], Any], device: str = "cpu") -> tuple[int, str]:
     On a GPU the allocator's count. On Linux the growth of the resident set, whose peak the kernel
     keeps; elsewhere, or where that is not allowed, samples of it.
     """
-    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

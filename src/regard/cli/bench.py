@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, count
+from regard.cli.common import check_output, count, write_json
+from regard.cli.parallel import app_commands
 from regard.errors import InputError
 
 app = typer.Typer(help="Measure what things cost, in one run and one table.", no_args_is_help=True)
@@ -60,3 +61,196 @@ def see(
         out=out,
     )
     Console().print(bench.table(result))
+
+
+masks_app = typer.Typer(help="The named masks.", no_args_is_help=True)
+app.add_typer(masks_app, name="masks")
+app_commands(app)
+
+Masks = Annotated[
+    str,
+    typer.Option(
+        help="Names or groups (all, static, dynamic, regular, heterogeneous), with parameters if "
+        "wanted: block_sparse:block=64,density=0.1"
+    ),
+]
+Lengths = Annotated[str, typer.Option(help="Lengths in tokens, for example 1k,4k,16k.")]
+Kernels = Annotated[str, typer.Option(help="Names, or all; an unknown name lists them.")]
+Backward = Annotated[bool, typer.Option("--backward", help="Also gradients of q, k and v.")]
+Heads = Annotated[str, typer.Option(help="Query heads:key heads.")]
+Dim = Annotated[int, typer.Option(min=1, help="Size of one head.")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed calls of each cell, in turns.")]
+Memory = Annotated[float, typer.Option(min=0.001, help="GiB above which a call is not started.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.")]
+Seed = Annotated[int, typer.Option(help="Of tensors and drawn masks.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Result file (JSON); a run that was cut off goes on from it.")
+]
+Html = Annotated[Path | None, typer.Option(help="Write the tables and plots as a page here.")]
+
+
+@app.command("kernels")
+def kernels(
+    masks: Masks = "all",
+    lengths: Lengths = "1k,4k",
+    kernels: Kernels = "all",
+    backward: Backward = False,
+    heads: Heads = "8:2",
+    dim: Dim = 64,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    rounds: Rounds = 5,
+    memory_limit: Memory = 4.0,
+    threads: Threads = None,
+    seed: Seed = 42,
+    kernel_file: Annotated[
+        list[str] | None,
+        typer.Option(help="Your own kernel beside the rest: mykernel.py:function (runs the file)."),
+    ] = None,
+    out: Out = None,
+    html: Html = None,
+) -> None:
+    """Attention kernels on masks and lengths: throughput on allowed pairs, memory, support, error.
+
+    What a kernel cannot do is in the table with its reason; so is what would not fit in memory.
+
+    [bold]Example[/]
+
+      regard bench kernels --masks all --lengths 1k,4k --backward --html kernels.html
+    """
+    _kernels(
+        masks, lengths, kernels, backward, heads, dim, dtype, device, rounds, memory_limit,
+        threads, seed, kernel_file or [], out, html,
+    )  # fmt: skip
+
+
+@app.command("add")
+def add(
+    kernel: Annotated[
+        list[str], typer.Argument(help="mykernel.py:function, one or several (runs the file).")
+    ],
+    masks: Masks = "causal,sliding_window_causal,causal_document",
+    lengths: Lengths = "1k,2k",
+    kernels: Kernels = "attend,sdpa,naive",
+    backward: Backward = False,
+    heads: Heads = "8:2",
+    dim: Dim = 64,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    rounds: Rounds = 5,
+    memory_limit: Memory = 4.0,
+    threads: Threads = None,
+    seed: Seed = 42,
+    out: Out = None,
+    html: Html = None,
+) -> None:
+    """Your own kernel beside the rest, for this run only: nothing is installed or remembered.
+
+    The function is fn(q, k, v, mask) -> out or (out, lse); raise NotImplementedError, with the
+    reason, for what it does not do.
+
+    [bold]Example[/]
+
+      regard bench add mykernel.py:attention --masks all --backward
+    """
+    _kernels(
+        masks, lengths, kernels, backward, heads, dim, dtype, device, rounds, memory_limit,
+        threads, seed, kernel, out, html,
+    )  # fmt: skip
+
+
+@masks_app.command("show")
+def show(
+    masks: Annotated[str, typer.Argument(help="Names or groups.")] = "all",
+    size: Annotated[int, typer.Option(min=4, max=256, help="Tokens of the drawing.")] = 32,
+    seed: Seed = 42,
+    html: Html = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write names, parameters and areas as JSON; - for stdout.")
+    ] = None,
+) -> None:
+    """Draw the named masks, with their definitions.
+
+    [bold]Example[/]
+
+      regard bench masks show --html masks.html
+    """
+    from rich.console import Console
+
+    for path in (html, json):
+        check_output(path)
+    from regard.bench import patterns_page
+
+    made = patterns_page.cases(masks, size, seed)
+    _write_html(patterns_page.html(made) if html else "", html)
+    rows = [
+        {"name": c.name, "parameters": c.parameters, "tokens": c.total, "area": c.area}
+        for c in made
+    ]
+    write_json(rows, json)
+    if json is None or str(json) != "-":
+        Console().print(patterns_page.table(made))
+
+
+def _kernels(
+    masks: str,
+    lengths: str,
+    kernels: str,
+    backward: bool,
+    heads: str,
+    dim: int,
+    dtype: str,
+    device: str | None,
+    rounds: int,
+    memory_limit: float,
+    threads: int | None,
+    seed: int,
+    files: list[str],
+    out: Path | None,
+    html: Path | None,
+) -> None:
+    from rich.console import Console
+
+    sizes = [count(n) for n in lengths.split(",") if n.strip()]
+    if not sizes:
+        raise InputError("--lengths is empty: write, for example, 1k,4k")
+    for path in (out, html):
+        check_output(path)
+    from regard.bench import kernels as bench
+    from regard.bench import kernels_page
+    from regard.bench.registry import load
+
+    result = bench.run(
+        masks=masks,
+        lengths=sizes,
+        kernels=kernels,
+        extra=[load(f) for f in files],
+        heads=_heads(heads),
+        dim=dim,
+        dtype=dtype,
+        device=device,
+        backward=backward,
+        rounds=rounds,
+        seed=seed,
+        memory_limit=memory_limit,
+        threads=threads,
+        out=out,
+    )
+    _write_html(kernels_page.html(result) if html else "", html)
+    Console().print(kernels_page.table(result))
+
+
+def _heads(given: str) -> tuple[int, int]:
+    many, colon, few = given.partition(":")
+    if not many.isdigit() or (colon and not few.isdigit()):
+        raise InputError(f"--heads takes query heads:key heads, such as 8:2, not {given!r}")
+    return int(many), int(few or many)
+
+
+def _write_html(text: str, path: Any) -> None:
+    if path is not None:
+        from regard.bench.kernels_page import write_text
+
+        write_text(path, text)

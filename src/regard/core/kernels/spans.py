@@ -125,6 +125,7 @@ def _penalty(
     lead = [max(p.shape[n] for p in parts) for n in (0, 1)]
     joined = torch.cat([p.expand(*lead, -1, -1) for p in parts], -1)
     if isinstance(mask, Band) and joined.numel() <= CACHED:
+        cache.clear()  # inner query blocks look alike: the last one is enough
         cache[key] = joined
     return joined
 

@@ -24,9 +24,9 @@ MASKED = -1e30  # a score that no softmax notices, yet finite: MASKED - MASKED i
 # exp, and the product of its result with the values, slow down a hundredfold where they are
 # subnormal; clamped well above that, exp gives a weight that is still far below rounding
 LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
-BLOCK_Q, BLOCK_K = 256, 512
+BLOCK_Q, BLOCK_K = 256, 256
 STEP_K = 128  # keys are masked, skipped and joined to blocks in steps of this many
-TILE_CELLS = 3 * 2**18  # cells of one tile over batch and heads: 3 MiB of float32
+TILE_CELLS = 2**19  # cells of one tile over batch and heads: 2 MiB of float32
 
 
 @dataclass
