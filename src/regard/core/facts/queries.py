@@ -29,7 +29,7 @@ class Entropy(Fact):
         return {"sum": view.zeros(view.queries)}
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        sums["sum"][tile.batch, tile.heads, :, tile.rows] -= tile.times(tile.scores).sum(-1)
+        sums["sum"][tile.batch, tile.heads, :, tile.rows] -= tile.p_log_p.sum(-1)
 
     def fused(
         self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float

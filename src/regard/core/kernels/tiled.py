@@ -47,6 +47,7 @@ class Tile:
     shift: int  # keys - queries: row r of the call stands at position r + shift
     p: Tensor = field(init=False)  # probabilities, where the tile has been exponentiated
     live: Tensor | None = None  # [batch, rows], false for a query that does not count
+    _p_log_p: Tensor | None = None
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -56,6 +57,13 @@ class Tile:
             self.rows.start + shift - self.cols.stop + 1,
             self.rows.stop - 1 + shift - self.cols.start,
         )
+
+    @property
+    def p_log_p(self) -> Tensor:
+        """`p * log p`, written over the scores, which nothing else needs once there is p."""
+        if self._p_log_p is None:
+            self._p_log_p = self.scores.mul_(self.p)
+        return self._p_log_p
 
     def times(self, x: Tensor) -> Tensor:
         """`p * x` in a buffer that the next call overwrites: a fresh tensor this large costs
