@@ -9,7 +9,7 @@ REPORT ?= attention.html
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo test test-slow style format docs clean
+.PHONY: help env env-dev demo test test-slow style format peers docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,10 @@ style: env-dev ## lint, format check, types, import arrows
 format: env-dev ## put the code into the one format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+peers: ## the libraries that `bench see` can compare with, in an environment of their own
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -q -r requirements/peers.txt
 
 docs: env ## regenerate the pages that are made from code and results
 	@$(BIN)/python -m regard.catalog docs/methods.md
