@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,8 +36,3 @@ def test_rules_can_say_no() -> None:
     for key, values in rules.items():
         judge = stated[key].judge
         assert judge is not None and judge(values) == "not reproduced"
-
-
-def test_the_module_imports_no_bench() -> None:
-    text = Path(method.__file__).read_text(encoding="utf-8")
-    assert "from regard.bench" not in text and "\nimport regard.bench" not in text

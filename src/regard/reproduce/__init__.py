@@ -1,7 +1,7 @@
 """Papers' claims measured on this machine: with control, interval and verdict.
 
 >>> available()
-['longca-bench', 'preplan-anchor', 'sink-emergence']
+['preplan-anchor', 'sink-emergence']
 """
 
 from regard.reproduce.harness import Claim, Interval, Result, available, run

@@ -28,7 +28,6 @@ VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
 _METHODS = {
     "sink-emergence": "regard.reproduce.sink_emergence",
     "preplan-anchor": "regard.reproduce.preplan_anchor",
-    "longca-bench": "regard.reproduce.longca_bench",
 }
 MODEL = "smollm2-135m"
 Judge = Callable[[dict[str, float]], str]
