@@ -268,5 +268,5 @@ def _check_heads(model: Any, heads: Sequence[int] | None) -> None:
 
 
 def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

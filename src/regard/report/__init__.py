@@ -38,7 +38,7 @@ __all__ = [
 def show(overview: dict[str, Any]) -> list[Any] | None:
     """In a notebook the coloured text and the figures, elsewhere the summary on the terminal."""
     try:
-        shell = get_ipython()  # type: ignore[name-defined]  # notebooks and IPython define it
+        shell: Any = get_ipython()  # type: ignore[name-defined]  # notebooks and IPython define it
     except NameError:
         shell = None
     if type(shell).__name__ != "ZMQInteractiveShell":
@@ -51,7 +51,7 @@ def show(overview: dict[str, Any]) -> list[Any] | None:
     view = (overview.get("views") or {}).get("received")
     if view:
         display(HTML(tokens_html(overview["tokens"], view, overview.get("marks"))))
-    makers = [
+    makers: list[tuple[str, Any]] = [
         ("sinks", sink_map),
         ("by_position", received_by_position),
         ("rhythm", rhythm),
