@@ -11,7 +11,7 @@ from typing import Any
 
 from regard.bench.kernels import key_of
 from regard.bench.kernels_verdicts import cells, judge, k, values
-from regard.bench.record import NO_MEMORY, Cell, Result
+from regard.bench.record import NO_MEMORY, Cell, Result, write_text
 
 Grid = list[list[str]]
 SHORT = {NO_MEMORY: "no memory", "unsupported": "–", "not installed": "–", "failed": "failed"}
@@ -390,16 +390,6 @@ def _html(grid: Grid) -> str:
     )
     inner = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
     return f'<div class="wide"><table>{inner}</table></div>'
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from regard.bench.record import Result
+from regard.bench.record import Result, write_text
 from regard.bench.verdicts import (
     GIB,
     MIB,
@@ -67,8 +67,10 @@ def page(
     """Write the Markdown page and its plot, each whole or not at all; returns the page."""
     path, plot = Path(path), Path(plot)
     plot.parent.mkdir(parents=True, exist_ok=True)
-    _write(plot, svg(result))
-    _write(path, markdown(result, os.path.relpath(plot, path.parent).replace(os.sep, "/"), source))
+    write_text(plot, svg(result))
+    write_text(
+        path, markdown(result, os.path.relpath(plot, path.parent).replace(os.sep, "/"), source)
+    )
     return path
 
 
@@ -435,15 +437,6 @@ def _md_table(grid: Grid, right: bool = True) -> list[str]:
     rule = ["---", *(["---:" if right else "---"] * (len(grid[0]) - 1))]
     lines = [grid[0], rule, *grid[1:]]
     return ["| " + " | ".join(_md(c) or " " for c in line) + " |" for line in lines]
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from regard.bench.record import (
     resume,
     show_progress,
     spread,
+    write_text,
 )
 from regard.core import Mask, attend
 from regard.core.parallel import (
@@ -571,4 +572,4 @@ def _size(n: int) -> str:
 if __name__ == "__main__":
     import sys
 
-    Path(sys.argv[1]).write_text(page(sys.argv[2:]), encoding="utf-8")
+    write_text(Path(sys.argv[1]), page(sys.argv[2:]))

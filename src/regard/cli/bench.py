@@ -251,6 +251,6 @@ def _heads(given: str) -> tuple[int, int]:
 
 def _write_html(text: str, path: Any) -> None:
     if path is not None:
-        from regard.bench.kernels_page import write_text
+        from regard.bench.record import write_text
 
         write_text(path, text)
