@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from regard.cli import bench, check, methods, models, reproduce, see
+from regard.cli.run import run
 
 app = typer.Typer(
     help="See, steer, shrink and shape the attention of any Transformer.",
@@ -42,3 +43,4 @@ app.command("models")(models.models)
 app.command("methods")(methods.methods)
 app.command("reproduce")(reproduce.reproduce)
 app.add_typer(bench.app, name="bench")
+app.add_typer(run, name="run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,9 @@ class Call:
         mask: who sees whom; positions are aligned at the end (`core.Mask`).
         live: `[batch, queries]`, false for queries that are padding; None when all are tokens.
         query_offset, key_offset: absolute position of the first query and of the first key.
+        heads: which of the module's query heads this call is about; None means all, in order.
+        positions: `[batch, kv_heads, keys]`, absolute position of every key where they do not
+            simply count up from `key_offset`: a method that keeps other keys for other heads.
         phase: "prefill" when the first query is the first token, else "decode".
     """
 
@@ -54,6 +58,8 @@ class Call:
     live: Tensor | None = None
     query_offset: int = 0
     key_offset: int = 0
+    heads: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def phase(self) -> str:
@@ -84,8 +90,19 @@ class Handler:
         """Which sites to be called for; all by default. Raise here what cannot work."""
         return sites
 
-    def before(self, call: Call) -> Call | None:
-        """Change q, k, v or mask; None leaves the call as it is."""
+    def cache(self, cache: Any) -> None:
+        """A forward pass of the model begins, with this key-value cache (None: without one).
+
+        A method that stores keys and values in its own way puts its layers into an empty cache
+        here.
+        """
+
+    def before(self, call: Call) -> Call | Sequence[Call] | None:
+        """Change q, k, v or mask; None leaves the call as it is.
+
+        A method whose heads look at different keys returns one call per group of heads; together
+        they name every head of the given call once.
+        """
         return None
 
     def after(self, call: Call, state: State) -> State | None:

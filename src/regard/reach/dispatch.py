@@ -15,7 +15,7 @@ class Acting(Protocol):
 
     def visit(self, sites: list[Site]) -> Site: ...
 
-    def before(self, call: Call) -> Call: ...
+    def before(self, call: Call) -> list[Call]: ...
 
     def after(self, call: Call, state: State) -> State: ...
 
@@ -49,9 +49,23 @@ def site_of(module: Any) -> Site | None:
 def run(module: Any, call: Call) -> State:
     """One attention call through the handlers of every open session on this module."""
     entries = [(session, session.visit(sites)) for session, sites in _active.get(id(module), [])]
+    calls = [call]
     for session, site in entries:
-        call = session.before(call.change(site=site))
-    state = call.attend()
-    for session, site in entries:
-        state = session.after(call.change(site=site), state)
-    return state
+        calls = [new for old in calls for new in session.before(old.change(site=site))]
+    states = []
+    for part in calls:
+        state = part.attend()
+        for session, site in entries:
+            state = session.after(part.change(site=site), state)
+        states.append(state)
+    return states[0] if len(calls) == 1 and calls[0].heads is None else _gather(call, calls, states)
+
+
+def _gather(call: Call, calls: list[Call], states: list[State]) -> State:
+    """The States of groups of heads as the State of all heads."""
+    batch, heads, queries, _ = call.q.shape
+    out = states[0].out.new_empty(batch, heads, queries, states[0].out.shape[-1])
+    lse = states[0].lse.new_empty(batch, heads, queries)
+    for part, state in zip(calls, states):
+        out[:, part.heads], lse[:, part.heads] = state.out, state.lse
+    return State(out, lse)

@@ -43,7 +43,14 @@ class Session:
         if len({s.name for s in self.sites}) < len(self.sites):
             hook = self.model.register_forward_pre_hook(lambda *_: self._visits.clear())
             self._undo.append(hook.remove)
+        if any(type(h).cache is not Handler.cache for h in self.handlers):
+            hook = self.model.register_forward_pre_hook(self._show_cache, with_kwargs=True)
+            self._undo.append(hook.remove)
         return self
+
+    def _show_cache(self, module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        for handler in self.handlers:
+            handler.cache(kwargs.get("past_key_values"))
 
     def visit(self, sites: list[Site]) -> Site:
         """Which of a module's sites this call is; layers that share a module take it in turn."""
@@ -64,12 +71,13 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def before(self, call: Call) -> Call:
-        """The call as its handlers change it, in order."""
+    def before(self, call: Call) -> list[Call]:
+        """The call as its handlers change it, in order: one, or one per group of heads."""
+        calls = [call]
         for handler, wanted in zip(self.handlers, self._wanted):
             if call.site.index in wanted:
-                call = handler.before(call) or call
-        return call
+                calls = [new for old in calls for new in _listed(handler.before(old), old)]
+        return calls
 
     def after(self, call: Call, state: State) -> State:
         """The State as its handlers change it, in order."""
@@ -77,3 +85,9 @@ class Session:
             if call.site.index in wanted:
                 state = handler.after(call, state) or state
         return state
+
+
+def _listed(given: Call | Sequence[Call] | None, old: Call) -> Sequence[Call]:
+    if given is None:
+        return [old]
+    return [given] if isinstance(given, Call) else given

@@ -1,0 +1,1 @@
+"""The same answers with less memory and time."""

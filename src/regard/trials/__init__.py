@@ -1,0 +1,1 @@
+"""What a method is judged on; every trial takes a model and a list of configurations."""
