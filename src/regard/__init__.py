@@ -17,6 +17,8 @@ _LAZY = {
     "watch": "regard.api",
     "apply": "regard.api",
     "ACT": "regard.steer",
+    "HeadFilter": "regard.steer.act_heads",
+    "ContrastiveExpertGuidance": "regard.steer",
     "Watch": "regard.api",
     "facts": "regard.api",
     "load": "regard.zoo",
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from regard.catalog import methods as methods
     from regard.reach.check import check as check
     from regard.steer import ACT as ACT
+    from regard.steer import ContrastiveExpertGuidance as ContrastiveExpertGuidance
+    from regard.steer.act_heads import HeadFilter as HeadFilter
     from regard.zoo import load as load
     from regard.zoo import models as models
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regard.cli import bench, check, methods, models, reproduce, see
+from regard.cli import bench, calibrate, check, methods, models, reproduce, see
 from regard.cli.run import run
 
 app = typer.Typer(
@@ -44,3 +44,4 @@ app.command("methods")(methods.methods)
 app.command("reproduce")(reproduce.reproduce)
 app.add_typer(bench.app, name="bench")
 app.add_typer(run, name="run")
+app.add_typer(calibrate.app, name="calibrate")

@@ -28,6 +28,8 @@ VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
 _METHODS = {
     "sink-emergence": "regard.reproduce.sink_emergence",
     "preplan-anchor": "regard.reproduce.preplan_anchor",
+    "act": "regard.reproduce.act",
+    "steer": "regard.reproduce.steer",
 }
 MODEL = "smollm2-135m"
 Judge = Callable[[dict[str, float]], str]

@@ -1,5 +1,6 @@
 """Better answers from the same weights, without training."""
 
 from .act import ACT
+from .steer import ContrastiveExpertGuidance
 
-__all__ = ["ACT"]
+__all__ = ["ACT", "ContrastiveExpertGuidance"]

@@ -9,3 +9,8 @@ run = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+
+from . import act, steer  # noqa: E402  (the commands need `run`)
+
+run.command("act")(act.act)
+run.command("steer")(steer.steer)
