@@ -114,7 +114,7 @@ WRONG = {
     "a vision model": (["see", TEXT, "--model", "tiny:vit"], "reads pixel_values, not text"),
     "unknown verb": (["methods", "sea"], "Did you mean 'see'"),
     "unknown method": (["reproduce", "sink-emergance"], "Did you mean 'sink-emergence'"),
-    "method to come": (["reproduce", "act"], "cannot be reproduced yet"),
+    "method to come": (["reproduce", "mosaic"], "cannot be reproduced yet"),
     "bench lengths": (["bench", "see", "--lengths", "1k,two"], "is not a length"),
 }
 

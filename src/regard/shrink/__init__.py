@@ -1,1 +1,0 @@
-"""The same answers with less memory and time."""
