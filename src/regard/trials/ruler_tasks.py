@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 
 from regard import zoo
 
@@ -84,7 +85,7 @@ def _chain(draw: random.Random, number: int, hops: int = 4) -> Puzzle:
         names += [name] if name not in names else []
     value = str(draw.randrange(10_000, 100_000))
     facts = [f"VAR {names[0]} = {value}."]
-    facts += [f"VAR {new} = VAR {old}." for old, new in zip(names, names[1:])]
+    facts += [f"VAR {new} = VAR {old}." for old, new in pairwise(names)]
     places = sorted(draw.random() for _ in facts)  # a chain reads from front to back
 
     def prompt(size: int) -> str:
