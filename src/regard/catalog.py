@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from regard.files import write_text
 
 VERBS: dict[str, str] = {
     "see": "exact facts and pictures of attention at any length",
@@ -473,11 +473,7 @@ def main(arguments: list[str] | None = None) -> int:
     if path.is_file() and MARKS[0] in (old := path.read_text(encoding="utf-8")):
         page = into_readme(old)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_text(path, page)
     except OSError as problem:
         print(f"Cannot write {path}: {problem.strerror}", file=sys.stderr)
         return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,8 @@ from regard import zoo
 from regard.bench import act
 from regard.bench.record import load
 from regard.errors import InputError
-from regard.zoo.tiny import tiny
 
-
-def deep(layers: int) -> Any:
-    """A tiny model of more layers, so that ACT leaves some to act on."""
-    small = tiny("llama")
-    config = copy.deepcopy(small.config)
-    config.num_hidden_layers = layers
-    model = type(small)(config).eval()
-    for layer in model.model.layers:  # steep enough for sinks
-        layer.self_attn.q_proj.weight.data *= 30
-    return model
+from ..models import deep
 
 
 class Words:
@@ -36,7 +25,7 @@ class Words:
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = deep(6)
+    model = deep(6, steep=30)
     monkeypatch.setattr(zoo, "load", lambda name: (model, Words()))
     monkeypatch.setattr(act, "_apart", lambda: {"bytes": 90_000_000, "how": "x", "sinks": 5})
 

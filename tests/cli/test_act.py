@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,11 @@ import torch
 from transformers import BatchEncoding
 
 from regard import zoo
-from regard.cli import main
-from regard.zoo.tiny import tiny
+
+from ..models import deep
+from .command import run
 
 TEXT = "the cat sat on the mat because it was tired and the day was long " * 2
-
-
-def deep(layers: int) -> Any:
-    """A tiny model of more layers, so that ACT leaves some to act on."""
-    small = tiny("llama")
-    config = copy.deepcopy(small.config)
-    config.num_hidden_layers = layers
-    model = type(small)(config).eval()
-    for layer in model.model.layers:  # steep enough for sinks
-        layer.self_attn.q_proj.weight.data *= 60
-    return model
 
 
 class Words:
@@ -43,22 +32,11 @@ class Words:
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> Any:
-        model = deep(4)
+        model = deep(4, steep=60)
         model.generation_config.eos_token_id = None
         return model, Words()
 
     monkeypatch.setattr(zoo, "load", load)
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    try:
-        main(list(args))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
 
 
 def test_calibrate_then_run(capsys: Any, tmp_path: Path) -> None:

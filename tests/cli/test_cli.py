@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from regard import zoo
-from regard.cli import main
 from regard.zoo.tiny import tiny
+
+from .command import run
 
 
 class Words:
@@ -38,17 +39,6 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, **kwargs)
 
     monkeypatch.setattr(zoo, "load", load)
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    try:
-        main(list(args))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    return code, out, err
 
 
 TEXT = "the cat sat on the mat because it was tired and the day was long " * 4

@@ -13,6 +13,7 @@ from regard.reach import Call, Collector, Handler, Session
 from regard.reach.dispatch import _active
 from regard.zoo.tiny import inputs, tiny
 
+WHOLE = {"do_sample": False, "return_dict_in_generate": True}
 IDS = torch.randint(3, 100, (1, 10), generator=torch.Generator().manual_seed(0))
 
 
@@ -220,3 +221,43 @@ def test_layers_that_share_a_module() -> None:
         found = seen.value(record, seen.facts[0])
         assert torch.allclose(found, maps[record.site.layer].sum(2), atol=1e-5)
     assert not model._forward_pre_hooks
+
+
+class Split(Handler):
+    """One call for the heads of every key head."""
+
+    def __init__(self) -> None:
+        self.caches: list[int] = []
+
+    def cache(self, cache: Any) -> None:
+        self.caches.append(-1 if cache is None else cache.get_seq_length())
+
+    def before(self, call: Call) -> list[Call]:
+        group = call.q.shape[1] // call.k.shape[1]
+        return [
+            call.change(
+                q=call.q[:, n * group : (n + 1) * group],
+                k=call.k[:, n : n + 1],
+                v=call.v[:, n : n + 1],
+                heads=torch.arange(n * group, (n + 1) * group),
+            )
+            for n in reversed(range(call.k.shape[1]))
+        ]
+
+
+def test_a_call_answered_in_groups_of_heads() -> None:
+    model, split = tiny("llama"), Split()
+    with torch.no_grad():
+        plain = model.generate(IDS, max_new_tokens=4, output_logits=True, **WHOLE)
+        with Session(model, [split]):
+            parts = model.generate(IDS, max_new_tokens=4, output_logits=True, **WHOLE)
+            model(IDS, use_cache=False)
+    assert torch.equal(parts.sequences, plain.sequences)
+    assert torch.allclose(torch.stack(parts.logits), torch.stack(plain.logits), atol=1e-5)
+    assert split.caches == [0, 10, 11, 12, -1]
+
+
+def test_facts_of_groups_of_heads_are_refused() -> None:
+    session = Session(tiny("llama"), [Split(), Collector([Received()])])
+    with pytest.raises(ReachError, match="different keys"), torch.no_grad(), session:
+        session.model(IDS)

@@ -94,6 +94,14 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert made == [1, 3, 4]
 
 
+def test_the_time_of_a_killed_leg_counts(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "part.json", {})
+    first.started -= 100.0  # the parts took this long, and then the process was killed
+    first.get("x", lambda: 1)
+    assert Journal(tmp_path / "part.json", {}).seconds >= 100.0
+    assert Journal(tmp_path / "part.json", {"other": 1}).seconds < 100.0
+
+
 @pytest.fixture
 def method(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A method with one measurable claim, registered under the slug "fake"."""

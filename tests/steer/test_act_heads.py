@@ -14,7 +14,7 @@ import regard
 from regard.errors import InputError
 from regard.reach import Session
 from regard.steer.act import ACT
-from regard.steer.act_heads import HeadFilter, _Suffix, choose, shape_of
+from regard.steer.act_heads import HeadFilter, _stack, _Suffix, choose, shape_of
 from regard.steer.label_scores import batches, label_tokens, margins
 from regard.zoo.tiny import tiny
 
@@ -71,7 +71,7 @@ def test_the_suffix_is_run_alone(family: str) -> None:
     calls: list[int] = []
     with torch.no_grad(), Session(model):
         whole = model(**inputs).logits[:, -1]
-        suffix = _Suffix(model, inputs)
+        suffix = _Suffix(model, inputs, _stack(model, shape_of(model)[1][0]))
         assert suffix.direct and torch.allclose(suffix.logits, whole, atol=1e-6)
         suffix.enter(1)
         for n, layer in enumerate(suffix.layers):

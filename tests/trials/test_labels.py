@@ -12,7 +12,8 @@ from transformers import BatchEncoding
 
 from regard.errors import InputError
 from regard.steer.act import ACT
-from regard.trials.labels import TASKS, Example, interval, labels, read_examples, sentences
+from regard.trials.intervals import bootstrap
+from regard.trials.labels import TASKS, Example, labels, read_examples, sentences
 from regard.zoo.tiny import tiny
 
 EXAMPLES = [
@@ -77,7 +78,7 @@ def test_sentences() -> None:
 
 
 def test_interval() -> None:
-    low, high = interval([0.0, 1.0] * 50)
+    low, high = bootstrap([0.0, 1.0] * 50)
     assert 0.35 < low < 0.5 < high < 0.65
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError
+from regard.files import write_text
 
 MEASURED = "measured"
 NO_MEMORY = "out of memory"
@@ -74,16 +75,6 @@ class Result:
             return
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_text(Path(path), text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Result:

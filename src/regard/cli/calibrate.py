@@ -102,7 +102,7 @@ def _prompts(
     task: str, data: Path | None, template: str | None, samples: int
 ) -> tuple[list[str], list[str], list[Any]]:
     """Prompts, right labels and choices of every prompt."""
-    from regard.trials.labels import TASKS, Task, read_examples, sentences
+    from regard.trials.labels import TASKS, Task, fill, read_examples, sentences
 
     names = [n.strip() for n in task.split(",") if n.strip()]
     if data is not None:
@@ -119,12 +119,11 @@ def _prompts(
     elif template is not None:
         raise InputError("--template goes with --data: the built-in tasks bring their own")
     else:
-        sets = [(TASKS[n], sentences(n, samples)) for n in names if sentences(n, 1)]
+        made = [(n, sentences(n, samples)) for n in names]  # refuses a task that there is not
+        sets = [(TASKS[n], examples) for n, examples in made]
     prompts, truth, choices = [], [], []
     for how, examples in sets:
-        if "{text}" not in how.template:
-            raise InputError(f"the template {how.template!r} has no {{text}} in it")
-        prompts += [how.template.replace("{text}", e.text) for e in examples]
+        prompts += [fill(how.template, e.text) for e in examples]
         truth += [e.label for e in examples]
         choices += [how.labels] * len(examples)
     return prompts, truth, choices

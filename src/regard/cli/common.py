@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError, nearest
+from regard.files import write_text
 
 
 def read_text(given: str) -> str:
@@ -66,12 +67,7 @@ def write_json(data: Any, path: Path | None) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def err() -> Any:

@@ -75,6 +75,11 @@ class Collector(Handler):
                 f"the attention scores of {call.site.name} are not finite: the weights or the "
                 "inputs hold NaN or inf"
             )
+        if call.heads is not None or call.positions is not None:
+            raise ReachError(
+                f"the heads of {call.site.name} look at different keys under another method, and "
+                "facts of such calls are not measured yet: watch without that method"
+            )
         facts = self._facts(call.site)
         q, k, lse = call.q, call.k, state.lse
         bias = call.bias

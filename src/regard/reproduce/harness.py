@@ -13,16 +13,18 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from regard import files
 from regard.errors import InputError, nearest
+from regard.progress import bar
+from regard.trials.intervals import bootstrap as bootstrap
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
 _METHODS = {
@@ -174,19 +176,9 @@ class Setup:
     journal: Journal
     show: bool
 
-    @contextmanager
-    def progress(self, total: int, label: str) -> Iterator[Callable[[], None]]:
-        """A bar on stderr, where that is a terminal; yields what to call after each step."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-        hidden = not (self.show and console.is_terminal)
-        with Progress(*columns, console=console, disable=hidden) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda: bar.advance(task)
+    def progress(self, total: int, label: str) -> AbstractContextManager[Callable[[], None]]:
+        """A bar on stderr, where that is a terminal; gives what to call after each step."""
+        return bar(total, label, self.show)
 
 
 @dataclass(frozen=True)
@@ -208,11 +200,12 @@ class Journal:
     def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
         self.path, self.key = path, key
         self.parts: dict[str, Any] = {}
+        self.spent, self.started = 0.0, time.perf_counter()
         if path is not None and path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 if found["key"] == key:
-                    self.parts = found["parts"]
+                    self.parts, self.spent = found["parts"], float(found["seconds"])
             except (ValueError, KeyError, TypeError):
                 pass  # half a file is no file: measure again
 
@@ -220,9 +213,19 @@ class Journal:
         """The part of this name, measured by `make` unless it is there; plain JSON values only."""
         if name not in self.parts:
             self.parts[name] = json.loads(json.dumps(make()))
-            if self.path is not None:
-                write_text(self.path, json.dumps({"key": self.key, "parts": self.parts}))
+            self.save()
         return self.parts[name]
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, earlier legs included."""
+        return self.spent + time.perf_counter() - self.started
+
+    def save(self) -> None:
+        """Write the parts, and the time with them: a killed leg is counted up to its last part."""
+        if self.path is not None:
+            found = {"key": self.key, "seconds": self.seconds, "parts": self.parts}
+            write_text(self.path, json.dumps(found))
 
     def clear(self) -> None:
         """Forget all parts."""
@@ -274,14 +277,11 @@ def run(
     key = {"slug": slug, "model": name, "quick": quick, "source": source}
     partial = folder / f".{slug}{'.quick' if quick else ''}.partial.json"
     journal = Journal(partial, key)
-    spent = float(journal.parts.get("seconds", 0.0))
-    started = time.perf_counter()
     try:
         done = method.measure(Setup(loaded, tokenizer, name, quick, journal, progress))
     finally:
-        journal.parts["seconds"] = spent + time.perf_counter() - started
-        if len(journal.parts) > 1:
-            write_text(partial, json.dumps({"key": key, "parts": journal.parts}))
+        if journal.parts:
+            journal.save()
     keys = [c.key for c in done.claims]
     if keys != [c.key for c in method.CLAIMS]:
         raise ValueError(f"{slug} settled {keys}, which are not the claims it had stated")
@@ -299,7 +299,7 @@ def run(
         commit=commit(),
         source=source,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        seconds=round(journal.parts["seconds"], 1),
+        seconds=round(journal.seconds, 1),
         quick=quick,
         command=_command(slug, quick, name),
     )
@@ -317,36 +317,12 @@ def verdict(whole: bool, half: bool = False) -> str:
     return "reproduced" if whole else "partly" if half else "not reproduced"
 
 
-def bootstrap(values: Sequence[float], *, draws: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean, by drawing the values again with repetition.
-
-    >>> bootstrap([1.0, 1.0, 1.0])
-    (1.0, 1.0)
-    """
-    import numpy
-
-    sample = numpy.asarray(values, dtype=float)
-    if len(sample) == 0:
-        raise ValueError("an interval needs at least one value")
-    drawn = numpy.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
-    low, high = numpy.quantile(sample[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; a place that cannot be written to is the user's to mend."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    except OSError as problem:
+        files.write_text(path, text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         raise InputError(f"{path} cannot be written: {problem.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # -- where and with what -----------------------------------------------------------------------

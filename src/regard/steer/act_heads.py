@@ -8,10 +8,8 @@ finds no sink in a batch of prompts nothing runs again at all.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError
-from regard.reach import Session
+from regard.files import write_text
+from regard.progress import bar
+from regard.reach import Session, Site
 
 from .act import ACT
 from .label_scores import batches, label_tokens, margins, truth_of
@@ -128,13 +128,14 @@ class HeadFilter:
         first, last = self.settings["skip_layers"]
         layers = [s.layer for s in sites][first : len(sites) - last]
         with torch.no_grad(), Session(self.model):
-            states = [_Suffix(self.model, inputs) for _, inputs in made]
+            stack = _stack(self.model, sites[0])
+            states = [_Suffix(self.model, inputs, stack) for _, inputs in made]
             plain = [s.logits for s in states]
             base = score(plain)
             self.baseline_ = _summary(base)
             done = self._records(prompts, labels, shape)
             self.changes_: dict[tuple[int, int], list[float]] = {}
-            with self._bar(len(layers) * shape["heads"]) as step:
+            with bar(len(layers) * shape["heads"], "heads", self.progress) as step:
                 for layer in layers:
                     todo = [h for h in range(shape["heads"]) if (layer, h) not in done]
                     for state in states if todo else []:
@@ -179,12 +180,7 @@ class HeadFilter:
             "heads": {str(layer): heads for layer, heads in self.heads_.items()},
             "scores": self.scores_,
         }
-        part = path.with_name(f".{path.name}.part{os.getpid()}")
-        try:
-            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, json.dumps(data, indent=1) + "\n")
         if self.records is not None:
             self.records.unlink(missing_ok=True)
         return path
@@ -214,26 +210,13 @@ class HeadFilter:
             except (ValueError, KeyError, TypeError):
                 pass  # the last line was cut off: that head is tried again
         kept = [mark, *done.values()]
-        self.records.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
+        write_text(self.records, "".join(json.dumps(x) + "\n" for x in kept))
         return done
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.records is not None:
             with self.records.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-
-    @contextmanager
-    def _bar(self, total: int) -> Iterator[Any]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-        hidden = not (self.progress and console.is_terminal)
-        with Progress(*columns, console=console, disable=hidden) as bar:
-            task = bar.add_task("heads", total=total)
-            yield lambda: bar.advance(task)
 
 
 def choose(
@@ -256,12 +239,9 @@ def choose(
     return heads
 
 
-def shape_of(model: Any) -> tuple[dict[str, int], list[Any]]:
+def shape_of(model: Any) -> tuple[dict[str, int], list[Site]]:
     """Numbers of layers and of heads, and the self-attention sites of the language model."""
-    sites = [s for s in Session(model).sites if s.kind == "self"]
-    if not sites:
-        raise InputError("ACT needs self-attention, and this model has none")
-    sites = [s for s in sites if s.part == sites[-1].part]
+    sites = ACT(skip_layers=(0, 0)).sites(Session(model).sites)
     config = model.config.get_text_config()
     return {"layers": len(sites), "heads": config.num_attention_heads}, sites
 
@@ -282,9 +262,9 @@ class _Suffix:
     Use under an open session, so that the masks are those that regard's attention reads.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: Any, inputs: dict[str, Tensor], stack: tuple[Any, Any]) -> None:
         self.model, self.inputs = model, inputs
-        self.layers, self.norm = _stack(model)
+        self.layers, self.norm = stack
         self.steps: dict[int, _Step] = {}
         self.hidden: Tensor | None = None
         hooks = [
@@ -353,9 +333,11 @@ class _Suffix:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _stack(model: Any) -> tuple[Any, Any]:
-    """The list of decoder layers, and the norm after them (None where it is not found)."""
-    name = re.sub(r"\.\d+(\..*)?$", "", shape_of(model)[1][0].name)
+def _stack(model: Any, first: Site) -> tuple[Any, Any]:
+    """The list of decoder layers, of which `first` is the first attention, and the norm after them
+    (None where it is not found).
+    """
+    name = re.sub(r"\.\d+(\..*)?$", "", first.name)
     parent = model.get_submodule(name.rpartition(".")[0])
     norms = [m for n, m in parent.named_children() if n in ("norm", "final_layernorm", "ln_f")]
     return model.get_submodule(name), norms[0] if norms else None

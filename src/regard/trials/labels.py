@@ -19,6 +19,8 @@ import torch
 from regard.errors import InputError, nearest
 from regard.steer.label_scores import batches, label_tokens, margins, truth_of
 
+from .intervals import bootstrap
+
 
 @dataclass(frozen=True)
 class Example:
@@ -56,9 +58,9 @@ class Labelled:
             "labels": self.labels,
             "examples": len(self.truth),
             "accuracy": self.accuracy,
-            "accuracy_interval": interval([float(c) for c in self.correct]),
+            "accuracy_interval": bootstrap([float(c) for c in self.correct]),
             "margin": self.margin,
-            "margin_interval": interval(self.margins),
+            "margin_interval": bootstrap(self.margins),
             "truth": self.truth,
             "predicted": self.predicted,
             "margins": self.margins,
@@ -93,13 +95,11 @@ def labels(
     """
     from regard.api import apply
 
-    if "{text}" not in template:
-        raise InputError(f"the template {template!r} has no {{text}} where the text goes")
     pairs = [(e.text, e.label) if isinstance(e, Example) else e for e in examples]
     names = sorted({label for _, label in pairs}) if labels is None else list(labels)
     truth = torch.tensor(truth_of([label for _, label in pairs], names))
     tokens = label_tokens(tokenizer, names)
-    prompts = [template.replace("{text}", text) for text, _ in pairs]
+    prompts = [fill(template, text) for text, _ in pairs]
     found = torch.empty(len(pairs))
     best = torch.empty(len(pairs), dtype=torch.long)
     with torch.no_grad(), apply(model, *methods):
@@ -119,27 +119,28 @@ def labels(
 
 def _last(model: Any, inputs: dict[str, Any], cached: bool) -> Any:
     """Logits after the prompt, `[batch, vocabulary]`."""
+    from transformers import DynamicCache
+
     if not cached:
         return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
     ids = inputs["input_ids"]
     if ids.shape[1] < 2:
         raise InputError("a prompt of one token leaves no cache: give longer texts")
-    past = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    # handed over, and not left to the model: methods put their own storage into it
+    past = DynamicCache(config=model.config)
+    model(ids[:, :-1], past_key_values=past, use_cache=True, logits_to_keep=1)
     return model(ids[:, -1:], past_key_values=past, use_cache=True).logits[:, -1]
 
 
-def interval(values: Sequence[float], draws: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean.
+def fill(template: str, text: str) -> str:
+    """The prompt: the template with a text in its place.
 
-    >>> interval([2.0, 2.0])
-    (2.0, 2.0)
+    >>> fill("Review: {text}\\nThe review is", "a day {x}")
+    'Review: a day {x}\\nThe review is'
     """
-    import numpy
-
-    sample = numpy.asarray(values, dtype=float)
-    drawn = numpy.random.default_rng(seed).integers(len(sample), size=(draws, len(sample)))
-    low, high = numpy.quantile(sample[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+    if "{text}" not in template:
+        raise InputError(f"the template {template!r} has no {{text}} where the text goes")
+    return template.replace("{text}", text)
 
 
 def read_examples(path: str | Path) -> list[Example]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from regard.cli.common import check_output, err, load, read_text, working, write_json
 from regard.errors import InputError
+from regard.files import write_text
 
 
 def steer(
@@ -103,8 +103,8 @@ def steer(
         )
         _collect(made, done, count, batch, part, settings)
     if out is not None and part is not None:
-        part.write_text("".join(map(_row, done)), encoding="utf-8")
-        part.replace(out)
+        write_text(out, "".join(map(_row, done)))
+        part.unlink(missing_ok=True)
     write_json({"settings": settings, "samples": done}, json)
     if json is None or str(json) != "-":
         _show(done, out)
@@ -178,9 +178,7 @@ def _collect(
     for found in shown:
         done.append(found.as_dict())
         if part is not None and (len(done) % batch == 0 or len(done) == count):
-            scratch = part.with_name(f"{part.name}{os.getpid()}")
-            scratch.write_text(_row(settings) + "".join(map(_row, done)), encoding="utf-8")
-            scratch.replace(part)
+            write_text(part, _row(settings) + "".join(map(_row, done)))
 
 
 def _show(rows: list[dict[str, Any]], out: Path | None) -> None:
