@@ -48,9 +48,14 @@ class Session:
             self._undo.append(hook.remove)
         return self
 
-    def _show_cache(self, module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _show_cache(self, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Show the cache to the handlers; one that the model would make itself is made here."""
+        cache = kwargs.get("past_key_values")
+        if cache is None and door.makes_cache(module, args, kwargs):
+            cache = kwargs["past_key_values"] = door.new_cache(module)
         for handler in self.handlers:
-            handler.cache(kwargs.get("past_key_values"))
+            handler.cache(cache)
+        return args, kwargs
 
     def visit(self, sites: list[Site]) -> Site:
         """Which of a module's sites this call is; layers that share a module take it in turn."""

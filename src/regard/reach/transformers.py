@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from regard.core import Mask
 from regard.errors import ReachError
@@ -130,6 +130,24 @@ def enter(model: PreTrainedModel) -> Callable[[], None]:
                 del config.__dict__["_regard_before"]
 
     return leave
+
+
+def makes_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this forward pass, called without a cache, makes one and returns it."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    config = model.config.get_text_config(decoder=True)
+    wanted = kwargs.get("use_cache")
+    return (
+        "past_key_values" in names[len(args) :]
+        and model.can_generate()
+        and not getattr(model.config, "is_encoder_decoder", False)
+        and bool(getattr(config, "use_cache", False) if wanted is None else wanted)
+    )
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """The cache that transformers' own models make when they are given none."""
+    return DynamicCache(config=model.config)
 
 
 def _asks_interface(module: Any) -> bool:
