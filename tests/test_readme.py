@@ -32,8 +32,9 @@ def test_guide(tmp_path: Path) -> None:
     import regard
     from regard.core import Mask, attend
     from regard.zoo.tiny import inputs, tiny
+    from .models import deep
 
-    settings, parts, algebra = blocks("docs/guide.md")
+    settings, parts, steering, guided, algebra = blocks("docs/guide.md")
     model = tiny("llama")
     ids = torch.randint(3, 100, (1, 190), generator=torch.Generator().manual_seed(0))
     names: dict[str, Any] = {"regard": regard, "model": model, "batch": {"input_ids": ids}}
@@ -46,6 +47,19 @@ def test_guide(tmp_path: Path) -> None:
     with torch.no_grad(), regard.watch(whisper, ["received"]) as seen:
         whisper(**inputs("whisper", whisper))
     exec(compile(parts, "guide", "exec"), {"regard": regard, "seen": seen, "model": whisper})
+
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names = {"regard": regard, "model": deep(4, 2.0), "batch": batch}
+    code = steering.replace('heads="heads.json"', "heads={2: [0, 3]}")
+    code = code.replace("ratio=0.4", "ratio=0.6")  # of two key heads one stays whole
+    with torch.no_grad():
+        exec(compile(code, "guide", "exec"), names)
+    assert names["kept"].nbytes < 0.7 * names["kept"].full_nbytes
+
+    few = {name: x[:, :9] for name, x in batch.items()}
+    names = {"expert": tiny("llama"), "base": tiny("llama"), "negatives": [[5, 6, 7]]}
+    with torch.no_grad():
+        exec(compile(guided, "guide", "exec"), {"regard": regard, "batch": few, **names})
 
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     names = {"q": q, "k": k, "v": v}

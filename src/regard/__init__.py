@@ -19,6 +19,13 @@ _LAZY = {
     "ACT": "regard.steer",
     "HeadFilter": "regard.steer.act_heads",
     "ContrastiveExpertGuidance": "regard.steer",
+    "VAR": "regard.steer",
+    "StructuredDiffusion": "regard.steer",
+    "WordMaps": "regard.see.words",
+    "MMA": "regard.shape",
+    "TaskKV": "regard.shrink",
+    "Recycled": "regard.shrink",
+    "VisionDrop": "regard.shrink",
     "Watch": "regard.api",
     "facts": "regard.api",
     "load": "regard.zoo",
@@ -26,7 +33,7 @@ _LAZY = {
     "methods": "regard.catalog",
     "check": "regard.reach.check",
 }
-_MODULES = ("core", "zoo", "reach", "see", "steer", "report", "reproduce")
+_MODULES = ("core", "zoo", "reach", "see", "steer", "shrink", "shape", "report", "reproduce")
 
 __all__ = ["__version__", *_LAZY]
 
@@ -37,7 +44,12 @@ if TYPE_CHECKING:
     from regard.api import watch as watch
     from regard.catalog import methods as methods
     from regard.reach.check import check as check
+    from regard.shrink import Recycled as Recycled
+    from regard.shrink import TaskKV as TaskKV
+    from regard.shrink import VisionDrop as VisionDrop
+    from regard.shape import MMA as MMA
     from regard.steer import ACT as ACT
+    from regard.steer import VAR as VAR
     from regard.steer import ContrastiveExpertGuidance as ContrastiveExpertGuidance
     from regard.steer.act_heads import HeadFilter as HeadFilter
     from regard.zoo import load as load

@@ -151,8 +151,8 @@ class Watch(Session):
 
     def attach(self) -> Watch:
         super().attach()
-        before = self.model.register_forward_pre_hook(self._enter_forward, with_kwargs=True)
-        after = self.model.register_forward_hook(self._leave_forward)
+        before = self.module.register_forward_pre_hook(self._enter_forward, with_kwargs=True)
+        after = self.module.register_forward_hook(self._leave_forward)
         self._undo += [before.remove, after.remove]
         return self
 

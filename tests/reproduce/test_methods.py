@@ -1,4 +1,4 @@
-"""The reproductions of see run end to end on a tiny model, and their judges judge."""
+"""Every reproduction runs end to end on a tiny model or has a test file of its own that runs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from regard import reproduce
-from regard.reproduce import preplan_anchor, sink_emergence
+from regard.errors import InputError
+from regard.reproduce import harness, preplan_anchor, sink_emergence
 from regard.reproduce.problems import problems
 from regard.zoo import tiny
 
@@ -38,18 +39,36 @@ def test_problems_differ_and_are_the_same_again() -> None:
     assert not any("{" in one for one in made)
 
 
-@pytest.mark.parametrize("slug", ["sink-emergence", "preplan-anchor"])
+def runs_itself(slug: str) -> bool:
+    """Whether `test_<slug>.py` runs the method, on what it needs (another model, other words)."""
+    file = Path(__file__).with_name(f"test_{slug.replace('-', '_')}.py")
+    return file.is_file() and f'reproduce.run("{slug}"' in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("slug", [s for s in reproduce.available() if not runs_itself(s)])
 def test_it_runs_on_a_tiny_model(slug: str, tmp_path: Path) -> None:
     model = tiny("llama")
     model.generation_config.eos_token_id = None  # a random model would stop anywhere
     result = reproduce.run(slug, quick=True, model=(model, Letters()), out=tmp_path)
-    stated = (sink_emergence if "sink" in slug else preplan_anchor).CLAIMS
-    assert [c.key for c in result.claims] == [c.key for c in stated]
-    for claim in result.claims:
-        assert claim.verdict in ("reproduced", "partly", "not reproduced", "needs scale")
-        if claim.verdict != "needs scale":
-            assert claim.here and claim.control and claim.values
+    settled_as_stated(slug, result)
     assert json.loads((tmp_path / f"{slug}.quick.json").read_text())["settings"]
+
+
+def settled_as_stated(slug: str, result: harness.Result) -> None:
+    """Every claim has the verdict of its own rule, with a measurement and a control."""
+    stated = harness.import_module(harness._METHODS[slug]).CLAIMS
+    assert [c.key for c in result.claims] == [c.key for c in stated]
+    for claim, rule in zip(result.claims, stated):
+        if rule.judge is None:
+            assert claim.verdict == "needs scale" and claim.command
+        else:
+            assert claim.here and claim.control and claim.values
+            assert claim.verdict == rule.judge(claim.values)
+
+
+def test_a_method_without_a_model_takes_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="leave the model out"):
+        reproduce.run("longca-bench", quick=True, model="smollm2-360m", out=tmp_path)
 
 
 def judged(module: Any, name: str, /, **values: float) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regard.cli import bench, calibrate, check, methods, models, reproduce, see
+from regard.cli import bench, calibrate, check, explain, methods, models, reproduce, see, trial
 from regard.cli.run import run
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ def root(
 
 
 app.command("see")(see.see)
+app.command("explain")(explain.explain)
 app.command("check")(check.check)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)
@@ -45,3 +46,4 @@ app.command("reproduce")(reproduce.reproduce)
 app.add_typer(bench.app, name="bench")
 app.add_typer(run, name="run")
 app.add_typer(calibrate.app, name="calibrate")
+app.add_typer(trial.app, name="trial")

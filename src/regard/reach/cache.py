@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -56,6 +57,16 @@ class Rows:
         self._store[:, :, self._count : end] = new
         self._count = end
         return self.data
+
+    def pick(self, index: Tensor) -> Tensor:
+        """A copy of the rows `[batch, kv_heads, picked]` of every head, in this order."""
+        batch, heads, room, dim = self._store.shape
+        if not self._store.is_contiguous():
+            return self.data.gather(2, index[..., None].expand(*index.shape, dim))
+        # whole rows at a time: several times faster than element by element
+        first = torch.arange(0, batch * heads * room, room, device=index.device)
+        flat = (index + first.view(batch, heads, 1)).flatten()
+        return self._store.view(-1, dim).index_select(0, flat).view(*index.shape, dim)
 
     def select(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order (beam search)."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from regard.core import Mask, State, attend
+
+from .denoising import Denoising
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Site:
         name: path of the module, as in `model.named_modules()`.
         layer: layer number within its part.
         part: the stack it belongs to, for example "model.layers" or "model.decoder.layers cross".
-        kind: "self" or "cross".
+        kind: "self" or "cross"; "joint" where text and image attend to each other in one call.
     """
 
     index: int
@@ -40,9 +42,11 @@ class Call:
         mask: who sees whom; positions are aligned at the end (`core.Mask`).
         live: `[batch, queries]`, false for queries that are padding; None when all are tokens.
         query_offset, key_offset: absolute position of the first query and of the first key.
-        heads: which of the module's query heads this call is about; None means all, in order.
+        heads: which of the module's query heads this call is about, `[heads]`, or `[batch, heads]`
+            where every row of the batch has its own; None means all, in order.
         positions: `[batch, kv_heads, keys]`, absolute position of every key where they do not
             simply count up from `key_offset`: a method that keeps other keys for other heads.
+        denoising: step, guidance and segments, when the call comes from a diffusion model.
         phase: "prefill" when the first query is the first token, else "decode".
     """
 
@@ -60,6 +64,7 @@ class Call:
     key_offset: int = 0
     heads: Tensor | None = None
     positions: Tensor | None = None
+    denoising: Denoising | None = None
 
     @property
     def phase(self) -> str:
@@ -84,11 +89,24 @@ class Call:
 
 
 class Handler:
-    """What acts on attention calls: changes what goes in, watches or replaces what comes out."""
+    """What acts on attention calls: changes what goes in, watches or replaces what comes out.
+
+    Attributes:
+        stores_rows: whether the method puts layers of its own into the key-value cache, of which
+            a cache takes one kind only.
+    """
+
+    stores_rows: bool = False
 
     def sites(self, sites: list[Site]) -> list[Site]:
         """Which sites to be called for; all by default. Raise here what cannot work."""
         return sites
+
+    def attach(self, model: Any) -> Sequence[Callable[[], None]]:
+        """The session begins: install hooks of one's own on the model, for what no attention call
+        shows (its inputs, hidden states); returns what removes each. Raise here what cannot work.
+        """
+        return ()
 
     def cache(self, cache: Any) -> None:
         """A forward pass of the model begins, with this key-value cache (None: without one).

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from regard.core import State
+from regard.errors import ReachError
 
 from .call import Call, Site
 
@@ -46,8 +49,34 @@ def site_of(module: Any) -> Site | None:
     return entries[0][1][0] if entries else None
 
 
+class _Captured(BaseException):
+    """Carries a call out of a module whose attention is not wanted."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
+_capturing: set[int] = set()
+
+
+def capture(module: Any, ask: Callable[[], Any]) -> Call:
+    """The call that `ask()` makes of this attention module, without attending and unseen by the
+    handlers: the module's own way from hidden states to q, k and v, whatever its family.
+    """
+    _capturing.add(id(module))
+    try:
+        ask()
+    except _Captured as found:
+        return found.call
+    finally:
+        _capturing.discard(id(module))
+    raise ReachError(f"{type(module).__name__} made no attention call that regard can see")
+
+
 def run(module: Any, call: Call) -> State:
     """One attention call through the handlers of every open session on this module."""
+    if id(module) in _capturing:
+        raise _Captured(call)
     entries = [(session, session.visit(sites)) for session, sites in _active.get(id(module), [])]
     calls = [call]
     for session, site in entries:
@@ -66,6 +95,9 @@ def _gather(call: Call, calls: list[Call], states: list[State]) -> State:
     batch, heads, queries, _ = call.q.shape
     out = states[0].out.new_empty(batch, heads, queries, states[0].out.shape[-1])
     lse = states[0].lse.new_empty(batch, heads, queries)
+    rows = torch.arange(batch, device=out.device)[:, None]
     for part, state in zip(calls, states):
-        out[:, part.heads], lse[:, part.heads] = state.out, state.lse
+        assert part.heads is not None
+        at = (slice(None) if part.heads.dim() == 1 else rows, part.heads)
+        out[at], lse[at] = state.out, state.lse
     return State(out, lse)

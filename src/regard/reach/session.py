@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from regard.core import State
+from regard.errors import InputError
 
-from . import dispatch
-from . import transformers as door
+from . import dispatch, transformers
 from .call import Call, Handler, Site
 
 
@@ -22,7 +22,16 @@ class Session:
     def __init__(self, model: Any, handlers: Sequence[Handler] = ()) -> None:
         self.model = model
         self.handlers = list(handlers)
-        self.sites: list[Site] = door.sites(model)
+        storing = [type(h).__name__ for h in self.handlers if h.stores_rows]
+        if len(storing) > 1:
+            raise InputError(
+                f"{' and '.join(storing)} both store keys and values in their own way: apply one "
+                "of them"
+            )
+        self.door = _door(model)
+        # the part whose forwards count: of a diffusion pipeline its denoiser
+        self.module = model if self.door is transformers else self.door.body(model)
+        self.sites: list[Site] = self.door.sites(model)
         self._wanted = [{s.index for s in h.sites(self.sites)} for h in self.handlers]
         self._undo: list[Any] = []
         self._visits: dict[int, int] = {}
@@ -35,24 +44,30 @@ class Session:
         """Start; the same as entering the context."""
         if self.attached:
             raise RuntimeError("this session is attached already: detach it first, or make another")
-        modules = dict(self.model.named_modules())
-        self._undo.append(door.enter(self.model))
+        modules = dict(self.module.named_modules())
+        self._undo.append(self.door.enter(self.model))
         for name in dict.fromkeys(s.name for s in self.sites):
             own = [s for s in self.sites if s.name == name]
             self._undo.append(dispatch.join(modules[name], self, own))
         if len({s.name for s in self.sites}) < len(self.sites):
-            hook = self.model.register_forward_pre_hook(lambda *_: self._visits.clear())
+            hook = self.module.register_forward_pre_hook(lambda *_: self._visits.clear())
             self._undo.append(hook.remove)
         if any(type(h).cache is not Handler.cache for h in self.handlers):
-            hook = self.model.register_forward_pre_hook(self._show_cache, with_kwargs=True)
+            hook = self.module.register_forward_pre_hook(self._show_cache, with_kwargs=True)
             self._undo.append(hook.remove)
+        try:
+            for handler in self.handlers:
+                self._undo += handler.attach(self.module)
+        except BaseException:
+            self.detach()
+            raise
         return self
 
     def _show_cache(self, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Show the cache to the handlers; one that the model would make itself is made here."""
         cache = kwargs.get("past_key_values")
-        if cache is None and door.makes_cache(module, args, kwargs):
-            cache = kwargs["past_key_values"] = door.new_cache(module)
+        if cache is None and self.door.makes_cache(module, args, kwargs):
+            cache = kwargs["past_key_values"] = self.door.new_cache(module)
         for handler in self.handlers:
             handler.cache(cache)
         return args, kwargs
@@ -96,3 +111,12 @@ def _listed(given: Call | Sequence[Call] | None, old: Call) -> Sequence[Call]:
     if given is None:
         return [old]
     return [given] if isinstance(given, Call) else given
+
+
+def _door(model: Any) -> Any:
+    """The door is chosen by where the model's class comes from."""
+    if any(c.__module__.split(".")[0] == "diffusers" for c in type(model).__mro__):
+        from . import diffusers
+
+        return diffusers
+    return transformers

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from regard import files
 from regard.errors import InputError, nearest
 from regard.progress import bar
 from regard.trials.intervals import bootstrap as bootstrap
+from regard.versions import versions
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
 _METHODS = {
@@ -32,6 +33,10 @@ _METHODS = {
     "preplan-anchor": "regard.reproduce.preplan_anchor",
     "act": "regard.reproduce.act",
     "steer": "regard.reproduce.steer",
+    "recycled-attention": "regard.reproduce.recycled_attention",
+    "task-kv": "regard.reproduce.task_kv",
+    "longca-bench": "regard.reproduce.longca_bench",
+    "cross-attention-explanation": "regard.reproduce.cross_attention_explanation",
 }
 MODEL = "smollm2-135m"
 Judge = Callable[[dict[str, float]], str]
@@ -272,7 +277,11 @@ def run(
     if not os.access(folder, os.W_OK):
         raise InputError(f"the folder {folder} cannot be written: name another with out=")
     method = import_module(_METHODS[slug])
-    loaded, tokenizer, name = _model(model)
+    loaded, tokenizer, name = None, None, "none"
+    if getattr(method, "MODEL", MODEL) is not None:
+        loaded, tokenizer, name = _model(model)
+    elif model != MODEL:
+        raise InputError(f"{slug} measures attention alone: leave the model out")
     source = fingerprint(slug)
     key = {"slug": slug, "model": name, "quick": quick, "source": source}
     partial = folder / f".{slug}{'.quick' if quick else ''}.partial.json"
@@ -336,21 +345,11 @@ def results_folder() -> Path:
     return (root() or Path.cwd()) / "reproductions"
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {**found, "regard": import_module("regard").__version__}
-
-
 def device(model: Any) -> str:
     """Device and dtype, with the name of the GPU or the number of CPU cores."""
     import torch
 
-    where = next(model.parameters())
+    where = torch.empty(0) if model is None else next(model.parameters())
     if where.device.type == "cuda":
         name = torch.cuda.get_device_name(where.device)
     else:
@@ -405,6 +404,6 @@ def _model(model: Any) -> tuple[Any, Any, str]:
 
 def _command(slug: str, quick: bool, model: str) -> str:
     words = ["regard", "reproduce", slug]
-    if model != MODEL:
+    if model not in (MODEL, "none"):
         words += ["--model", model]
     return " ".join([*words, "--quick"] if quick else words)

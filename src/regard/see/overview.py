@@ -4,8 +4,6 @@ and JSON.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regard.core import Influence, Thumbnail, WindowedDistance
+from regard.versions import versions
 
 from .preplan_anchor import Heads, head_split, peaks
 from .sink_emergence import EPSILON, hidden_sinks, sink_rate
@@ -152,17 +151,6 @@ def overview(
     if shown is not None:
         page["thumbnails"] = _thumbnails(seen, shown, alpha, entropy, distance, len(tokens))
     return page
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("regard", "torch", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _view(name: str, values: Tensor) -> dict[str, Any]:

@@ -2,5 +2,7 @@
 
 from .act import ACT
 from .steer import ContrastiveExpertGuidance
+from .structured_diffusion import StructuredDiffusion
+from .var import VAR
 
-__all__ = ["ACT", "ContrastiveExpertGuidance"]
+__all__ = ["ACT", "VAR", "ContrastiveExpertGuidance", "StructuredDiffusion"]

@@ -193,6 +193,11 @@ class ACT(Handler):
         the call.
         """
         count = call.q.shape[1]
+        if call.heads is not None and call.heads.dim() > 1:
+            raise InputError(
+                "ACT follows one list of heads, and the rows of this batch keep different heads "
+                "whole: run one sequence at a time"
+            )
         present = list(range(count)) if call.heads is None else call.heads.tolist()
         if self._list is None:
             return present, list(range(count))

@@ -10,7 +10,20 @@ run = typer.Typer(
     rich_markup_mode="rich",
 )
 
-from . import act, steer  # noqa: E402  (the commands need `run`)
+from . import (  # noqa: E402  (the commands need `run`)
+    act,
+    recycled,
+    steer,
+    structured_diffusion,
+    task_kv,
+    var,
+    visiondrop,
+)
 
 run.command("act")(act.act)
 run.command("steer")(steer.steer)
+run.command("task-kv")(task_kv.task_kv)
+run.command("structured-diffusion")(structured_diffusion.structured_diffusion)
+run.command("recycled-attention")(recycled.recycled)
+run.command("var")(var.var)
+run.command("visiondrop")(visiondrop.visiondrop)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import check_output, err, load, read_text, working, write_json
+from regard.cli.run.answer import prompt_ids
 from regard.errors import InputError
 
 
@@ -63,7 +64,7 @@ def act(
     )
     content = read_text(prompt)
     loaded, tokenizer = load(model)
-    ids = _ids(content, loaded, tokenizer, tokens, chat)
+    ids = prompt_ids(content, loaded, tokenizer, tokens, chat)
     with working("answering, plain"):
         plain = _answer(loaded, ids, tokens, [])
     with warnings.catch_warnings(record=True) as caught, working("answering, steered"):
@@ -85,27 +86,6 @@ def act(
         _show(result)
     for note in notes:
         err().print(f"note: {note}", markup=False, highlight=False)
-
-
-def _ids(content: str, model: Any, tokenizer: Any, tokens: int, chat: bool) -> Any:
-    """Token ids of the prompt, `[1, tokens]`."""
-    if tokenizer is None or not callable(tokenizer) or not hasattr(model, "generate"):
-        raise InputError(f"{type(model).__name__} does not answer texts: name a language model")
-    template = chat and bool(getattr(tokenizer, "chat_template", None))
-    if template:
-        content = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    # the template writes its own special tokens
-    ids = tokenizer(content, return_tensors="pt", add_special_tokens=not template).input_ids
-    ids = ids.to(model.device)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and ids.shape[1] + tokens > room:
-        raise InputError(
-            f"the prompt has {ids.shape[1]} tokens and the answer {tokens}, but the model has "
-            f"{room} positions: shorten one of them"
-        )
-    return ids
 
 
 def _answer(model: Any, ids: Any, tokens: int, methods: list[Any]) -> tuple[list[int], Any]:

@@ -1,0 +1,330 @@
+"""What a long context costs while a model writes: stock transformers, Recycled and Task-KV in turn.
+
+`python -m regard.bench.decode --json benchmarks/results/decode.json` measures, and goes on where it
+was interrupted; `--page docs/bench-decode.md` writes the page from the file alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.bench.record import (
+    FAILED,
+    Cell,
+    Result,
+    environment,
+    load,
+    resume,
+    show_progress,
+    spread,
+    write_text,
+)
+from regard.bench.timer import seconds
+from regard.errors import InputError
+
+BUDGET, STRIDE = 1024, 16
+RATIO, SLACK = 0.4, 1.02
+BLOCK = STRIDE  # tokens written by each way before the next one's turn: one whole stride
+MB = 1e6
+ROWS = {
+    "stock": "stock transformers, sdpa",
+    "recycled": f"Recycled, budget {BUDGET}, stride {STRIDE}",
+    "task-kv": f"Task-KV, ratio {RATIO}",
+}
+TARGETS: list[dict[str, Any]] = [
+    {"row": "recycled", "least": 1.6, "rule": "Recycled: at least 1.6 times the tokens a second"},
+    {"row": "task-kv", "least": 1.3, "rule": "Task-KV: at least 1.3 times the tokens a second"},
+    {
+        "row": "task-kv",
+        "most": RATIO * SLACK,
+        "rule": f"Task-KV: once the prompt is read, at most {RATIO} x {SLACK} of the stock cache's "
+        "bytes, counted from storage",
+    },
+]
+
+
+def run(
+    model: str = "smollm2-135m",
+    *,
+    context: int = 8192,
+    rounds: int = 5,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    progress: Any = show_progress,
+) -> Result:
+    """Read one prompt in every way, then let them write in turn, so many rounds.
+
+    Args:
+        model: a name of `regard.models()`, a folder or a hub id.
+        context: tokens at the end, written ones included; the prompt is the beginning of
+            northanger-abbey.
+        rounds: how often each way writes `BLOCK` tokens, greedily, with `model.generate`.
+        out: JSON file, written after every round.
+
+    Raises:
+        InputError: a context or number of rounds that cannot be, a file that holds another run.
+    """
+    from regard import zoo
+
+    prompt = context - 2 - rounds * BLOCK  # reading it gives a token, and one more warms up
+    if rounds < 1 or prompt < 16:
+        raise InputError(
+            f"context holds a prompt of at least 16 tokens and {BLOCK} for each of at least one "
+            f"round: {context} with {rounds} rounds does not"
+        )
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    loaded, tokenizer = zoo.load(model)
+    room = loaded.config.get_text_config().max_position_embeddings
+    if context > room:
+        raise InputError(f"{model} has {room} positions: choose a context of at most that")
+    loaded.generation_config.eos_token_id = None  # every way writes as many tokens
+    ids = tokenizer(zoo.text("northanger-abbey"), return_tensors="pt").input_ids[:, :prompt]
+    if ids.shape[1] < prompt:
+        raise InputError(f"the text has {ids.shape[1]} tokens: choose a shorter context")
+    settings = {
+        "model": Path(model).name,
+        "context": context,
+        "prompt": prompt,
+        "rounds": rounds,
+        "tokens a round": BLOCK,
+        "budget": BUDGET,
+        "stride": STRIDE,
+        "ratio": RATIO,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "attention": loaded.config._attn_implementation,
+    }
+    fresh = Result("decode", settings, environment(threads), [dict(t) for t in TARGETS])
+    result = resume(out, fresh)
+    for name in ROWS:
+        result.cells.setdefault(name, Cell({"row": name}, values={"seconds": []}))
+    if done(result) >= rounds:
+        return result
+    ways: dict[str, _Way] = {}
+    for name in ROWS:
+        try:
+            ways[name] = way = _Way(loaded, _method(name), ids)
+        except Exception as problem:  # one way that cannot run leaves the others to be measured
+            if name == "stock":
+                raise
+            result.cells[name] = Cell({"row": name}, FAILED, f"{type(problem).__name__}: {problem}")
+            progress(f"{name}: {result.cells[name].reason}")
+            continue
+        result.cells[name].outcome = "measured"
+        result.cells[name].values.update(prefill=round(way.prefill, 2), bytes_prompt=way.bytes)
+        progress(f"{name}: prompt of {prompt} tokens in {way.prefill:.1f} s, {way.bytes} bytes")
+    # the first step grows the stores; a resumed run writes the tokens of the rounds before again
+    for way in ways.values():
+        way.write(1 + done(result) * BLOCK)
+    while (count := done(result)) < rounds:
+        taken = {name: way.write(BLOCK) for name, way in ways.items()}
+        for name, value in taken.items():
+            cell = result.cells[name]
+            cell.values["seconds"].append(round(value, 4))
+            cell.values["bytes_end"] = ways[name].bytes
+            if hasattr(ways[name].method, "entries_per_token"):
+                cell.values["entries"] = round(ways[name].method.entries_per_token, 1)
+        result.save(out)
+        progress(f"round {count + 1} of {rounds}: {_words(taken)}")
+    return result
+
+
+class _Way:
+    """One way to write: a cache of its own that has read the prompt."""
+
+    def __init__(self, model: Any, method: Any, ids: torch.Tensor) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.method, self.ids = model, method, ids
+        self.cache = DynamicCache(config=model.config)
+        self.prefill = self.write(1)
+
+    def write(self, count: int) -> float:
+        """Write so many tokens after those that are there; seconds."""
+        from regard.api import apply
+
+        if count == 0:
+            return 0.0
+
+        def generate() -> None:
+            self.ids = self.model.generate(
+                self.ids,
+                attention_mask=torch.ones_like(self.ids),
+                past_key_values=self.cache,
+                max_new_tokens=count,
+                do_sample=False,
+            )
+
+        if self.method is None:  # stock: no session, transformers' own attention
+            return seconds(generate)
+        with torch.no_grad(), apply(self.model, self.method):
+            return seconds(generate)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values held, counted from storage."""
+        return sum(held(layer) for layer in self.cache.layers)
+
+
+def held(layer: Any) -> int:
+    """Bytes that one layer of a cache holds, counted from storage."""
+    if hasattr(layer, "nbytes"):
+        return int(layer.nbytes)
+    stores = {
+        t.untyped_storage().data_ptr(): t.untyped_storage() for t in (layer.keys, layer.values)
+    }
+    return sum(s.nbytes() for s in stores.values())
+
+
+def _method(name: str) -> Any:
+    if name == "recycled":
+        from regard.shrink import Recycled
+
+        return Recycled(budget=BUDGET, stride=STRIDE)
+    if name == "task-kv":
+        from regard.shrink import TaskKV
+
+        return TaskKV(ratio=RATIO)
+    return None
+
+
+def done(result: Result) -> int:
+    """How many rounds of stock transformers are there."""
+    return len(result.cells["stock"].values.get("seconds", []))
+
+
+def ratios(result: Result, row: str) -> list[float]:
+    """How many times the tokens a second of stock transformers in the same round."""
+    plain, own = (result.cells[n].values.get("seconds", []) for n in ("stock", row))
+    return [a / b for a, b in zip(plain, own)]
+
+
+def judge(result: Result) -> list[dict[str, str]]:
+    """Every target with what was measured."""
+    said = []
+    for target in result.targets:
+        cell = result.get(target["row"])
+        if cell is None or not ratios(result, target["row"]):
+            said.append({"rule": target["rule"], "measured": "-", "verdict": "not measured"})
+            continue
+        if "least" in target:
+            of = spread(ratios(result, target["row"]))
+            met = of["median"] >= target["least"]
+            shown = f"{of['median']:.2f} ({of['low']:.2f} to {of['high']:.2f})"
+        else:
+            share = cell.values["bytes_prompt"] / result.cells["stock"].values["bytes_prompt"]
+            met = share <= target["most"]
+            shown = f"{share:.4f}"
+        said.append(
+            {"rule": target["rule"], "measured": shown, "verdict": "met" if met else "missed"}
+        )
+    return said
+
+
+def markdown(result: Result, source: str) -> str:
+    """The page as text; the same result gives the same text."""
+    s, e = result.settings, result.environment
+    stock = result.cells["stock"].values
+    count = done(result)
+    lines = [
+        "# Writing after a long context",
+        "",
+        f"<!-- Generated from {source} by `python -m regard.bench.decode`; do not edit. -->",
+        "",
+        f"{s['model']} ({s['dtype']}) reads {s['prompt']} tokens and then writes, greedily with "
+        f"`model.generate`, {s['tokens a round']} tokens in every way in turn, {count} rounds in "
+        f"one process, up to {s['context']} tokens of context. Stock transformers runs its own "
+        f"{s['attention']} attention and cache.",
+        "",
+        "## Targets, stated before the run",
+        "",
+        "| target | measured | verdict |",
+        "| --- | --- | --- |",
+        *(f"| {t['rule']} | {t['measured']} | {t['verdict']} |" for t in judge(result)),
+        "",
+        "## Time and memory",
+        "",
+        "| | tokens/s | range | times stock | range | MB after the prompt | share of stock | MB at "
+        "the end | share of stock | prompt, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row, name in ROWS.items():
+        cell = result.get(row)
+        if cell is None or not cell.values.get("seconds"):
+            why = result.cells[row].reason if row in result.cells else ""
+            lines.append(f"| {name} | not measured: {why or 'no run'} |" + " |" * 8)
+            continue
+        v = cell.values
+        speed = spread([s["tokens a round"] / t for t in v["seconds"]])
+        of = spread(ratios(result, row))
+        lines.append(
+            f"| {name} | {speed['median']:.1f} | {speed['low']:.1f} to {speed['high']:.1f} | "
+            f"{of['median']:.2f} | {of['low']:.2f} to {of['high']:.2f} | "
+            f"{v['bytes_prompt'] / MB:.0f} | {v['bytes_prompt'] / stock['bytes_prompt']:.3f} | "
+            f"{v['bytes_end'] / MB:.0f} | {v['bytes_end'] / stock['bytes_end']:.3f} | "
+            f"{v['prefill']:.1f} |"
+        )
+    entries = result.cells["recycled"].values.get("entries")
+    lines += [
+        "",
+        f"Medians of {count} rounds; a ratio compares the two ways within a round. Bytes are "
+        "those of the storage behind keys, values and what each method keeps beside them. The "
+        "time of the prompt is one measurement.",
+    ]
+    if entries is not None:
+        lines.append(
+            f"Recycled keeps every row, so it holds more; a written token reads {entries:.0f} keys "
+            f"in each key head on average, where stock reads all."
+        )
+    lines += [
+        "",
+        f"Machine: {e.get('cpu')}, {e.get('threads')} of {e.get('cores')} cores, torch "
+        f"{e.get('torch')}, transformers {e.get('transformers')}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def page(source: str | Path, target: str | Path) -> Path:
+    """Write the Markdown page of a saved result."""
+    write_text(Path(target), markdown(load(source), Path(source).as_posix()))
+    return Path(target)
+
+
+def _words(taken: dict[str, float]) -> str:
+    return ", ".join(
+        f"{n} {BLOCK / t:.1f} tokens/s ({taken['stock'] / t:.2f})" for n, t in taken.items()
+    )
+
+
+def _length(given: str) -> int:
+    """ "8k" or "8192" as an int."""
+    text = given.strip().lower()
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
+def main() -> None:
+    """The command line of this bench."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description="What a long context costs while writing.")
+    parser.add_argument("--json", type=Path, help="write and resume the result here")
+    parser.add_argument("--page", type=Path, help="only write the page of that result here")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--context", type=_length, default=8192, help="8192 or 8k")
+    parser.add_argument("--rounds", type=int, default=5, help=f"of {BLOCK} tokens in each way")
+    given = parser.parse_args()
+    if given.page is not None:
+        page(given.json or Path("benchmarks/results/decode.json"), given.page)
+        return
+    result = run(given.model, context=given.context, rounds=given.rounds, out=given.json)
+    for target in judge(result):
+        print(f"{target['verdict']}: {target['rule']} ({target['measured']})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""regard trial: judge a model with and without methods on the same texts, in one table."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli import trial_explanation
+from regard.cli.common import check_output, count, load, read_text, working, write_json
+from regard.errors import InputError
+
+app = typer.Typer(
+    help="Judge methods on the same texts, side by side with the plain model.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
+With = Annotated[
+    str,
+    typer.Option(
+        "--with", help="Methods, settings after a colon: act,task-kv:ratio=0.4,sinks=4,act+h2o."
+    ),
+]
+Ratio = Annotated[
+    str | None,
+    typer.Option(help="Share of the prompt kept, for methods that state no budget; or several."),
+]
+Budget = Annotated[
+    int | None, typer.Option(min=1, help="The same as a number of rows, instead of --ratio.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", "--out", help="Write everything as JSON here, unfinished work beside; - stdout."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of what is made on the spot.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts of equal length read at once.")]
+RATIO = "0.25"
+FILES = {
+    "perplexity": ("perplexity",),
+    "ruler": ("ruler", "ruler_tasks"),
+    "labels": ("label_trial", "labels"),
+}
+"""What each trial is made of; unfinished work of other code is not taken up."""
+
+
+@app.callback()
+def root() -> None:
+    """Judge methods on the same texts, side by side with the plain model."""
+
+
+app.command("explanation")(trial_explanation.explanation)
+
+
+@app.command("perplexity")
+def perplexity(
+    model: Model = "smollm2-135m",
+    with_: With = "",
+    text: Annotated[str, typer.Option(help="@file or @name: a long text.")] = "@northanger-abbey",
+    context: Annotated[str, typer.Option(help="Tokens that fill the cache: 1024 or 1k.")] = "1k",
+    continuation: Annotated[int, typer.Option(help="Tokens scored after them.")] = 64,
+    documents: Annotated[int, typer.Option(help="Pieces of the text.")] = 8,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    batch_size: BatchSize = 8,
+    json: Out = None,
+) -> None:
+    """How well a long text is continued over the cache that each method keeps.
+
+    An interrupted run with --json goes on where it stopped.
+
+    [bold]Examples[/]
+
+      regard trial perplexity --with act,task-kv:sinks=4,recent=32,snapkv,random --ratio 0.25
+
+      regard trial perplexity --with h2o --ratio 0.25,0.5 --text @book.txt --json out.json
+    """
+    from regard.trials import perplexity as trial
+
+    configurations = _begin(with_, ratio, budget, json)
+    content, length = read_text(text), count(context)
+    loaded, tokenizer = load(model)
+    with working("cutting the text"):
+        batches = trial.batches(
+            loaded,
+            tokenizer,
+            content,
+            context=length,
+            continuation=continuation,
+            documents=documents,
+            batch_size=batch_size,
+        )
+    settings = {
+        "text": text if text.startswith("@") else "given",
+        "context": length,
+        "continuation": continuation,
+        "documents": documents,
+        "batch_size": batch_size,
+    }
+    _judge("perplexity", loaded, model, configurations, batches, settings, json, [content])
+
+
+@app.command("ruler")
+def ruler(
+    model: Model = "smollm2-135m",
+    with_: With = "",
+    tasks: Annotated[str, typer.Option(help="Names of tasks, or all.")] = "all",
+    length: Annotated[str, typer.Option(help="Tokens of prompt and answer: 512 or 1k.")] = "512",
+    examples: Annotated[int, typer.Option(help="Prompts of each task.")] = 20,
+    skip_low: Annotated[
+        bool, typer.Option(help="Tasks too hard for the plain model: leave the methods out.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option(help="Use the model's chat template, if it has one.")
+    ] = True,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    json: Out = None,
+) -> None:
+    """Find needles, follow chains, count words and answer questions in long prompts (RULER).
+
+    Tasks on which the plain model is too weak to tell methods apart are marked and left out of the
+    mean. An interrupted run with --json goes on where it stopped.
+
+    [bold]Examples[/]
+
+      regard trial ruler --length 512 --with task-kv:sinks=4,recent=32,snapkv,random --ratio 0.5
+
+      regard trial ruler --tasks single-text,multi-key --length 256 --examples 40 --with act
+    """
+    from regard.trials import ruler as trial
+
+    configurations = _begin(with_, ratio, budget, json)
+    wanted, size = trial.names(tasks), count(length)
+    loaded, tokenizer = load(model)
+    with working("making the prompts"):
+        batches = trial.batches(
+            loaded,
+            tokenizer,
+            wanted,
+            length=size,
+            examples=examples,
+            seed=seed,
+            chat=chat,
+            batch_size=batch_size,
+        )
+    settings = {
+        "tasks": wanted,
+        "length": size,
+        "examples": examples,
+        "seed": seed,
+        "chat": chat,
+        "ceiling": trial.CEILING.least,
+        "batch_size": batch_size,
+    }
+    _judge(
+        "ruler", loaded, model, configurations, batches, settings, json,
+        floor=trial.CEILING, skip_low=skip_low,
+    )  # fmt: skip
+
+
+@app.command("labels")
+def labels(
+    model: Model = "smollm2-135m",
+    with_: With = "",
+    task: Annotated[
+        str, typer.Option(help='sentiment, topic, or JSON lines {"text": ..., "label": ...}.')
+    ] = "sentiment",
+    template: Annotated[
+        str | None, typer.Option(help="The prompt of a file's texts, {text} in it.")
+    ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="Head list of `regard calibrate act`, for act.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Texts at most.")] = 80,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    seed: Seed = 0,
+    json: Out = None,
+) -> None:
+    """Whether the right label follows a text: accuracy, and margin over the best wrong label.
+
+    An interrupted run with --json goes on where it stopped.
+
+    [bold]Examples[/]
+
+      regard trial labels --task topic --with act --heads heads.json
+
+      regard trial labels --task reviews.jsonl --template "Review: {text} It is" --with act,h2o
+    """
+    from regard.trials import label_trial as trial
+
+    if heads is not None:
+        with_ = _with_heads(with_, heads)
+    configurations = _begin(with_, ratio, budget, json)
+    how, found = trial.task(task, template=template, examples=examples, seed=seed)
+    loaded, tokenizer = load(model)
+    batches = trial.batches(loaded, tokenizer, found, how)
+    settings = {
+        "task": Path(task).name,
+        "labels": list(how.labels),
+        "template": how.template,
+        "examples": len(found),
+        "seed": seed,
+    }
+    texts = [[e.text, e.label] for e in found]
+    _judge("labels", loaded, model, configurations, batches, settings, json, [texts])
+
+
+@app.command("lm-eval")
+def lm_eval(
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness: arc_easy,piqa.")],
+    model: Model = "smollm2-135m",
+    with_: With = "",
+    include: Annotated[
+        Path | None, typer.Option(help="A folder of tasks of one's own, the harness's YAML.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Texts of each task at most.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before each.")] = None,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    seed: Seed = 0,
+    json: Out = None,
+) -> None:
+    """EleutherAI's lm-evaluation-harness on the model with methods applied.
+
+    Its tasks fetch their data from a hub. Methods that shorten the cache show only in tasks that
+    generate.
+
+    [bold]Example[/]
+
+      regard trial lm-eval --tasks arc_easy --limit 100 --with act
+    """
+    from rich.console import Console
+
+    from regard.bench.record import environment
+    from regard.trials import lm_eval as trial
+    from regard.trials.frame import Journal, fingerprint
+
+    configurations = _begin(with_, ratio, budget, json)
+    names = tasks.split(",")
+    trial.tasks(names, include)
+    loaded, tokenizer = load(model)
+    settings = {
+        "tasks": [n.strip() for n in names if n.strip()],
+        "limit": limit,
+        "shots": shots,
+        "seed": seed,
+    }
+    source = fingerprint(["lm_eval"])
+    key = {"trial": "lm-eval", "model": model, "settings": settings, "source": source}
+    journal = Journal.beside(json, key)
+    found = trial.run(
+        loaded, tokenizer, names, configurations,
+        include=include, limit=limit, shots=shots, seed=seed, journal=journal,
+    )  # fmt: skip
+    made = trial.result(
+        found,
+        model=_shown(model),
+        settings=settings,
+        environment=environment(_threads()),
+        command=_command(),
+        source=source,
+        seconds=journal.seconds,
+    )
+    write_json(made, json)
+    journal.clear()
+    if str(json) != "-":
+        Console().print(trial.table(made))
+
+
+# -- what they share -------------------------------------------------------------------------------
+def _begin(with_: str, ratio: str | None, budget: int | None, json: Path | None) -> list[Any]:
+    """The configurations, checked together with the place of the result."""
+    from regard.trials.configurations import read
+
+    check_output(json)
+    if ratio is not None and budget is not None:
+        raise InputError("--ratio and --budget are two ways to say it: give one")
+    given = ratio if ratio is not None or budget is not None else RATIO
+    return read(with_, ratios=_ratios(given), budget=budget)
+
+
+def _ratios(given: str | None) -> list[float]:
+    try:
+        return [float(x) for x in (given or "").split(",") if x.strip()]
+    except ValueError:
+        raise InputError(f"--ratio takes shares such as 0.25 or 0.25,0.5, not {given!r}") from None
+
+
+def _with_heads(with_: str, heads: Path) -> str:
+    """The head list as a setting of every `act` that has no settings of its own."""
+    if any(c in str(heads) for c in ",+:="):
+        raise InputError(f"{heads}: a comma, plus, colon or equals sign in its name: rename it")
+    pieces = [p.split("+") for p in with_.split(",")]
+    if not any(part.strip() == "act" for own in pieces for part in own):
+        raise InputError("--heads goes with act: give --with act, or write act:heads=FILE yourself")
+    return ",".join(
+        "+".join(f"act:heads={heads}" if part.strip() == "act" else part for part in own)
+        for own in pieces
+    )
+
+
+def _judge(
+    name: str,
+    model: Any,
+    model_name: str,
+    configurations: Sequence[Any],
+    batches: Sequence[Any],
+    settings: dict[str, Any],
+    json: Path | None,
+    texts: Sequence[Any] = (),
+    **how: Any,
+) -> None:
+    """Run a trial, write its result, and print the table."""
+    from rich.console import Console
+
+    from regard.bench.record import environment
+    from regard.trials import frame
+    from regard.trials.summary import result, table
+
+    source = frame.fingerprint(FILES[name], list(texts))
+    key = {"trial": name, "model": model_name, "settings": settings, "source": source}
+    journal = frame.Journal.beside(json, key)
+    found = frame.run(model, configurations, batches, journal=journal, label=name, **how)
+    made = result(
+        name,
+        found,
+        configurations,
+        model=_shown(model_name),
+        settings=settings,
+        environment=environment(_threads()),
+        command=_command(),
+        source=source,
+        seconds=journal.seconds,
+    )
+    write_json(made, json)
+    journal.clear()
+    if str(json) != "-":
+        Console().print(table(made))
+
+
+def _shown(model: str) -> str:
+    """A folder is named, not where it lies: results are read on other machines."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _command() -> str:
+    """What was typed."""
+    import sys
+
+    return shlex.join(["regard", *sys.argv[1:]])

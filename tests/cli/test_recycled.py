@@ -1,0 +1,108 @@
+"""`regard run recycled-attention` as a person meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from regard import zoo
+
+from ..models import deep
+from .command import run
+
+TEXT = "the cat sat on the mat because it was tired and the day was long " * 4
+
+
+class Words:
+    """One token a word."""
+
+    def __call__(self, text: str, return_tensors: str | None = None, **_: Any) -> BatchEncoding:
+        ids = [3 + sum(map(ord, w)) % 120 for w in text.split()]
+        return BatchEncoding({"input_ids": torch.tensor([ids]) if return_tensors else ids})
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(f"w{n}" for n in ids)
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        model = deep(3, steep=60)
+        model.generation_config.eos_token_id = None
+        return model, Words()
+
+    monkeypatch.setattr(zoo, "load", load)
+
+
+def test_both_answers_and_what_was_read(capsys: Any) -> None:
+    code, out, err = run(
+        capsys, "run", "recycled-attention", "--prompt", TEXT, "--question", "who sat there",
+        "--model", "llama", "--budget", "6", "--stride", "4", "-n", "12", "--json", "-",
+    )  # fmt: skip
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["prompt_tokens"] == 63 and said["settings"]["query_check"] is None
+    # 11 steps, of which the 4th and the 8th read all 67 and 71 keys
+    assert said["entries_per_token"] == (9 * 7 + 67 + 71) / 11
+    assert said["full_entries_per_token"] == sum(range(64, 75)) / 11
+    assert [r["full_steps"] for r in said["layers"]] == [2, 2, 2]
+    assert 0 < said["recovered"] < 1 and all(len(r["recovered"]) == 2 for r in said["layers"])
+    assert said["speed_ratio"] > 0 and said["recycled"]["end_bytes"] > said["full"]["end_bytes"]
+    a, b = said["full"]["answer"].split(), said["recycled"]["answer"].split()
+    assert len(a) == len(b) == 12
+    apart = said["first_difference"]
+    if apart is None:
+        assert a == b
+    else:
+        at = apart["token"]
+        assert a[:at] == b[:at] and (a[at], b[at]) == (apart["full"], apart["recycled"])
+
+
+def test_what_a_person_sees(capsys: Any) -> None:
+    common = ["run", "recycled-attention", "--prompt", TEXT, "--model", "llama", "-n", "9"]
+    code, out, err = run(capsys, *common, "--words", "30")
+    shown = " ".join(out.split())
+    assert code == 0 and "The answers are the same. The prompt has 30 tokens." in shown
+    assert "Every layer read all keys at 0 of 8 tokens." in shown
+    assert "every key was read: give a smaller --budget" in " ".join(err.split())
+    code, out, err = run(capsys, *common, "--budget", "5", "--stride", "3")
+    shown = " ".join(out.split())
+    assert code == 0 and "Every layer read all keys at 2 of 8 tokens." in shown and not err
+    assert (
+        "keys read a token 64 21 0.3" in shown and "the kept keys and the token's own held" in shown
+    )
+    code, out, err = run(
+        capsys, *common, "--budget", "5", "--query-check", "2", "--threshold", "0.3"
+    )
+    assert code == 0 and not err
+    code, out, err = run(capsys, *common, "-n", "1")
+    assert code == 0 and "tokens/s" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--budget", "0"], "budget"),
+        (["--stride", "0"], "stride"),
+        (["--stride", "4", "--query-check", "2"], "give one"),
+        (["--threshold", "0.5"], "--threshold goes with --query-check"),
+        (["--query-check", "5", "--threshold", "2"], "threshold"),
+        (["--pool", "4"], "pool"),
+        (["--evict", "all"], "evict"),
+        (["--json", "no/where.json"], "does not exist"),
+        (["-n", "99999"], "positions"),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["run", "recycled-attention", "--prompt", TEXT, "--model", "llama"]
+    code, _, err = run(capsys, *common, *args)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,102 @@
+"""Configurations read from a line: names, settings, budgets, mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from regard.errors import InputError
+from regard.shrink import H2O, Recycled, SnapKV, TaskKV
+from regard.steer.act import ACT
+from regard.trials import configurations as c
+from regard.trials.configurations import METHODS, read
+
+
+def test_plain_model_is_always_first_and_once() -> None:
+    assert [x.key for x in read("")] == ["full"] == [x.key for x in read(None)]
+    found = read(" act , full,full, h2o:budget=9 ")
+    assert [x.key for x in found] == ["full", "act", "h2o:budget=9"]
+    assert found[0].handlers(10) == [] and found[0].source == ""
+
+
+def test_settings_reach_the_method() -> None:
+    _, one = read("act:beta=0.2,mode=dynamic,skip-layers=0/0+snapkv:budget=40,window=8")
+    act, snap = one.handlers(100)
+    assert isinstance(act, ACT) and isinstance(snap, SnapKV)
+    assert (act.beta, act.mode, act.skip_layers) == (0.2, "dynamic", (0, 0))
+    assert (snap.budget, snap.window) == (40, 8)
+    assert one.handlers(100)[0] is not act
+
+
+def test_equal_budgets() -> None:
+    found = read(
+        "act,task-kv:sinks=4,recent=8,recycled-attention,h2o:ratio=0.1", ratios=[0.25, 0.5]
+    )
+    assert [x.key for x in found[1:]] == [
+        "act",
+        "task-kv:sinks=4,recent=8@0.25",
+        "task-kv:sinks=4,recent=8@0.5",
+        "recycled-attention@0.25",
+        "recycled-attention@0.5",
+        "h2o:ratio=0.1",
+    ]
+    made = {x.key: x.handlers(203)[0] for x in found[1:]}
+    half, quarter = made["task-kv:sinks=4,recent=8@0.5"], made["recycled-attention@0.25"]
+    assert isinstance(half, TaskKV) and (half.ratio, half.sinks) == (0.5, 4)
+    assert isinstance(quarter, Recycled) and quarter.budget == 50
+    own = made["h2o:ratio=0.1"]
+    assert isinstance(own, H2O) and own.ratio == 0.1
+    line = read("task-kv,snapkv,recycled-attention", budget=50)[1:]
+    rows = {x.key: x.handlers(200)[0] for x in line}
+    task, snap, recycled = (
+        rows[f"{n}@50 rows"] for n in ("task-kv", "snapkv", "recycled-attention")
+    )
+    assert isinstance(task, TaskKV) and task.ratio == 0.25
+    assert isinstance(snap, SnapKV) and snap.budget == 50
+    assert isinstance(recycled, Recycled) and recycled.budget == 50
+
+
+def test_every_method_is_there() -> None:
+    for name in METHODS:
+        one = read(name, ratios=[0.5])[1]
+        assert len(one.handlers(100)) == 1 and len(one.source) == 12
+        assert one.plain_prompt == (name != "act")
+    assert not read("act+h2o", ratios=[0.5])[1].plain_prompt
+
+
+def test_fingerprint_follows_the_files_a_method_imports(tmp_path: Path) -> None:
+    for name, text in (("a", "from .b import x\nimport os"), ("b", "from .c.d import y"),
+                       ("c", "from . import a"), ("e", "")):  # fmt: skip
+        (tmp_path / f"{name}.py").write_text(text)
+    assert {p.stem for p in c._files(tmp_path / "a.py")} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("snapkw", "Did you mean 'snapkv'"),
+        ("act+snapkw", "'snapkw' to make 'act[+]snapkw'"),
+        ("act:betta=1", "no setting 'betta'. Did you mean 'beta'"),
+        ("act:beta", "not written as act:setting=value"),
+        ("act:", "not written as"),
+        ("act:beta=1,beta=2", "gives beta twice"),
+        ("h2o,h2o", "given twice"),
+        ("full:beta=1", "no method 'full'"),
+        ("beta=1", "no method 'beta=1'"),
+    ],
+)
+def test_mistakes_in_the_line(line: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(line)
+
+
+def test_mistakes_in_values() -> None:
+    for ratios, budget, message in (([0.0], None, "not 0"), ([1.5], None, "not 1.5"),
+                                    ([], 0, "from 1 on"), ([0.5], 3, "one of them")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            read("h2o", ratios=ratios, budget=budget)
+    with pytest.raises(InputError, match="beta"):
+        read("act:beta=3")[1].handlers(10)
+    with pytest.raises(InputError, match="cannot be made with"):
+        read("act:beta=word")[1].handlers(10)
