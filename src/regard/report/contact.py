@@ -1,0 +1,112 @@
+"""Images side by side: a contact sheet as one picture, and as a page that opens offline."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from regard.report.look import INKS, ramp
+
+GAP = 8
+LABEL = 16
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+
+
+def png(image: Any) -> bytes:
+    """A PIL image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def heat(values: Any, size: tuple[int, int], theme: str = "light") -> Any:
+    """A map `[height, width]` in the colours of the reports, as a PIL image of `(width, height)`.
+
+    Its least value takes the first colour, its greatest the last.
+    """
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(values, dtype=np.float64)
+    low, high = float(array.min()), float(array.max())
+    level = (array - low) / (high - low) if high > low else np.zeros_like(array)
+    colors = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in ramp(theme, 256)]
+    table = np.asarray(colors, dtype=np.uint8)
+    picture = Image.fromarray(table[(255 * level).round().astype(int)], "RGB")
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def sheet(rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequence[str]) -> Any:
+    """PIL images in a grid, a word over each column and left of each row.
+
+    Raises:
+        ValueError: rows of different lengths, or labels that do not match.
+    """
+    from PIL import Image, ImageDraw
+
+    if not rows or any(len(row) != len(columns) for row in rows) or len(rows) != len(labels):
+        raise ValueError("a contact sheet needs one label a row and one image a column")
+    width = max(image.width for row in rows for image in row)
+    height = max(image.height for row in rows for image in row)
+    zoom = max(1, 96 // max(width, height))  # tiny images would hide under their labels
+    width, height = zoom * width, zoom * height
+    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = GAP + max(int(probe.textlength(label)) for label in labels) + GAP
+    ink = INKS["light"]
+    whole = Image.new(
+        "RGB",
+        (left + len(columns) * (width + GAP), LABEL + GAP + len(rows) * (height + GAP)),
+        "#ffffff",
+    )
+    draw = ImageDraw.Draw(whole)
+    for n, name in enumerate(columns):
+        draw.text((left + n * (width + GAP), 4), name, fill=ink["text"])
+    for r, row in enumerate(rows):
+        top = LABEL + GAP + r * (height + GAP)
+        draw.text((GAP, top), labels[r], fill=ink["muted"])
+        for c, image in enumerate(row):
+            shown = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            whole.paste(shown, (left + c * (width + GAP), top))
+    return whole
+
+
+def figure(image: Any, caption: str, width: int | None = None) -> str:
+    """One picture with its caption, as HTML; the picture travels inside."""
+    data = base64.b64encode(png(image)).decode()
+    wide = f' style="width:{width}px"' if width else ""
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}"{wide}>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def page(title: str, notes: Sequence[str], sections: Mapping[str, Sequence[str]]) -> str:
+    """A self-contained page of figures: heading -> figures of a row, as `figure` gives them."""
+    light, dark = INKS["light"], INKS["dark"]
+    style = (
+        ":root{color-scheme:light dark}"
+        f"body{{margin:2rem auto;max-width:72rem;padding:0 1rem;color:{light['text']};"
+        "font:15px/1.5 system-ui,sans-serif}"
+        "h1{font-size:1.3rem}h2{font-size:1rem;margin:1.5rem 0 .5rem}"
+        ".row{display:flex;flex-wrap:wrap;gap:.75rem}figure{margin:0}"
+        "img{image-rendering:pixelated;display:block;max-width:100%}"
+        f"figcaption,.note{{color:{light['muted']};font-size:.85rem}}"
+        f"@media(prefers-color-scheme:dark){{body{{background:#14171c;color:{dark['text']}}}"
+        f"figcaption,.note{{color:{dark['muted']}}}}}"
+    )
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="generator" content="regard">',
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        *(f'<p class="note">{escape(note)}</p>' for note in notes),
+    ]
+    for heading, figures in sections.items():
+        parts.append(f'<h2>{escape(heading)}</h2><div class="row">{"".join(figures)}</div>')
+    return "\n".join([*parts, "</body></html>\n"])

@@ -1,0 +1,460 @@
+"""The page about one utterance: cross attention beside saliency, and how far to trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from regard.report import figures
+from regard.report.look import INKS, finite, short
+from regard.report.page import Section, _heading, _slot, document
+from regard.report.page import write_page as _write
+
+View = Mapping[str, Any]
+SOLID = 0.8  # reliability from which on a correlation is worth reading closely
+
+
+def write_page(view: View, path: Any) -> Path:
+    """Write the page to `path` as one HTML file that opens offline; return the path."""
+    return _write(view, path, render_page)
+
+
+def render_page(view: View) -> str:
+    """Return the page as text; the same view gives the same text. All words are escaped."""
+    drawn: dict[str, Any] = {}
+    sections = [
+        _maps_section(view, drawn),
+        _cells_section(view, drawn),
+        _heads_section(view, drawn),
+        _deletion_section(view, drawn),
+        _trust_section(view),
+    ]
+    title = "How much attention explains"
+    data: dict[str, Any] = {"tokens": [], "views": [], "marks": {}}
+    return document(title, _header(title, view), _cards(view), sections, data, drawn)
+
+
+def _header(title: str, view: View) -> str:
+    meta = view.get("meta") or {}
+    under = [str(meta[k]) for k in ("model", "clip") if meta.get(k)]
+    seconds = float(view.get("seconds_per_step") or 0) * float(view.get("steps") or 0)
+    under.append(f"{seconds:.1f} s of sound")
+    under.append(f"{(view.get('settings') or {}).get('masks', 0):,} masks")
+    items = "".join(f"<li>{escape(fact)}</li>" for fact in under)
+    return (
+        '<header><p class="brand">regard <span>cross attention and saliency</span></p>'
+        f'<h1>{escape(title)}</h1><ul class="under">{items}</ul>'
+        f'<p class="lead" style="margin-top:1.1rem;font-size:1.15rem">'
+        f"“{escape(str(view.get('transcript') or ''))}”</p></header>"
+    )
+
+
+def badge(view: View) -> tuple[str, str]:
+    """The reliability of the saliency, and in words what it means for every correlation.
+
+    >>> badge({"reliability": {"pooled": [0.5, 0.64]}, "bound": 0.8})[0]
+    '0.64'
+    """
+    whole = float(view["reliability"]["pooled"][1])
+    most = float(view["bound"])
+    word = "reliable" if whole >= SOLID else "not yet reliable" if whole >= 0.5 else "noisy"
+    more = "" if whole >= SOLID else " More masks would tell more."
+    return (
+        f"{whole:.2f}",
+        f"is the split-half reliability of the saliency: {word}. No correlation with it can be "
+        f"expected above {most:.2f}.{more}",
+    )
+
+
+def cards(view: View) -> list[tuple[str, str]]:
+    """Up to four facts, each a short figure and the sentence it begins."""
+    made = []
+    for on, words in (("input", "the saliency of the sound"), ("states", "that of its encoding")):
+        rho = view[on]["pearson"]["all"]
+        if rho is not None:
+            made.append(
+                (
+                    f"{rho:.2f}",
+                    f"is the correlation of cross attention, all heads averaged, with {words} "
+                    f"(squared {rho * rho:.2f}).",
+                )
+            )
+    made.append(badge(view))
+    curves = view.get("deletion")
+    if curves:
+        s = curves["scores"]
+        made.append(
+            (
+                f"{s['attention']:.0f}",
+                f"is attention’s deletion score, of 100; saliency reaches {s['saliency']:.0f}, on "
+                f"attention’s grid {s['pooled']:.0f}, chance {s['random steps']:.0f}.",
+            )
+        )
+    return made
+
+
+def _cards(view: View) -> str:
+    items = "".join(
+        f"<li><strong>{escape(big)}</strong><span>{escape(words)}</span></li>"
+        for big, words in cards(view)
+    )
+    return f'<ul class="facts" aria-label="In short">{items}</ul>'
+
+
+def _centres(count: int, length: float) -> list[float]:
+    return [round((i + 0.5) * length / count, 4) for i in range(count)]
+
+
+def side_by_side(view: View, *, theme: str = "light") -> Any:
+    """Draw the spectrogram over the maps of attention and of both saliencies, on one time axis.
+
+    Raises ValueError when there are no maps.
+    """
+    go = figures._plotly()
+    maps = view.get("maps") or {}
+    if not maps:
+        raise ValueError("there are no maps to draw")
+    ink = INKS[theme]
+    pieces = [str(p).strip() or "␣" for p in view["pieces"]]
+    length = float(view.get("seconds_per_step") or 1.0) * float(view["steps"])
+    panels: list[tuple[str, list[list[Any]], int]] = []
+    if view.get("spectrogram"):
+        panels.append(("spectrogram", view["spectrogram"], 110))
+    panels += [(name, rows, 20 * len(pieces) + 10) for name, rows in maps.items()]
+    gap = 34
+    total = sum(h for _, _, h in panels) + gap * len(panels)
+    traces, notes, top = [], [], float(total)
+    fixed = {"fixedrange": True, "showgrid": False}
+    layout: dict[str, Any] = {"height": total + 70, "margin": {"l": 8, "r": 8, "t": 8, "b": 46}}
+    for n, (name, rows, high) in enumerate(panels):
+        sound = name == "spectrogram"
+        top -= gap
+        axis = "yaxis" if n == 0 else f"yaxis{n + 1}"
+        layout[axis] = {
+            **fixed,
+            "domain": [max(0.0, (top - high) / total), top / total],
+            **(
+                {"showticklabels": False}
+                if sound
+                else {
+                    "range": [len(pieces) - 0.5, -0.5],
+                    "tickvals": list(range(len(pieces))),
+                    "ticktext": [f"{p} " for p in pieces],
+                }
+            ),
+        }
+        notes.append(
+            {
+                "text": figures.html.escape(name),
+                "x": 0,
+                "xref": "paper",
+                "xanchor": "left",
+                "y": top / total,
+                "yref": "paper",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": 13, "color": ink["text"]},
+            }
+        )
+        traces.append(
+            go.Heatmap(
+                z=[[short(v) for v in row] for row in rows],
+                x=_centres(len(rows[0]), length),
+                y=list(range(len(rows))),
+                yaxis="y" if n == 0 else f"y{n + 1}",
+                **(
+                    {"colorscale": "Greys", "showscale": False, "hoverinfo": "skip"}
+                    if sound
+                    else {
+                        "coloraxis": "coloraxis",
+                        "customdata": [[figures.html.escape(p)] * len(rows[0]) for p in pieces],
+                        "hovertemplate": "“%{customdata}” at %{x:.2f} s: %{z:.2f}<extra></extra>",
+                    }
+                ),
+            )
+        )
+        top -= high
+    layout["xaxis"] = {
+        **fixed,
+        "range": [0, length],
+        "title": {"text": "time (s)"},
+        "anchor": "free",
+        "position": 0,
+    }
+    layout["coloraxis"] = {"cmin": 0, "cmax": 1, "showscale": False}
+    layout["annotations"] = notes
+    return figures._figure(traces, layout, theme)
+
+
+def _maps_section(view: View, drawn: dict[str, Any]) -> Section:
+    if not view.get("maps"):
+        return None
+    body = _heading(
+        "maps",
+        "Attention beside saliency",
+        "The same word pieces, three times. Attention tells where the decoder looked. Saliency "
+        "tells what mattered: what, when taken out, changed the prediction of that piece.",
+    ) + _slot(
+        drawn,
+        "maps",
+        side_by_side(view),
+        "Heat maps over time, one row a word piece: cross attention and two kinds of saliency.",
+        "How to read this: each row is scaled to its own strongest moment. Where the maps differ, "
+        "attention looked at something that did not matter, or missed something that did. The "
+        "encoder’s output has already mixed moments; the sound has not.",
+    )
+    return "maps", "Maps", body
+
+
+def spectral(view: View, *, theme: str = "light") -> Any:
+    """Draw the saliency of the spectrogram, with a menu of the word pieces."""
+    go = figures._plotly()
+    cells = view.get("cells") or {}
+    if not cells:
+        raise ValueError("there is no saliency of the spectrogram to draw")
+    ink = INKS[theme]
+    length = float(view.get("seconds_per_step") or 1.0) * float(view["steps"])
+    traces = [
+        go.Heatmap(
+            z=[[short(v, 2) for v in row] for row in rows],
+            x=_centres(len(rows[0]), length),
+            y=list(range(len(rows))),
+            coloraxis="coloraxis",
+            visible=n == 0,
+            hovertemplate="%{x:.2f} s, mel bin %{y}: %{z:.2f}<extra></extra>",
+        )
+        for n, rows in enumerate(cells.values())
+    ]
+    buttons = [
+        {
+            "label": figures.html.escape(name),
+            "method": "restyle",
+            "args": [{"visible": [i == n for i in range(len(cells))]}],
+        }
+        for n, name in enumerate(cells)
+    ]
+    fixed = {"fixedrange": True, "showgrid": False}
+    layout = {
+        "height": 330,
+        "margin": {"l": 44, "r": 8, "t": 52, "b": 46},
+        "coloraxis": {"cmin": 0, "cmax": 1, "showscale": False},
+        "xaxis": {**fixed, "range": [0, length], "title": {"text": "time (s)"}},
+        "yaxis": {**fixed, "title": {"text": "mel bin"}},
+        "updatemenus": [
+            {
+                "buttons": buttons,
+                "type": "dropdown",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1,
+                "yanchor": "bottom",
+                "pad": {"b": 10},
+                "bgcolor": "rgba(127,127,127,0.12)",
+                "bordercolor": ink["muted"],
+                "font": {"color": ink["muted"], "size": 12},
+                "showactive": False,
+            }
+        ],
+    }
+    return figures._figure(traces, layout, theme)
+
+
+def _cells_section(view: View, drawn: dict[str, Any]) -> Section:
+    if not view.get("cells"):
+        return None
+    body = _heading(
+        "cells",
+        "What mattered in the spectrogram",
+        "Saliency also tells which pitches mattered, which attention cannot.",
+    ) + _slot(
+        drawn,
+        "cells",
+        spectral(view),
+        "Heat map of saliency over time and pitch.",
+        "How to read this: a strong cell changed the prediction whenever it was taken out. "
+        "Choose a word piece above the map.",
+    )
+    return "cells", "Spectrogram", body
+
+
+def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
+    slots = ""
+    for on, words in (("input", "saliency of the sound"), ("states", "saliency of the encoding")):
+        grid = ((view.get(on) or {}).get("pearson") or {}).get("heads")
+        if not grid:
+            continue
+        figure = figures._layer_by_head(
+            grid,
+            None,
+            f"{on}.pearson.heads",
+            bar_title=f"correlation with the {words}",
+            hover="Layer %{x}, head %{y}<br>correlation %{z:.2f}",
+            theme="light",
+            coloraxis={"cmin": 0, "cmax": 1},
+        )
+        slots += _slot(
+            drawn,
+            f"heads-{on}",
+            figure,
+            f"Heat map, layer by head: correlation with the {words}.",
+            f"One cell is one head. All heads averaged reach {_number(view[on]['pearson']['all'])}"
+            f", the last third of the layers {_number(view[on]['pearson']['last'])}.",
+        )
+    if not slots:
+        return None
+    rows = ""
+    layers = view["input"]["pearson"]["layers"]
+    for n in range(len(layers)):
+        cells = "".join(
+            f"<td>{_number(view[on][kind]['layers'][n])}</td>"
+            for on in ("input", "states")
+            for kind in ("pearson", "spearman")
+        )
+        rows += f"<tr><th scope='row'>layer {n}</th>{cells}</tr>"
+    cells = "".join(
+        f"<td>{_number(view[on][kind]['all'])}</td>"
+        for on in ("input", "states")
+        for kind in ("pearson", "spearman")
+    )
+    rows += f"<tr><th scope='row'>all</th>{cells}</tr>"
+    body = (
+        _heading(
+            "heads",
+            "Which heads agree with saliency",
+            "Correlations over the rows of the maps above, each row standardised.",
+        )
+        + f'<div class="pair">{slots}</div>'
+        + "<div class='scroll' tabindex='0' role='region' aria-label='Correlations by layer'>"
+        "<table><thead><tr><th scope='col'>heads averaged</th><th scope='col'>sound</th>"
+        "<th scope='col'>by ranks</th><th scope='col'>encoding</th><th scope='col'>by ranks</th>"
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    return "heads", "Heads", body
+
+
+def _number(value: Any) -> str:
+    number = finite(value)
+    return "–" if number is None else f"{number:.2f}"
+
+
+NAMES = {
+    "saliency": "saliency, every cell",
+    "pooled": "saliency, on attention’s grid",
+    "attention": "cross attention",
+    "random steps": "chance, by time",
+    "random cells": "chance, by cell",
+}
+
+
+def curves(block: Mapping[str, Any], *, theme: str = "light") -> Any:
+    """Draw error rates over the share of the input that was taken out, a line a map."""
+    go = figures._plotly()
+    ink = INKS[theme]
+    styles = {
+        "saliency": {"color": ink["line"], "width": 2.6},
+        "pooled": {"color": ink["line"], "width": 1.6, "dash": "dash"},
+        "attention": {"color": ink["preplan"], "width": 2.6},
+        "random steps": {"color": ink["muted"], "width": 1.6},
+        "random cells": {"color": ink["muted"], "width": 1.6, "dash": "dot"},
+    }
+    traces = [
+        go.Scatter(
+            x=block["percent"],
+            y=[short(v) for v in values],
+            name=f"{NAMES.get(name, name)}: {block['scores'][name]:.0f}",
+            mode="lines+markers",
+            marker={"size": 5},
+            line=styles.get(name, {"width": 1.6}),
+            hovertemplate="%{x} % out: %{y:.0f} % wrong<extra></extra>",
+        )
+        for name, values in block["errors"].items()
+    ]
+    what = "words" if block.get("counted", "words") == "words" else "pieces"
+    layout = {
+        "height": 380,
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 130},
+        "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
+        "xaxis": {"title": {"text": "share of the spectrogram taken out (%)"}, "fixedrange": True},
+        "yaxis": {
+            "title": {"text": f"{what} wrong (%)"},
+            "fixedrange": True,
+            "range": [-3, 103],
+        },
+    }
+    return figures._figure(traces, layout, theme)
+
+
+def _deletion_section(view: View, drawn: dict[str, Any]) -> Section:
+    block = view.get("deletion")
+    if not block:
+        return None
+    body = _heading(
+        "deletion",
+        "Taking out what ranks highest",
+        "A map that explains well names what the model cannot do without: its curve rises early, "
+        "and its area, the number in the legend, is large.",
+    ) + _slot(
+        drawn,
+        "deletion",
+        curves(block),
+        "Lines: errors over the share of the spectrogram taken out, for each map.",
+        "How to read this: the highest-ranked cells go first, each replaced by the mean of its mel "
+        "bin. Attention has no pitch, so it takes out whole moments.",
+    )
+    return "deletion", "Deletion", body
+
+
+def _trust_section(view: View) -> Section:
+    settings = view.get("settings") or {}
+    parts = view.get("reliability") or {}
+    mixing = view.get("mixing") or {}
+    rows = [
+        ("Reliability of saliency on attention’s grid", _pair(parts.get("pooled"))),
+        ("Reliability of saliency of every cell", _pair(parts.get("input"))),
+        ("Reliability of saliency of the encoding", _pair(parts.get("states"))),
+        ("Encoding less sound (context mixing)", _number(mixing.get("gap"))),
+        ("The same, relative", _number(mixing.get("relative"))),
+        ("Attention on padding, left out", _number(view.get("dropped"))),
+    ]
+    for name, spans in (view.get("spans") or {}).items():
+        rows.append(
+            (
+                f"True word: {name}",
+                f"{100 * spans['hit']:.0f} % of the peaks, {100 * spans['mass']:.0f} % of the mass "
+                f"(chance {100 * spans['chance']:.0f} %)",
+            )
+        )
+    for name, value in (view.get("references") or {}).items():
+        rows.append(
+            (
+                name.replace("_", " "),
+                f"{_number(value['attention'])} with attention, "
+                f"{_number(value['saliency'])} with saliency",
+            )
+        )
+    rows.append(("Settings", ", ".join(f"{k} {v}" for k, v in settings.items())))
+    cells = "".join(
+        f"<tr><th scope='row'>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows
+    )
+    notes = "".join(f"<li>{escape(str(n))}</li>" for n in view.get("notes") or [])
+    command = (view.get("meta") or {}).get("command")
+    body = (
+        _heading(
+            "trust",
+            "How far to trust this",
+            "Saliency is measured with random masks. Two halves of them give two maps; how well "
+            "these agree bounds every correlation on this page.",
+        )
+        + f"<div class='scroll'><table><tbody>{cells}</tbody></table></div>"
+        + (f"<ul class='help'>{notes}</ul>" if notes else "")
+        + (f"<p class='help'><code>{escape(str(command))}</code></p>" if command else "")
+    )
+    return "trust", "Trust", body
+
+
+def _pair(values: Any) -> str:
+    if not values:
+        return "–"
+    return f"{float(values[1]):.2f} (halves {float(values[0]):.2f}, by Spearman and Brown)"

@@ -1,0 +1,406 @@
+"""The page about one clip: its spectrogram, what was heard, and where each word looked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from regard.report import figures
+from regard.report.look import INKS, finite, percent, short
+from regard.report.page import Section, _heading, _notes, _slot, document
+from regard.report.page import write_page as _write
+
+View = Mapping[str, Any]
+
+
+def write_page(view: View, path: Any) -> Path:
+    """Write the page of a clip to `path` as one HTML file that opens offline; return the path."""
+    return _write(view, path, render_page)
+
+
+def render_page(view: View) -> str:
+    """Return the page as text; the same view gives the same text. All words are escaped."""
+    drawn: dict[str, Any] = {}
+    sections = [
+        _map_section(view, drawn),
+        _table_section(view),
+        _heads_section(view, drawn),
+        _single_section(view, drawn),
+        _cost_section(view),
+    ]
+    title = "Where each word listens"
+    data: dict[str, Any] = {"tokens": [], "views": [], "marks": {}}  # no text to colour here
+    return document(title, _header(title, view), _cards(view), sections, data, drawn)
+
+
+def _header(title: str, view: View) -> str:
+    meta = view.get("meta") or {}
+    under = [str(meta[k]) for k in ("model", "clip") if meta.get(k)]
+    if meta.get("seconds") is not None:
+        under.append(f"{float(meta['seconds']):.1f} s of sound")
+    under.append(f"{meta.get('layers')} decoder layers × {meta.get('heads')} heads")
+    items = "".join(f"<li>{escape(fact)}</li>" for fact in under)
+    spoken = escape(str(view.get("transcript") or ""))
+    return (
+        '<header><p class="brand">regard <span>cross attention of a speech model</span></p>'
+        f'<h1>{escape(title)}</h1><ul class="under">{items}</ul>'
+        f'<p class="lead" style="margin-top:1.1rem;font-size:1.15rem">“{spoken}”</p></header>'
+    )
+
+
+def cards(view: View) -> list[tuple[str, str]]:
+    """Up to four facts, each a short figure and the sentence it begins."""
+    words = view.get("words") or []
+    heads = view.get("heads") or {}
+    made = [(f"{len(words)} words", f"in {len(view.get('tokens') or [])} tokens were heard.")]
+    best = best_head(heads)
+    if best:
+        layer, head, value = best
+        made.append(
+            (
+                f"{value:.2f}",
+                f"is how well head {head} of layer {layer} follows the sound "
+                "(rank correlation of words and where they look; 1 is word by word).",
+            )
+        )
+    dropped = finite(view.get("dropped"))
+    if dropped is not None and view.get("all_frames") != view.get("frames"):
+        made.append(
+            (
+                percent(dropped),
+                "of the attention falls on the silence that pads the clip to the "
+                "model’s window; it is not shown.",
+            )
+        )
+    errors = view.get("errors") or {}
+    if errors.get("start") is not None:
+        more = ""
+        if errors.get("theirs") is not None:
+            more = f" Transformers’ own token time stamps: {errors['theirs']:.2f} s."
+        made.append(
+            (
+                f"{errors['start']:.2f} s",
+                "is the mean distance of the word starts from the true "
+                f"ones, which this clip’s synthesiser told.{more}",
+            )
+        )
+    return made
+
+
+def best_head(heads: View) -> tuple[int, int, float] | None:
+    """(layer, head, rank correlation) of the head that follows the sound best."""
+    rows = heads.get("monotone") or []
+    found = [
+        (float(v), layer, head)
+        for layer, row in zip(heads.get("layers") or range(len(rows)), rows)
+        for head, v in enumerate(row)
+        if finite(v) is not None
+    ]
+    if not found:
+        return None
+    value, layer, head = max(found)
+    return layer, head, value
+
+
+def _cards(view: View) -> str:
+    items = "".join(
+        f"<li><strong>{escape(big)}</strong><span>{escape(words)}</span></li>"
+        for big, words in cards(view)
+    )
+    return f'<ul class="facts" aria-label="In short">{items}</ul>'
+
+
+def listening_map(view: View, *, theme: str = "light") -> Any:
+    """Draw the spectrogram over the map of words and time, with the words' times as marks.
+
+    A menu chooses between the mean over all heads, the alignment heads and each layer.
+    """
+    go = figures._plotly()
+    ink = INKS[theme]
+    words = view.get("words") or []
+    maps = view.get("maps") or {}
+    if not words or not maps:
+        raise ValueError("no word was heard: there is no map to draw")
+    length = float(view.get("seconds_per_frame") or 1.0) * float(view["frames"])
+    unit = "s" if view.get("seconds_per_frame") else "encoder steps"
+    labels = [f"{_short(w['text'])} " for w in words]
+    rows = list(range(len(words)))
+    traces: list[Any] = []
+    spectrum = view.get("spectrogram")
+    if spectrum:
+        traces.append(
+            go.Heatmap(
+                z=[[short(v) for v in row] for row in spectrum],
+                x=_centres(len(spectrum[0]), length),
+                y=list(range(len(spectrum))),
+                yaxis="y2",
+                colorscale="Greys",
+                showscale=False,
+                hoverinfo="skip",
+            )
+        )
+    first = len(traces)
+    for at, (_, cells) in enumerate(maps.items()):
+        traces.append(
+            go.Heatmap(
+                z=[[short(v) for v in row] for row in cells],
+                x=_centres(len(cells[0]), length),
+                y=rows,
+                customdata=[[w["text"]] * len(cells[0]) for w in words],
+                coloraxis="coloraxis",
+                visible=at == 0,
+                hovertemplate="“%{customdata}” at %{x:.2f} s<br>%{z:.2%} of its attention"
+                "<extra></extra>",
+            )
+        )
+    xs: list[Any] = []
+    ys: list[Any] = []
+    for row, word in enumerate(words):
+        if word.get("start") is not None:
+            xs += [word["start"], word["end"], None]
+            ys += [row + 0.42, row + 0.42, None]
+    if xs:
+        traces.append(
+            go.Scatter(
+                x=xs,
+                y=ys,
+                mode="lines",
+                name="word time (time warping)",
+                hoverinfo="skip",
+                line={"color": ink["preplan"], "width": 3},
+            )
+        )
+    for key, name, symbol in (
+        ("true_start", "true start", "line-ns-open"),
+        ("theirs", "transformers’ time stamp", "diamond-open"),
+    ):
+        found = [(w[key], row) for row, w in enumerate(words) if w.get(key) is not None]
+        if found:
+            traces.append(
+                go.Scatter(
+                    x=[x for x, _ in found],
+                    y=[y for _, y in found],
+                    mode="markers",
+                    name=name,
+                    hoverinfo="skip",
+                    marker={
+                        "symbol": symbol,
+                        "size": 11 if key == "true_start" else 8,
+                        "color": ink["anchor"],
+                        "line": {"width": 2},
+                    },
+                )
+            )
+    top = _ceiling(maps)
+    always = [True] * (len(traces) - first - len(maps))
+    buttons = [
+        {
+            "label": name,
+            "method": "restyle",
+            "args": [{"visible": [True] * first + [i == at for i in range(len(maps))] + always}],
+        }
+        for at, name in enumerate(maps)
+    ]
+    height = 150 + 24 * len(words) + 150
+    share = 150 / (height - 130) if spectrum else 0.0
+    fixed = {"fixedrange": True, "showgrid": False}
+    layout = {
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 78, "b": 50},
+        "coloraxis": {
+            "cmin": 0, "cmax": top,
+            "colorbar": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1,
+                         "yanchor": "bottom", "ypad": 26, "lenmode": "pixels", "len": 200,
+                         "tickformat": ".0%",
+                         "title": {"text": "share of a word’s attention", "side": "top"}},
+        },
+        "xaxis": {**fixed, "range": [0, length], "anchor": "y",
+                  "title": {"text": f"time ({unit})", "standoff": 26}},
+        "yaxis": {**fixed, "range": [len(words) - 0.5, -0.5], "tickvals": rows, "ticktext": labels,
+                  "domain": [0, 1 - share - (0.02 if spectrum else 0)]},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "yref": "paper"},
+        "updatemenus": [
+            {"buttons": buttons, "type": "dropdown", "x": 0, "xanchor": "left", "y": 1,
+             "yanchor": "bottom", "pad": {"b": 30}, "bgcolor": "rgba(127,127,127,0.12)",
+             "bordercolor": ink["muted"], "font": {"color": ink["muted"], "size": 12},
+             "showactive": False}
+        ],
+    }  # fmt: skip
+    if spectrum:
+        layout["yaxis2"] = {**fixed, "domain": [1 - share, 1], "showticklabels": False,
+                            "title": {"text": "pitch"}, "anchor": "x"}  # fmt: skip
+        edges = [w["start"] for w in words if w.get("start") is not None]
+        layout["shapes"] = [
+            {"type": "line", "x0": x, "x1": x, "y0": 1 - share, "y1": 1, "yref": "paper",
+             "line": {"color": ink["preplan"], "width": 1}}
+            for x in edges
+        ]  # fmt: skip
+    return figures._figure(traces, layout, theme)
+
+
+def _ceiling(maps: Mapping[str, Any]) -> float:
+    """The share that gets the strongest colour: a few cells may exceed it."""
+    values = sorted(v for row in next(iter(maps.values())) for v in row if finite(v) is not None)
+    return max(1e-6, values[int(0.997 * (len(values) - 1))]) if values else 1.0
+
+
+def _centres(count: int, length: float) -> list[float]:
+    return [round((i + 0.5) * length / count, 4) for i in range(count)]
+
+
+def _short(text: str) -> str:
+    # Plotly reads a few tags in labels: they are made visible instead.
+    text = text if len(text) <= 22 else text[:21] + "…"
+    return escape(text)
+
+
+def _map_section(view: View, drawn: dict[str, Any]) -> Section:
+    if not view.get("words") or not view.get("maps"):
+        return None
+    body = _heading(
+        "map",
+        "Words and time",
+        "Above the sound as the model gets it, below what each word’s decoder steps look at while "
+        "they predict it. The menu shows single layers, or the heads that are known to follow the "
+        "sound.",
+    ) + _slot(
+        drawn,
+        "map",
+        listening_map(view),
+        "Spectrogram over a heat map of words by time, with the time of each word as a bar.",
+        "How to read this: each row is a word and adds up to the share of its attention that falls "
+        "on sound; a dark cell is a moment it looks at. The bars are word times from the alignment "
+        "heads. What a word looks at is not all that it depends on: attention says where "
+        "information was fetched from, not what it did.",
+    )
+    return "map", "Map", body
+
+
+def _table_section(view: View) -> Section:
+    words: Sequence[Mapping[str, Any]] = view.get("words") or []
+    if not words:
+        return None
+    names = [("from", "start"), ("to", "end"), ("true start", "true_start"),
+             ("transformers", "theirs"), ("looks most at", "peak"), ("centre", "centre"),
+             ("spread", "spread")]  # fmt: skip
+    shown = [(name, key) for name, key in names if any(w.get(key) is not None for w in words)]
+    head = "".join(f"<th>{escape(name)} (s)</th>" for name, _ in shown)
+    rows = []
+    for number, word in enumerate(words):
+        cells = "".join(
+            f"<td>{'–' if word.get(key) is None else format(float(word[key]), '.2f')}</td>"
+            for _, key in shown
+        )
+        share = percent(float(word.get("dropped") or 0.0))
+        rows.append(
+            f"<tr><td>{number}</td><td><code>{escape(str(word['text']))}</code></td>{cells}"
+            f"<td>{share}</td></tr>"
+        )
+    stamp = ""
+    if any("theirs" in w for w in words):
+        stamp = (
+            " Transformers’ stamps come from the rows in which a token is the input, one step "
+            "after the rows that predict it, so they tend to come about one token later."
+        )
+    body = (
+        _heading("times", "Word times", "When each word was said, and where it looked.")
+        + f'<div class="scroll"><table><thead><tr><th></th><th>word</th>{head}<th>on padding</th>'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="help">From and to: dynamic time warping over the alignment heads. Centre and '
+        f"spread: mean and standard deviation of the time a word looks at, all heads.{stamp}</p>"
+    )
+    return "times", "Times", body
+
+
+def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
+    heads = view.get("heads") or {}
+    if not heads.get("monotone"):
+        return None
+    kinds = [
+        ("monotone", "rank correlation of words and time", "follows the sound at %{z:.2f}",
+         {"cmin": -1, "cmax": 1},
+         "A strong cell is a head that moves on with every word; a faint one looks elsewhere."),
+        ("entropy", "entropy in nats", "entropy %{z:.2f} nats", {},
+         "A faint head looks at a moment, a strong one takes in much of the clip."),
+        ("dropped", "share on padding", "%{z:.1%} on padding", {"cmin": 0},
+         "A strong head rests on the silence behind the clip: it has nothing to look for."),
+    ]  # fmt: skip
+    slots = ""
+    for key, bar, hover, axis, caption in kinds:
+        if not heads.get(key):
+            continue
+        figure = figures._layer_by_head(
+            heads[key],
+            heads.get("layers"),
+            f"heads.{key}",
+            bar_title=bar,
+            hover=f"Layer %{{x}}, head %{{y}}<br>{hover}",
+            theme="light",
+            coloraxis=axis,
+        )
+        figure.update_layout(xaxis_title_standoff=22)
+        slots += _slot(drawn, key, figure, f"Heat map, layer by head: {bar}.", caption)
+    body = _heading(
+        "heads", "What each head does", "Means over the words of this clip, one cell a head."
+    )
+    return "heads", "Heads", body + f'<div class="pair">{slots}</div>'
+
+
+def _single_section(view: View, drawn: dict[str, Any]) -> Section:
+    maps = view.get("head_maps") or []
+    if not maps:
+        return None
+    meta = view.get("meta") or {}
+    total = int(meta.get("layers") or 0) * int(meta.get("heads") or 0)
+    go = figures._plotly()
+    cells = ""
+    for number, one in enumerate(maps):
+        flat = sorted(v for row in one["cells"] for v in row)
+        trace = go.Heatmap(
+            z=[[short(v) for v in row] for row in one["cells"]],
+            coloraxis="coloraxis",
+            hoverinfo="skip",
+        )
+        hidden = {"visible": False, "fixedrange": True}
+        layout = {
+            "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
+            "coloraxis": {
+                "showscale": False,
+                "cmin": 0,
+                "cmax": max(1e-6, flat[int(0.99 * (len(flat) - 1))]),
+            },
+            "xaxis": hidden,
+            "yaxis": {**hidden, "autorange": "reversed"},
+        }
+        name = f"Layer {one['layer']}, head {one['head']}"
+        mark = " · alignment head" if one.get("alignment") else ""
+        cells += _slot(
+            drawn,
+            f"ear{number}",
+            figures._figure([trace], layout, "light"),
+            f"Map of words by time of {name.lower()}.",
+            f"<b>{escape(name)}</b> follows at {one['monotone']:.2f}{mark}",
+        )
+    left = f", {len(maps)} of {total} heads" if len(maps) < total else ""
+    lead = (
+        f"Words run down, time runs across{left}; those that follow the sound best come first. "
+        "Each map has its own colours."
+    )
+    body = _heading("single", "Head by head", lead) + f'<div class="grid">{cells}</div>'
+    return "single", "Single heads", body
+
+
+def _cost_section(view: View) -> Section:
+    meta = view.get("meta") or {}
+    rows = [(str(k), str(v)) for k, v in (meta.get("cost") or {}).items() if v not in (None, "")]
+    body = _heading("cost", "What was measured, on what, at what cost", "Exact cross attention.")
+    body += "<dl>" + "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in rows) + "</dl>"
+    body += _notes(meta.get("notes") or [])
+    if meta.get("command"):
+        body += (
+            "<h3>To make this page again</h3><pre tabindex='0'><code>"
+            f"{escape(str(meta['command']))}</code></pre>"
+        )
+    return "cost", "Cost", body

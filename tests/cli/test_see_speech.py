@@ -1,0 +1,175 @@
+"""regard see on sound: the command, its output, and every slip a person can make."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from regard import zoo
+from regard.errors import InputError
+from regard.zoo.tiny import tiny
+
+from .command import run
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def ears(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random Whisper, its tokenizer of letters and its feature extractor."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizerFast,
+    )
+
+    folder = tmp_path_factory.mktemp("ears")
+    vocabulary = {c: n for n, c in enumerate(["<|endoftext|>", "<s>", "Ġ", *LETTERS])}
+    words = Tokenizer(models.BPE(vocabulary, [], unk_token="<|endoftext|>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    tokenizer = WhisperTokenizerFast.from_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=8), tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=len(vocabulary), num_mel_bins=8, d_model=64, encoder_layers=1, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_source_positions=1500, max_target_positions=40, pad_token_id=0,
+        bos_token_id=1, eos_token_id=0, decoder_start_token_id=1, begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():
+        for _, weight in model.named_parameters():
+            if weight.requires_grad and weight.dim() == 2:
+                weight.normal_(0.0, weight.shape[-1] ** -0.5)
+        # Nearly even chances for every token, so that any transcript fits.
+        model.model.decoder.embed_tokens.weight.mul_(0.05)
+    model.generation_config.max_length = 12
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def sound(path: Path, seconds: float = 1.0, rate: int = 16_000, channels: int = 1) -> str:
+    time = np.arange(round(seconds * rate)) / rate
+    wave_ = np.round(8000 * np.sin(2 * np.pi * 300 * time)).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(np.repeat(wave_, channels).tobytes())
+    return str(path)
+
+
+def test_a_clip_gives_transcript_words_page_and_json(
+    ears: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("plotly")
+    clip = sound(tmp_path / "a.wav")
+    html, out = tmp_path / "o.html", tmp_path / "o.json"
+    args = ["see", clip, "--model", ears, "--transcript", "ab <i> cd"]
+    code, shown, err = run(capsys, *args, "--html", str(html), "--json", str(out))
+    assert code == 0, err
+    page = json.loads(out.read_text())
+    assert page["kind"] == "speech" and page["frames"] == 50 and page["all_frames"] == 1500
+    assert [len(row) for row in page["maps"]["layer 1"]] == [50] * len(page["words"])
+    assert "word" in shown and "1.00 s, 50 of 1500 encoder steps" in shown
+    assert any("was given" in note for note in page["meta"]["notes"])
+    assert "Where each word listens" in html.read_text()
+    code, shown, err = run(capsys, *args, "--json", "-")
+    assert code == 0 and json.loads(shown)["transcript"] == page["transcript"]
+
+
+def test_what_was_done_to_the_sound_is_said(
+    ears: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("scipy", reason="scipy is part of the extra 'speech'")
+    clip = sound(tmp_path / "a.wav", rate=8_000, channels=2)
+    code, shown, err = run(capsys, "see", clip, "--model", ears, "--transcript", "abc")
+    assert code == 0, err
+    assert "2 channels were averaged" in shown and "resampled from 8,000" in shown
+
+
+def test_a_transcript_that_does_not_fit_is_refused(
+    ears: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regard.see import speech
+
+    clip, real = sound(tmp_path / "a.wav"), speech.cross_attention
+
+    def unlikely(*args: Any, **kwargs: Any) -> Any:
+        seen = real(*args, **kwargs)
+        seen.fit = -5.0  # of 29 tokens drawn at random each has -3.4
+        return seen
+
+    monkeypatch.setattr(speech, "cross_attention", unlikely)
+    code, _, err = run(capsys, "see", clip, "--model", ears, "--transcript", "abc")
+    assert code == 2 and "does not fit the sound" in " ".join(err.split())
+
+
+def test_every_slip_gets_one_line(
+    ears: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = sound(tmp_path / "good.wav")
+    (tmp_path / "text.wav").write_text("only words")
+    (tmp_path / "none.wav").touch()
+    with wave.open(str(tmp_path / "quiet.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(bytes(32_000))
+    sound(tmp_path / "long.wav", seconds=30.5)
+    text_model = tmp_path / "llama"
+    tiny("llama").save_pretrained(text_model)
+    at = str(tmp_path)
+    cases: list[tuple[list[str], str]] = [
+        ([f"{at}/text.wav"], "audio|WAV"),
+        ([f"{at}/none.wav"], "empty file"),
+        ([f"{at}/quiet.wav"], "is silent"),
+        ([f"{at}/long.wav"], "lasts 30.5 s"),
+        ([f"{at}/missing.wav"], "there is no file"),
+        ([good, "--transcript", " "], "--transcript is empty"),
+        ([good, "--transcript", "abc " * 30], "room for"),
+        ([good, "--task", "sing"], "transcribe or translate"),
+        ([good, "--language", "de"], "many languages"),
+        ([good, "--layers", "0"], "are for text"),
+        ([good, "--html", f"{at}/no/x.html"], "does not exist"),
+        (["some words", "--language", "de"], "are for sound"),
+    ]
+    import re
+
+    for args, why in cases:
+        code, _, err = run(capsys, "see", *args, "--model", ears)
+        words = " ".join(err.split())
+        assert code == 2 and re.search(why, words), (args, err)
+        assert len(err.strip().splitlines()) <= 4, err
+    code, _, err = run(capsys, "see", good, "--model", str(text_model))
+    assert code == 2 and "no cross attention" in " ".join(err.split())
+    code, _, err = run(capsys, "see", "some words", "--model", ears)
+    assert code == 2 and "give it a sound file" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_the_real_model_on_a_shipped_clip(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        zoo.load("whisper-tiny.en")
+    except InputError as problem:
+        pytest.skip(str(problem))
+    out = tmp_path / "o.json"
+    code, shown, err = run(capsys, "see", "@lighthouse", "--compare", "--json", str(out))
+    assert code == 0, err
+    page: dict[str, Any] = json.loads(out.read_text())
+    assert "lighthouse keeper" in page["transcript"] and "true start" in shown
+    assert page["errors"]["start"] < 0.2 < page["errors"]["theirs"]
