@@ -1,0 +1,172 @@
+"""regard run var: an answer about a picture with the attention on sinks given to the picture."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.common import check_output, err, numbers, read_text, write_json
+from regard.errors import InputError
+
+from . import vlm
+
+RATIOS = {"general": 0.8, "hallucination": 0.5, "vision-centric": 0.9}
+
+
+def var(
+    prompt: Annotated[str, typer.Option(help="The question itself, or @file.")],
+    image: Annotated[list[Path], typer.Option(help="A picture; may be given several times.")],
+    model: Annotated[str, typer.Option(help="A folder, a hub id or a name of `regard models`.")],
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="Least share of sink-free image attention, by task: " + ", ".join(RATIOS)
+        ),
+    ] = "general",
+    nonsink_ratio: Annotated[
+        float | None, typer.Option(help="That share itself, instead of the preset.")
+    ] = None,
+    move: Annotated[float, typer.Option(help="Share of the attention on sinks moved.")] = 0.6,
+    image_mass: Annotated[
+        float, typer.Option(help="Least attention on the picture of a row that is changed.")
+    ] = 0.2,
+    tau: Annotated[float, typer.Option(help="A sink's massive dims exceed this.")] = 20.0,
+    dims: Annotated[
+        str | None,
+        typer.Option(help="Massive dims, such as 1415,2533; or auto: find them on this prompt."),
+    ] = None,
+    rule: Annotated[str, typer.Option(help="paper, or released_code.")] = "paper",
+    tokens: Annotated[
+        int, typer.Option("-n", "--tokens", min=1, help="Length of the answer.")
+    ] = 60,
+    chat: Annotated[
+        bool, typer.Option(help="Put the question into the model's chat template, if it has one.")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Draw the sinks on the first picture, as a PNG here.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
+    ] = None,
+) -> None:
+    """VAR: give the attention on sink tokens to the picture, no weight touched.
+
+    Shows the plain and the changed answer, the sinks of every layer, and how much was moved.
+
+    [bold]Examples[/]
+
+      regard run var --model llava-hf/llava-1.5-7b-hf --image a.png --prompt "What is this?"
+
+      regard run var --model FOLDER --image a.png --prompt "..." --dims auto --tau 12 --out s.png
+    """  # fmt: skip
+    from regard.reach.vision import locate
+    from regard.steer.var import VAR, find_sink_dims
+
+    if preset not in RATIOS:
+        raise InputError(f"--preset is one of {', '.join(RATIOS)}, not {preset!r}")
+    for path in (out, json):
+        check_output(path)
+    named = None if dims in (None, "auto") else numbers(dims, "dims")
+    ratio = RATIOS[preset] if nonsink_ratio is None else nonsink_ratio
+    settings: dict[str, Any] = {
+        "move": move, "nonsink_ratio": ratio, "image_mass": image_mass, "tau": tau, "rule": rule,
+    }  # fmt: skip
+    VAR(dims=named or [0], **settings)  # a wrong setting shows before anything is loaded
+    pictures, text = vlm.read_images(image), read_text(prompt)
+    loaded, processor = vlm.load_vlm(model)
+    inputs = vlm.prepare(loaded, processor, pictures, text, tokens, chat)
+    places = locate(loaded, inputs)
+    grid = places.grids[0][0] if places.grids[0] else None
+    if out is not None:
+        vlm.drawable(grid)
+    if dims == "auto":
+        with vlm.working("looking for massive dims"):
+            named = find_sink_dims(loaded, [inputs])
+    method = VAR(dims=named, **settings)
+    with vlm.working("answering, changed"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        changed = vlm.answer(loaded, inputs, tokens, [method])
+    with vlm.working("answering, plain"):
+        plain = vlm.answer(loaded, inputs, tokens, [])
+    result = vlm.compared(processor, plain, changed, "changed")
+    result |= {
+        "settings": {"model": model, **settings, "dims": list(method.dims_used)},
+        "prompt_tokens": int(inputs["input_ids"].shape[1]),
+        "image_tokens": int((places.number[0] >= 0).sum()),
+        "grid": None if grid is None else list(grid),
+        "layers": _layers(method, places),
+        "notes": [str(w.message) for w in caught if str(w.message).startswith("VAR: ")],
+    }
+    if out is not None:
+        vlm.save_picture(_drawn(result, vlm.seen_by_model(processor, inputs, 0, pictures[0])), out)
+    write_json(result, json)
+    if json is None or str(json) != "-":
+        _show(result)
+    for note in result["notes"]:
+        err().print(f"note: {note}", markup=False, highlight=False)
+
+
+def _layers(method: Any, places: Any) -> list[dict[str, Any]]:
+    """Sinks and moved attention of every acting layer."""
+    length = places.number.shape[1]
+    rows = []
+    for layer, found in method.found().items():
+        sinks, image = found.sinks[0, :length].cpu(), places.patch[0].cpu() >= 0
+        on_image = (sinks & image).nonzero()[:, 0]
+        changed = [c[0] for c in found.chosen]
+        moved = [m[0][c] for m, c in zip(found.moved, changed)]
+        amounts = [float(x) for part in moved for x in part.flatten().tolist()]
+        rows.append(
+            {
+                "layer": layer,
+                "text_sinks": (sinks & ~image).nonzero()[:, 0].tolist(),
+                "image_sinks": [
+                    {"image": int(places.number[0, n]), "patch": int(places.patch[0, n])}
+                    for n in on_image.tolist()
+                ],
+                "rows": sum(int(c.numel()) for c in changed),
+                "rows_changed": sum(int(c.sum()) for c in changed),
+                "moved": sum(amounts) / len(amounts) if amounts else 0.0,
+            }
+        )
+    return rows
+
+
+def _drawn(result: dict[str, Any], picture: Any) -> Any:
+    """The picture, and the picture with its sinks: the redder, the more layers."""
+    count: dict[int, int] = {}
+    for row in result["layers"]:
+        for sink in row["image_sinks"]:
+            if sink["image"] == 0:
+                count[sink["patch"]] = count.get(sink["patch"], 0) + 1
+    most = max(len(result["layers"]), 1)
+    cells = {n: (220, 20, 20, 80 + round(150 * k / most)) for n, k in count.items()}
+    size = vlm.drawable(result["grid"])
+    return vlm.sheet(
+        [
+            ("what the model sees", vlm.paint(picture, size, {})),
+            (f"sink patches ({len(count)})", vlm.paint(picture, size, cells)),
+        ]
+    )
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    console = vlm.show_answers(result, "changed")
+    table = Table(box=box.SIMPLE_HEAD, title="Sinks", title_justify="left")
+    for name in ("layer", "text sinks", "image sinks", "rows changed", "attention moved"):
+        table.add_column(name, justify="right")
+    for row in result["layers"]:
+        table.add_row(
+            str(row["layer"]),
+            str(len(row["text_sinks"])),
+            str(len(row["image_sinks"])),
+            f"{row['rows_changed']} of {row['rows']}",
+            f"{100 * row['moved']:.1f} %",
+        )
+    console.print(table)

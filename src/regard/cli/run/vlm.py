@@ -1,0 +1,251 @@
+"""What the commands on images share: reading them, asking the model, drawing on them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regard.cli.common import load, working
+from regard.errors import InputError
+from regard.files import write_bytes
+
+LARGEST = 100_000_000  # pixels
+Colour = tuple[int, int, int, int]  # red, green, blue, alpha
+
+
+def read_images(paths: Sequence[Path]) -> list[Any]:
+    """The pictures, in RGB.
+
+    Raises:
+        InputError: none, a missing file, a file that is no picture, or one too large.
+    """
+    from PIL import Image
+
+    if not paths:
+        raise InputError("name at least one picture: --image photo.png")
+    found = []
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"there is no picture {path}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours follows
+                opened = Image.open(path)
+            with opened as picture:
+                if picture.width * picture.height > LARGEST:
+                    raise InputError(
+                        f"{path} is {picture.width} x {picture.height}: shrink it below "
+                        f"{LARGEST // 1_000_000} million pixels"
+                    )
+                found.append(picture.convert("RGB"))
+        except (OSError, Image.DecompressionBombError) as problem:
+            raise InputError(f"{path} is no picture that can be read: {problem}") from problem
+    return found
+
+
+def load_vlm(name: str) -> tuple[Any, Any]:
+    """A vision-language model and its processor."""
+    model, processor = load(name)
+    if getattr(model.config, "vision_config", None) is None or not hasattr(model, "generate"):
+        raise InputError(f"{name} reads no pictures: name a vision-language model (LLaVA, Qwen-VL)")
+    if getattr(processor, "image_processor", None) is None:
+        raise InputError(
+            f"{name} comes without a processor for pictures: save the processor beside the model"
+        )
+    return model, processor
+
+
+def prepare(
+    model: Any, processor: Any, images: list[Any], prompt: str, tokens: int, chat: bool
+) -> Any:
+    """Inputs of the model for the pictures and the question."""
+    if chat and getattr(processor, "chat_template", None):
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    else:
+        mark = str(getattr(processor, "image_token", "<image>"))
+        text = prompt if mark in prompt else f"{f'{mark} ' * len(images)}{prompt}"
+    try:
+        inputs = processor(images=images, text=text, return_tensors="pt")
+    except (ValueError, TypeError, StopIteration, IndexError) as problem:
+        raise InputError(
+            f"the processor cannot put {len(images)} pictures into this prompt: {problem}"
+        ) from problem
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
+    if room is not None and length + tokens > room:
+        raise InputError(
+            f"prompt and pictures take {length} tokens and the answer {tokens}, but the model has "
+            f"{room} positions: give less"
+        )
+    return inputs.to(model.device)
+
+
+def answer(model: Any, inputs: Any, tokens: int, methods: list[Any]) -> tuple[list[int], Any]:
+    """The greedy answer, and the log-probabilities of its first token."""
+    import torch
+
+    from regard.api import apply
+
+    with torch.no_grad(), apply(model, *methods):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    start = inputs["input_ids"].shape[1]
+    return out.sequences[0, start:].tolist(), out.logits[0][0].double().log_softmax(-1)
+
+
+def prefill(model: Any, inputs: Any, methods: list[Any]) -> tuple[float, int]:
+    """Seconds of one pass over the prompt, and the bytes of its keys and values; the second of two
+    passes counts.
+    """
+    import time
+
+    import torch
+
+    from regard.api import apply
+    from regard.shrink.visiondrop_cache import nbytes
+
+    seconds, held = 0.0, 0
+    with torch.no_grad(), apply(model, *methods):
+        for _ in range(2):
+            start = time.perf_counter()
+            out = model(**inputs, use_cache=True, logits_to_keep=1)
+            seconds = time.perf_counter() - start
+            held = nbytes(out.past_key_values)
+    return seconds, held
+
+
+def compared(
+    processor: Any, plain: tuple[list[int], Any], changed: tuple[list[int], Any], name: str
+) -> dict[str, Any]:
+    """Both answers, where they part, and how far apart their first tokens are."""
+    (a, p), (b, q) = plain, changed
+    apart = next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), None)
+    if apart is None and len(a) != len(b):
+        apart = min(len(a), len(b))
+
+    def said(ids: list[int]) -> str:
+        return str(processor.tokenizer.decode(ids, skip_special_tokens=True))
+
+    return {
+        "plain": said(a),
+        name: said(b),
+        "first_difference": None if apart is None else {"token": apart},
+        "kl": max(float((p.exp() * (p - q)).nan_to_num().sum()), 0.0),
+    }
+
+
+def seen_by_model(processor: Any, inputs: Mapping[str, Any], index: int, image: Any) -> Any:
+    """The picture as the model gets it, cropped and scaled; the picture itself where that is not
+    stored as one.
+    """
+    import numpy as np
+    from PIL import Image
+
+    pixels = inputs["pixel_values"]
+    if "image_grid_thw" in inputs or pixels.dim() not in (4, 5):
+        return image
+    own = pixels[index] if pixels.dim() == 4 else pixels[index, 0]
+    settings = processor.image_processor
+    mean = np.array(getattr(settings, "image_mean", None) or [0.0] * 3)
+    spread = np.array(getattr(settings, "image_std", None) or [1.0] * 3)
+    shown = own.detach().float().cpu().numpy().transpose(1, 2, 0) * spread + mean
+    return Image.fromarray((shown.clip(0, 1) * 255).round().astype("uint8"))
+
+
+def drawable(grid: Sequence[int] | None) -> tuple[int, int]:
+    """The grid of a picture that can be drawn on.
+
+    Raises:
+        InputError: it is not known, or that of a video.
+    """
+    if grid is None or len(grid) != 2:
+        raise InputError("the patches of this picture form no grid that is known: leave --out out")
+    return int(grid[0]), int(grid[1])
+
+
+def paint(picture: Any, grid: tuple[int, int], cells: Mapping[int, Colour]) -> Any:
+    """The picture, enlarged, with patches (row by row) coloured."""
+    from PIL import Image, ImageDraw
+
+    rows, columns = grid
+    cell = max(8, 384 // max(rows, columns))
+    base = picture.resize((columns * cell, rows * cell)).convert("RGBA")
+    layer = Image.new("RGBA", base.size)
+    brush = ImageDraw.Draw(layer)
+    for n, colour in cells.items():
+        if 0 <= n < rows * columns:
+            x, y = (n % columns) * cell, (n // columns) * cell
+            brush.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
+    return Image.alpha_composite(base, layer).convert("RGB")
+
+
+def sheet(panels: Sequence[tuple[str, Any]]) -> Any:
+    """Panels side by side, each under its title."""
+    from PIL import Image, ImageDraw
+
+    gap, head = 8, 18
+    wide = sum(p.width + gap for _, p in panels) + gap
+    high = max(p.height for _, p in panels) + head + gap
+    whole = Image.new("RGB", (wide, high), "white")
+    brush, x = ImageDraw.Draw(whole), gap
+    for title, panel in panels:
+        brush.text((x, 3), title, fill="black")
+        whole.paste(panel, (x, head))
+        x += panel.width + gap
+    return whole
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """A PNG, written whole or not at all."""
+    held = io.BytesIO()
+    picture.save(held, format="PNG")
+    write_bytes(path, held.getvalue())
+
+
+def show_answers(result: dict[str, Any], name: str) -> Any:
+    """Print both answers; the console for what follows."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("plain", name):
+        table.add_column(column, ratio=1, overflow="fold")
+    table.add_row(Text(result["plain"]), Text(result[name]))
+    console.print(table)
+    apart = result["first_difference"]
+    said = "The answers are the same."
+    if apart is not None:
+        said = f"They part at token {apart['token'] + 1}."
+    console.print(Text(f"{said} KL of the first token's distribution: {result['kl']:.4f} nats."))
+    return console
+
+
+__all__ = [
+    "answer",
+    "compared",
+    "drawable",
+    "load_vlm",
+    "paint",
+    "prefill",
+    "prepare",
+    "read_images",
+    "save_picture",
+    "seen_by_model",
+    "sheet",
+    "show_answers",
+    "working",
+]

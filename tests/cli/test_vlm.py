@@ -1,0 +1,130 @@
+"""`regard run var` and `regard run visiondrop` on a saved checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from regard.zoo.tiny_vlm import tiny_processor
+
+from ..vlms import DIMS, SINK_WORD, TAU, planted
+from .command import run
+
+ASK = f"w{SINK_WORD} <image> w5 w6 w7 w8"
+FOUND = ["--dims", ",".join(map(str, DIMS)), "--tau", str(TAU), "--nonsink-ratio", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its processor, and two pictures."""
+    path = tmp_path_factory.mktemp("vlm")
+    planted("llava").save_pretrained(path)
+    tiny_processor().save_pretrained(path)
+    picture = Image.new("RGB", (64, 48), "navy")
+    ImageDraw.Draw(picture).ellipse((10, 8, 40, 38), fill="orange")
+    picture.save(path / "a.png")
+    picture.rotate(90).save(path / "b.png")
+    return path
+
+
+def common(folder: Path) -> list[str]:
+    return ["--model", str(folder), "--image", str(folder / "a.png"), "-n", "4", "--prompt", ASK]
+
+
+def test_var(capsys: Any, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sinks.png"
+    code, said, err = run(
+        capsys, "run", "var", *common(folder), *FOUND, "--out", str(out), "--json", "-"
+    )
+    assert code == 0, err
+    found = json.loads(said)
+    assert found["image_tokens"] == 16 and found["grid"] == [4, 4] and found["kl"] > 0
+    assert [r["layer"] for r in found["layers"]] == [0, 1, 2]
+    first = found["layers"][0]
+    assert first["text_sinks"] == [0] and 0 < len(first["image_sinks"]) < 16
+    assert 0 < first["rows_changed"] < first["rows"] and 0 < first["moved"] < 0.6
+    assert found["settings"]["dims"] == list(DIMS)
+    with Image.open(out) as drawn:
+        assert drawn.format == "PNG" and drawn.width > 2 * 384
+    assert [p.name for p in tmp_path.iterdir()] == ["sinks.png"]
+    code, said, err = run(capsys, "run", "var", *common(folder), *FOUND, "--move", "0")
+    assert code == 0 and "The answers are the same" in " ".join(said.split()), err
+
+
+def test_var_finds_the_dims(capsys: Any, folder: Path) -> None:
+    args = ["--dims", "auto", "--tau", str(TAU), "--json", "-"]
+    code, said, err = run(capsys, "run", "var", *common(folder), *args)
+    assert code == 0, err
+    assert json.loads(said)["settings"]["dims"] == [DIMS[0]]
+
+
+def test_visiondrop(capsys: Any, folder: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "kept.png", tmp_path / "kept.json"
+    args = [*common(folder), "--image", str(folder / "b.png"), "--tokens", "7"]
+    args[args.index(ASK)] = ASK.replace("<image>", "<image> <image>")
+    code, said, err = run(
+        capsys, "run", "visiondrop", *args, "--out", str(out), "--json", str(data)
+    )
+    assert code == 0, err
+    found = json.loads(data.read_text())
+    assert found["image_tokens"] == [16, 16] and found["mean_tokens"] == 7
+    assert found["tokens_by_layer"] == [[10, 8, 6, 4]] * 2
+    for image in found["images"]:
+        assert [c["before_layer"] for c in image] == [0, 1, 2, 3]
+        for cut in image:
+            assert sorted(m for t in cut["tokens"] for m in t) == list(range(16))
+    length, rows = found["prompt_tokens"], [10, 8, 6, 4]
+    held = found["cache_bytes"]
+    assert held["changed"] * 4 * length == held["plain"] * sum(length - 32 + 2 * n for n in rows)
+    assert "7.0 tokens a picture" in " ".join(said.split())
+    with Image.open(out) as drawn:
+        assert drawn.width > 5 * 384
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["var", "--dims", "5,9", "--tau", "9"], "bound is 8.0"),
+        (["var", "--tau", "4"], "find_sink_dims"),
+        (["var", "--dims", "x"], "--dims takes numbers"),
+        (["var", "--preset", "art"], "--preset is one of"),
+        (["var", "--move", "2", "--dims", "5"], "share moved"),
+        (["visiondrop", "--tokens", "2"], "cannot be reached"),
+        (["visiondrop", "--score", "loud"], "score is one of"),
+        (["visiondrop", "--out", "no/where.png"], "does not exist"),
+        (["visiondrop", "--image", "none.png"], "no picture none.png"),
+        (["visiondrop", "--image", "TEXT"], "no picture that can be read"),
+        (["visiondrop", "--image", "HUGE"], "million pixels"),
+        (["visiondrop", "--model", "TEXTMODEL"], "reads no pictures"),
+        (["visiondrop", "--answer", "99999"], "positions"),
+        (["visiondrop", "--prompt", "w5 <image> w6 <image>"], "cannot put 1 pictures"),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: Any, folder: Path, tmp_path: Path, monkeypatch: Any, args: list[str], message: str
+) -> None:
+    from regard.zoo.tiny import tiny
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "TEXT").write_text("no picture")
+    if "HUGE" in args:
+        Image.new("1", (20_000, 6_000)).save(tmp_path / "HUGE", format="PNG")
+    if "TEXTMODEL" in args:
+        tiny("llama").save_pretrained(tmp_path / "TEXTMODEL")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    given = common(folder)
+    for flag, value in zip(args[1::2], args[2::2]):
+        flag = {"--answer": "-n"}.get(flag, flag)
+        if flag in given:
+            given[given.index(flag) + 1] = value
+        else:
+            given += [flag, value]
+    capsys.readouterr()  # saving a model writes a bar
+    code, _, err = run(capsys, "run", args[0], *given)
+    assert code == 2 and message in err, err
+    assert len(err.strip().splitlines()) == 1, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
