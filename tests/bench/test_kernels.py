@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,54 @@ def test_memory_of_attend_is_linear_and_naive_is_not() -> None:
     assert slopes["attend"] < 1.4 and slopes["naive"] > 1.7
 
 
+def made_up(times: dict[str, tuple[float, float, float]]) -> record.Result:
+    """A result at 8k tokens: {mask: (kept share, seconds of sdpa, seconds of attend)}."""
+    cells = {}
+    for mask, (share, dense, ours) in times.items():
+        for name, seconds in (("sdpa", dense), ("attend", ours)):
+            about = {"kernel": name, "mask": mask, "tokens": 8192, "backward": False,
+                     "area_share": share, "origin": "regard"}  # fmt: skip
+            given = {"seconds": {"q50": seconds}, "peak_bytes": 8192}
+            cells[bench.key_of(name, mask, 8192, False)] = record.Cell(about, values=given)
+    targets = [t for t in bench.TARGETS if t["key"] == "faster"]
+    return record.Result("kernels", {}, {}, targets, cells)
+
+
+def test_the_ceiling_of_each_mask_stands_beside_the_target() -> None:
+    """What leaving out can give follows from the area; a target above it is said to be."""
+    result = made_up({"sliding_window": (0.125, 8.0, 1.0), "full_document": (0.5, 1.8, 1.0),
+                      "causal_document": (0.25, 2.0, 1.0)})  # fmt: skip
+    total, grid = kernels_verdicts.within_reach(result)
+    rows = {line[0]: line[1:] for line in grid[1:]}
+    assert total == 8192
+    assert rows["sliding_window"] == ["0.125", "8.0x", "3x", "8.0x", "met"]
+    assert rows["full_document"] == ["0.500", "2.0x", "3x", "1.8x", "beyond its area"]
+    assert rows["causal_document"] == ["0.250", "4.0x", "3x", "2.0x", "missed"]
+    said = kernels_verdicts.judge(result)[0]
+    assert (
+        said["verdict"] == "missed" and "full_document 1.8x (2.0x by its area)" in said["measured"]
+    )
+    met = made_up({"sliding_window": (0.125, 8.0, 1.0)})
+    assert kernels_verdicts.judge(met)[0]["verdict"] == "met"
+    assert kernels_verdicts.within_reach(record.Result("kernels", {}, {})) == (0, [])
+
+
+def test_a_ceiling_is_computed_from_the_exact_area() -> None:
+    result = bench.run(masks="prefix_lm_causal", lengths=[64], kernels="attend", heads=(2, 1),
+                       dim=16, rounds=1, progress=None)  # fmt: skip
+    mask = patterns.build("prefix_lm_causal", 64)
+    found = kernels_verdicts.ceiling(result, "prefix_lm_causal", 64)
+    assert found == 64 * 64 / mask.area(64, 64)
+
+
+def test_the_committed_page_is_what_the_committed_result_gives() -> None:
+    folder = Path(__file__).parents[2]
+    source = "benchmarks/results/kernels.json"
+    text = kernels_page.markdown(record.load(folder / source), source)
+    assert (folder / "docs" / "bench-kernels.md").read_text(encoding="utf-8") == text
+    assert "most by its area" in text
+
+
 def test_pages(small: record.Result) -> None:
     text = kernels_page.markdown(small, "x.json")
     assert "flash-attn-2" in text and "not installed" in text
@@ -214,6 +263,19 @@ def test_pages(small: record.Result) -> None:
     assert page.count("<svg") == 2 and "http-equiv" in page and "<script" not in page
     assert "sliding_window" in kernels_page.throughput_svg(small)
     json.dumps(kernels_page.grids(small))
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_names_of_masks_stay_whole_in_a_terminal(small: record.Result, width: int) -> None:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(kernels_page.table(small, width))
+    lines = console.export_text().splitlines()
+    measured = kernels_verdicts.values(small, "mask")
+    for mask in measured:
+        assert any(line.strip().startswith(f"{mask} ") for line in lines), mask
+    assert max(map(len, lines)) <= width
 
 
 def test_names_are_escaped() -> None:

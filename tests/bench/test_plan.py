@@ -144,6 +144,11 @@ def test_one_process_runs_the_bench_too(tmp_path: Path) -> None:
     assert "| ring | 1x1 |" in text and "torchrun --nproc-per-node 1" in text
 
 
+def test_the_committed_page_is_what_the_committed_results_give() -> None:
+    text = (ROOT / "docs" / "bench-parallel.md").read_text(encoding="utf-8")
+    assert text == parallel.page(MEASURED)  # in the order of their names
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -189,6 +194,7 @@ def test_the_command_plans(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["plan", "--ranks", "8", "--tokens", "1x"], "not a length"),
         (["plan", "--ranks", "8", "--tokens", "1k", "--heads", "8:2:1"], "64:8"),
+        (["plan", "--ranks", "8", "--tokens", "1k", "--heads", "7:3"], "not a multiple"),
         (["plan", "--ranks", "8", "--tokens", "1k", "--device", "h10"], "Did you mean 'h100'"),
         (["plan", "--ranks", "8", "--tokens", "1k", "--json", "no/such/folder.json"], "not exist"),
         (["parallel"], "torchrun --nproc-per-node 4"),

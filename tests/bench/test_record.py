@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def test_a_file_that_is_no_result(text: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(InputError, match="is no bench result"):
         load(file)
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "r.json"
+    result().save(file)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("regard.files.os.replace", full)
+    with pytest.raises(OSError, match="No space left on device") as said:
+        result(repeats=4).save(file)
+    assert said.value.filename == str(file)
+    assert load(file) == result() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_outcomes() -> None:

@@ -36,6 +36,24 @@ def masks(batch: int, queries: int, keys: int) -> dict[str, Mask | None]:
     }
 
 
+def by_head(batch: int, heads: int, queries: int, keys: int) -> dict[str, Mask]:
+    """Masks that differ from head to head, and from row to row: every piece that can carry it."""
+    make = torch.Generator().manual_seed(heads)
+    dense = Mask.dense(torch.rand(batch, heads, queries, keys, generator=make) < 0.6)
+    shared = Mask.dense(torch.rand(1, heads, queries, keys, generator=make) < 0.6)
+    rule = Mask.predicate(lambda b, h, i, j: i - j <= 3 * h + b, batch, heads)
+    return {
+        "dense": dense,
+        "rows share": shared,
+        "rule": rule,
+        "and": dense & Mask.window(keys // 2),
+        "or": shared | Mask.prefix(3),
+        "not": ~rule,
+        "nested": (rule & Mask.causal()) | ~dense,
+        "turned": rule.swap(queries, keys).swap(keys, queries),
+    }
+
+
 def tensors(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

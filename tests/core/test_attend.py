@@ -8,7 +8,7 @@ import torch
 from regard.core import Mask, State, attend, choose, merge
 from regard.core.kernels import cpu, cuda, reference, tiled
 
-from .cases import SHAPES, close, masks, tensors
+from .cases import SHAPES, by_head, close, masks, tensors
 
 CALLS = [(s, m) for s in SHAPES for m in masks(1, 8, 8)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -40,6 +40,17 @@ def test_flex_equals_true(mask: str) -> None:
     m = _mask(shape, mask)
     out, lse = reference.attend(q, k, v, m, 0.25, softcap=3.0)
     found = attend(q, k, v, mask=m, scale=0.25, softcap=3.0, kernel="flex")
+    close(found.out, out, 1e-5, "out")
+    close(found.lse, lse, 1e-5, "lse")
+
+
+@pytest.mark.parametrize("kernel", [None, "tiled", "flex"])
+@pytest.mark.parametrize("name", by_head(1, 1, 2, 2))
+def test_a_mask_by_head_equals_true(name: str, kernel: str | None) -> None:
+    q, k, v = tensors((2, 4, 2, 37, 53, 16))
+    m = by_head(2, 4, 37, 53)[name]
+    out, lse = reference.attend(q, k, v, m, 0.25)
+    found = attend(q, k, v, mask=m, scale=0.25, kernel=kernel)
     close(found.out, out, 1e-5, "out")
     close(found.lse, lse, 1e-5, "lse")
 

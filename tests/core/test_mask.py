@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from regard.core import Mask
 
-from .cases import masks
+from .cases import by_head, masks
 
 NAMES = [n for n in masks(1, 8, 8) if n != "none"]
 
@@ -47,6 +47,17 @@ def _expected(name: str, batch: int, queries: int, keys: int) -> torch.Tensor:
     )
 
 
+def _covered(mask: Mask, queries: int, keys: int, row: int, head: int = 0) -> torch.Tensor:
+    """How often the ranges cover each pair: once where they are disjoint and complete."""
+    drawn = torch.zeros(queries, keys, dtype=torch.long)
+    for r in mask.ranges(queries, keys, row, head):
+        for q in range(r.q0, r.q1):
+            start = r.k0 + (q - r.q0 if r.kind in ("inverse", "band") else 0)
+            stop = r.k1 - (r.q1 - 1 - q if r.kind in ("causal", "band") else 0)
+            drawn[q, start:stop] += 1
+    return drawn
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(queries=st.integers(1, 20), more=st.integers(0, 9), batch=st.integers(1, 3))
 @settings(max_examples=12, deadline=None)
@@ -70,13 +81,7 @@ def test_every_form_says_the_same(name: str, queries: int, more: int, batch: int
             if grid[a, c] == 2:
                 assert part.all()
     for b in range(batch):
-        drawn = torch.zeros(queries, keys, dtype=torch.long)
-        for r in mask.ranges(queries, keys, row=b):
-            for q in range(r.q0, r.q1):
-                start = r.k0 + (q - r.q0 if r.kind in ("inverse", "band") else 0)
-                stop = r.k1 - (r.q1 - 1 - q if r.kind in ("causal", "band") else 0)
-                drawn[q, start:stop] += 1
-        assert torch.equal(drawn, true[b].long())  # covered once: disjoint and complete
+        assert torch.equal(_covered(mask, queries, keys, b), true[b].long())
     arguments = mask.sdpa(queries, keys)
     if arguments.get("is_causal"):
         assert torch.equal(true[0], torch.ones_like(true[0]).tril())
@@ -103,6 +108,27 @@ def test_block_mask_of_flex_attention(name: str) -> None:
     )
     said = mask.mask_mod(queries, keys)(b, torch.zeros_like(b), q, k)
     assert torch.equal(said, mask.cells(queries, keys)[:, 0].expand(2, -1, -1)[b, q, k])
+
+
+@pytest.mark.parametrize("name", by_head(1, 1, 2, 2))
+def test_a_mask_by_head_in_every_form(name: str) -> None:
+    """Indexed by head, not the first head's for all."""
+    batch, heads, queries, keys = 2, 4, 37, 53
+    mask = by_head(batch, heads, queries, keys)[name]
+    cells = mask.cells(queries, keys).expand(batch, heads, -1, -1)
+    assert mask.head_count(queries, keys) == heads
+    assert not torch.equal(cells[:, 0], cells[:, 3])
+    index = torch.meshgrid(*map(torch.arange, (batch, heads, queries, keys)), indexing="ij")
+    assert torch.equal(mask.mask_mod(queries, keys)(*index), cells)
+    turned = mask.swap(queries, keys).cells(keys, queries)
+    assert torch.equal(turned.expand(batch, heads, -1, -1), cells.transpose(2, 3))
+    for h in (0, 3):
+        count = cells[:, h].sum((1, 2)).tolist()
+        area = mask.area(queries, keys, head=h)
+        assert (area if isinstance(area, list) else [area] * batch) == count
+        drawn = mask.draw(queries, keys, row=1, head=h)
+        assert drawn.count("■") == count[1]
+        assert torch.equal(_covered(mask, queries, keys, 1, h), cells[1, h].long())
 
 
 def test_plain_masks_stay_plain() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from regard.core.parallel import RankLost
 from regard.errors import InputError
 
 HERE = Path(__file__).parent
@@ -106,7 +107,6 @@ def test_see_writes_one_report_and_the_other_rank_is_silent(tmp_path: Path) -> N
 
 def test_what_the_user_got_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from regard.cli.parallel import one_voice
-    from regard.core.parallel import RankLost
 
     monkeypatch.setattr("regard.cli.parallel.PATIENCE", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -119,6 +119,29 @@ def test_what_the_user_got_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch) -
     assert silent.value.code == 2
     with pytest.raises(RankLost), one_voice():  # each rank says that it lost another
         raise RankLost("rank 1 of 2: ...")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("error", [InputError("wrong"), RankLost("rank 1 of 2: ...")])
+def test_the_summary_of_torchrun_names_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, error: Exception
+) -> None:
+    """torchrun reads a file that a failed rank leaves; the lost rank is named by every rank."""
+    from regard.cli.parallel import one_voice
+
+    monkeypatch.setattr("regard.cli.parallel.PATIENCE", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises((InputError, RankLost, SystemExit)), one_voice():
+        raise error
+    files = list(tmp_path.iterdir())
+    if rank == "1" and isinstance(error, InputError):
+        assert not files
+    else:
+        said = json.loads(files[0].read_text())["message"]
+        assert said["message"] == said["extraInfo"]["py_callstack"] == f"regard: {error}"
+        assert said["extraInfo"]["timestamp"].isdigit()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.bench.kernels import key_of
-from regard.bench.kernels_verdicts import cells, judge, k, values
+from regard.bench.kernels_verdicts import cells, judge, k, values, within_reach
 from regard.bench.record import NO_MEMORY, Cell, Result, write_text
 
 Grid = list[list[str]]
@@ -84,6 +85,17 @@ def grids(result: Result) -> list[tuple[str, Grid]]:
     return made
 
 
+REACH = (
+    "A kernel that only leaves out what the mask forbids can be 1 / kept times as fast as one that "
+    "computes all pairs: `most by its area`. Above it lies what reading the dense mask costs the "
+    "other. Where that most is below the target, the target is beyond the area of the mask."
+)
+
+
+def reach_title(total: int) -> str:
+    return f"attend against sdpa with a dense mask, {k(total)} tokens"
+
+
 def support(result: Result) -> Grid:
     """Kernels x masks: how the forward, then the backward ended, over all lengths."""
     marks = {"measured": "yes", "unsupported": "no", "not installed": "absent",
@@ -104,27 +116,58 @@ def support(result: Result) -> Grid:
     return grid
 
 
-def table(result: Result) -> Any:
-    """The result for a terminal."""
-    from rich import box
+NARROW = 14  # letters of a kernel's name in a terminal before it is folded
+
+
+def _cuts(names: Sequence[str], room: int) -> list[int]:
+    """Where a table of these columns is cut so that each part fits in `room` letters.
+
+    >>> _cuts(["attend", "sdpa", "flex"], 18)
+    [0, 2, 3]
+    """
+    cuts, used = [0], 0
+    for n, name in enumerate(names):
+        wide = min(max(len(name), 6), NARROW) + 3
+        if used and used + wide > room:
+            cuts.append(n)
+            used = 0
+        used += wide
+    return [*cuts, len(names)]
+
+
+def table(result: Result, width: int | None = None) -> Any:
+    """The result for a terminal of `width` letters; of this one by default."""
+    from rich import box, get_console
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     parts: list[Any] = []
+    width = width or get_console().width
     for title, grid in grids(result):
-        for start in range(2, len(grid[0]), 8):  # wide tables are cut into readable ones
+        longest = max(len(line[0]) for line in grid)
+        cuts = _cuts(grid[0][2:], width - longest - 14)
+        for start, stop in itertools.pairwise(n + 2 for n in cuts):
             shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            shown.add_column("mask", overflow="fold")
-            for name in [grid[0][1], *grid[0][start : start + 8]]:
-                shown.add_column(Text(name), justify="right", overflow="fold")
+            shown.add_column("mask", no_wrap=True)
+            shown.add_column("kept", justify="right", no_wrap=True)
+            for name in grid[0][start:stop]:
+                shown.add_column(Text(name), justify="right", overflow="fold", max_width=NARROW)
             for line in grid[1:]:
-                shown.add_row(*map(Text, [*line[:2], *line[start : start + 8]]))
+                shown.add_row(*map(Text, [*line[:2], *line[start:stop]]))
             parts.append(shown)
     for name, reason in absent(result):
         parts.append(Text(f"{name}: {reason}", style="dim"))
     for reason, where in failures(result):
         parts.append(Text(f"{reason} ({_some(where)})", style="yellow"))
+    total, grid = within_reach(result)
+    if grid:
+        shown = Table(title=reach_title(total), title_justify="left", box=box.SIMPLE_HEAD)
+        for n, name in enumerate(grid[0]):
+            shown.add_column(name, justify="left" if n in (0, 5) else "right", overflow="fold")
+        for line in grid[1:]:
+            shown.add_row(*map(Text, line))
+        parts.append(shown)
     for target in judge(result):
         if target["verdict"] != "not measured":
             parts.append(Text(f"{target['verdict']}: {target['rule']} ({target['measured']})"))
@@ -161,6 +204,7 @@ def markdown(result: Result, source: str, images: str = "img") -> str:
         *_md([["verdict", "rule", "measured"],
               *([t["verdict"], t["rule"], t["measured"]] for t in judge(result))]),
         "",
+        *_reach(result),
         f"![Throughput against length, one panel a mask]({images}/bench-kernels.svg)",
         "",
         f"![Roofline of the machine]({images}/bench-roofline.svg)",
@@ -180,6 +224,12 @@ def markdown(result: Result, source: str, images: str = "img") -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _reach(result: Result) -> list[str]:
+    total, grid = within_reach(result)
+    title = reach_title(total)
+    return [f"### {title}", "", REACH, "", *_md(grid, right=True), ""] if grid else []
+
+
 def html(result: Result) -> str:
     """The same as one HTML file that opens offline."""
     body = ["<h1>Attention kernels, masks and lengths</h1>"]
@@ -187,6 +237,9 @@ def html(result: Result) -> str:
     targets = [[t["verdict"], t["rule"], t["measured"]] for t in judge(result)]
     body += ["<h2>Targets, stated before the run</h2>",
              _html([["verdict", "rule", "measured"], *targets])]  # fmt: skip
+    total, grid = within_reach(result)
+    if grid:
+        body += [f"<h3>{escape(reach_title(total))}</h3>", f"<p>{escape(REACH)}</p>", _html(grid)]
     body += [throughput_svg(result), roofline(result)]
     for title, grid in grids(result):
         body += [f"<h2>{escape(title[0].upper() + title[1:])}</h2>", _html(grid)]

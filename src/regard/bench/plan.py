@@ -124,6 +124,8 @@ def plan(
         raise InputError(f"unknown mask {mask!r}.{nearest(mask, MASKS)}")
     if ranks < 1 or tokens < ranks or dim < 1 or min(heads) < 1:
         raise InputError("ranks, heads and dim are at least 1, and there is a token for every rank")
+    if heads[0] % heads[1]:
+        raise InputError(f"{heads[0]} query heads are not a multiple of {heads[1]} key heads")
     parts = documents(tokens) if "document" in mask else None
     work = _area(tokens, parts, causal=mask.startswith("causal"))
     found = []

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import check_output, count, write_json
-from regard.cli.parallel import app_commands
+from regard.cli.parallel import app_commands, pair_of
 from regard.errors import InputError
 
 app = typer.Typer(help="Measure what things cost, in one run and one table.", no_args_is_help=True)
@@ -92,7 +92,7 @@ Html = Annotated[Path | None, typer.Option(help="Write the tables and plots as a
 
 
 @app.command("kernels")
-def kernels(
+def bench_kernels(
     masks: Masks = "all",
     lengths: Lengths = "1k,4k",
     kernels: Kernels = "all",
@@ -120,10 +120,35 @@ def kernels(
 
       regard bench kernels --masks all --lengths 1k,4k --backward --html kernels.html
     """
-    _kernels(
-        masks, lengths, kernels, backward, heads, dim, dtype, device, rounds, memory_limit,
-        threads, seed, kernel_file or [], out, html,
-    )  # fmt: skip
+    from rich.console import Console
+
+    sizes = [count(n) for n in lengths.split(",") if n.strip()]
+    if not sizes:
+        raise InputError("--lengths is empty: write, for example, 1k,4k")
+    for path in (out, html):
+        check_output(path)
+    from regard.bench import kernels as bench
+    from regard.bench import kernels_page
+    from regard.bench.registry import load
+
+    result = bench.run(
+        masks=masks,
+        lengths=sizes,
+        kernels=kernels,
+        extra=[load(f) for f in kernel_file or []],
+        heads=pair_of(heads),
+        dim=dim,
+        dtype=dtype,
+        device=device,
+        backward=backward,
+        rounds=rounds,
+        seed=seed,
+        memory_limit=memory_limit,
+        threads=threads,
+        out=out,
+    )
+    _write_html(kernels_page.html(result) if html else "", html)
+    Console().print(kernels_page.table(result))
 
 
 @app.command("add")
@@ -155,7 +180,7 @@ def add(
 
       regard bench add mykernel.py:attention --masks all --backward
     """
-    _kernels(
+    bench_kernels(
         masks, lengths, kernels, backward, heads, dim, dtype, device, rounds, memory_limit,
         threads, seed, kernel, out, html,
     )  # fmt: skip
@@ -192,61 +217,6 @@ def show(
     write_json(rows, json)
     if json is None or str(json) != "-":
         Console().print(patterns_page.table(made))
-
-
-def _kernels(
-    masks: str,
-    lengths: str,
-    kernels: str,
-    backward: bool,
-    heads: str,
-    dim: int,
-    dtype: str,
-    device: str | None,
-    rounds: int,
-    memory_limit: float,
-    threads: int | None,
-    seed: int,
-    files: list[str],
-    out: Path | None,
-    html: Path | None,
-) -> None:
-    from rich.console import Console
-
-    sizes = [count(n) for n in lengths.split(",") if n.strip()]
-    if not sizes:
-        raise InputError("--lengths is empty: write, for example, 1k,4k")
-    for path in (out, html):
-        check_output(path)
-    from regard.bench import kernels as bench
-    from regard.bench import kernels_page
-    from regard.bench.registry import load
-
-    result = bench.run(
-        masks=masks,
-        lengths=sizes,
-        kernels=kernels,
-        extra=[load(f) for f in files],
-        heads=_heads(heads),
-        dim=dim,
-        dtype=dtype,
-        device=device,
-        backward=backward,
-        rounds=rounds,
-        seed=seed,
-        memory_limit=memory_limit,
-        threads=threads,
-        out=out,
-    )
-    _write_html(kernels_page.html(result) if html else "", html)
-    Console().print(kernels_page.table(result))
-
-
-def _heads(given: str) -> tuple[int, int]:
-    many, colon, few = given.partition(":")
-    if not many.isdigit() or (colon and not few.isdigit()):
-        raise InputError(f"--heads takes query heads:key heads, such as 8:2, not {given!r}")
-    return int(many), int(few or many)
 
 
 def _write_html(text: str, path: Any) -> None:

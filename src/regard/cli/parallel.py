@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 
 from regard.cli.common import check_output, count, write_json
 from regard.errors import InputError
+from regard.files import write_text
 
 PATIENCE = 2.0  # seconds
 SCHEMES = "ulysses,ring,allgather,usp,loongtrain"
@@ -191,14 +193,30 @@ def one_voice(ranks: int | None = None) -> Iterator[None]:
 
     Refuses at once where torchrun did not start the `ranks` that were asked for.
     """
-    from regard.core.parallel import expect
+    from regard.core.parallel import RankLost, expect
 
     try:
         expect(ranks)
         yield
-    except (InputError, ValueError):
+    except RankLost as error:
+        _tell_torchrun(error)
+        raise
+    except (InputError, ValueError) as error:
         if first_rank():
+            _tell_torchrun(error)
             raise
         # torchrun ends all ranks with the first that ends: let rank 0 speak
         time.sleep(PATIENCE)
         sys.exit(2)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leave the message where torchrun looks for it: the summary it ends with then names the cause,
+    in place of a trace of its own alone.
+    """
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        said = f"regard: {error}"
+        more = {"py_callstack": said, "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # the message is on stderr in any case
+            write_text(Path(place), json.dumps({"message": {"message": said, "extraInfo": more}}))

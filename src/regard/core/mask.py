@@ -111,11 +111,11 @@ class Mask:
         return Dense(allowed[None, None] if allowed.dim() == 2 else allowed)
 
     @staticmethod
-    def predicate(fn: Predicate, batch: int = 1) -> Mask:
+    def predicate(fn: Predicate, batch: int = 1, heads: int = 1) -> Mask:
         """Any rule `fn(batch, head, query, key) -> bool` on index tensors that broadcast;
-        evaluated tile by tile.
+        evaluated tile by tile. Say how many rows and heads there are if the rule tells them apart.
         """
-        return Rule(fn, batch)
+        return Rule(fn, batch, heads=heads)
 
     # -- what a subclass gives: positions are absolute, in the frame of the keys
     # --------------------
@@ -140,16 +140,18 @@ class Mask:
 
         def turned(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             # the new queries are the old keys, and the new frame starts `shift` later
-            return self._at(b, j + shift, i + shift, size)
+            return self._at(b, h, j + shift, i + shift, size)
 
-        return Rule(turned, self.batch, self, size)
+        return Rule(turned, self.batch, self, size, self.head_count(queries, keys))
 
-    def _at(self, b: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        cells = self._cells(i.reshape(-1), j.reshape(-1), size)[:, 0]
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        """The rule at batch rows, heads, queries and keys that broadcast."""
+        cells = self._cells(i.reshape(-1), j.reshape(-1), size)
         rows = b if cells.shape[0] > 1 else torch.zeros_like(b)
+        heads = h if cells.shape[1] > 1 else torch.zeros_like(h)
         ii = torch.arange(i.numel(), device=i.device).reshape(i.shape)
         jj = torch.arange(j.numel(), device=j.device).reshape(j.shape)
-        return cells[rows, ii, jj]
+        return cells[rows, heads, ii, jj]
 
     # -- algebra -----------------------------------------------------------------------------------
     def __and__(self, other: Mask) -> Mask:
@@ -172,6 +174,8 @@ class Mask:
         """Whether every query sees every key (cheap, may say False where only a look at each
         cell would tell).
         """
+        if isinstance(self, Band) and self.before is None and self.after is None:
+            return True  # a decoding step asks at every length anew
         return bool((self.grid(queries, keys, queries, keys) == FULL).all())
 
     def is_causal(self, queries: int, keys: int) -> bool:
@@ -179,6 +183,11 @@ class Mask:
         if not (isinstance(self, Band) and self.after == 0 and queries == keys):
             return False
         return self.before is None or self.before >= keys - 1
+
+    def head_count(self, queries: int, keys: int) -> int:
+        """How many heads the mask tells apart; 1 where all see the same."""
+        one = slice(0, 1)
+        return self.cells(queries, keys, one, one).shape[1]
 
     def grid(self, queries: int, keys: int, block_q: int, block_k: int) -> Tensor:
         """EMPTY, SOME or FULL for every block, int8 `[query blocks, key blocks]`; SOME may be
@@ -221,26 +230,27 @@ class Mask:
         cells = cells.expand(index.shape[0], index.shape[1], queries, len(unique))
         return cells.gather(-1, where[:, :, None].expand(-1, -1, queries, -1))
 
-    def area(self, queries: int, keys: int) -> Any:
-        """Exact number of allowed pairs: an int, or a list with one int a batch row where rows
-        differ.
+    def area(self, queries: int, keys: int, head: int = 0) -> Any:
+        """Exact number of allowed pairs of one head: an int, or a list with one int a batch row
+        where rows differ.
         """
         total = torch.zeros(self.batch, dtype=torch.long)
         for rows, cols, state in self._tiles(queries, keys):
             if state == FULL:
                 total += (rows.stop - rows.start) * (cols.stop - cols.start)
             else:
-                total += self.cells(queries, keys, rows, cols)[:, 0].sum((-1, -2)).cpu()
+                part = self.cells(queries, keys, rows, cols)
+                total += part[:, min(head, part.shape[1] - 1)].sum((-1, -2)).cpu()
         return int(total[0]) if self.batch == 1 else total.tolist()
 
-    def ranges(self, queries: int, keys: int, row: int = 0) -> list[Range]:
-        """The mask of one batch row as disjoint `Range`s, exact, in O(queries + keys) memory for
-        banded masks.
+    def ranges(self, queries: int, keys: int, row: int = 0, head: int = 0) -> list[Range]:
+        """The mask of one batch row and head as disjoint `Range`s, exact, in O(queries + keys)
+        memory for banded masks.
         """
         runs: list[list[tuple[int, int]]] = []
         for start in range(0, queries, 256):
             part = self.cells(queries, keys, slice(start, start + 256))
-            runs += [_runs(line) for line in part[min(row, len(part) - 1), 0]]
+            runs += [_runs(line) for line in _one(part, row, head)]
         return _stack(runs)
 
     def sdpa(self, queries: int, keys: int, device: Any = None) -> dict[str, Any]:
@@ -258,7 +268,7 @@ class Mask:
         from 0.
         """
         shift = keys - queries
-        return lambda b, h, q, k: self._at(b, q + shift, k, (queries, keys))
+        return lambda b, h, q, k: self._at(b, h, q + shift, k, (queries, keys))
 
     def block_mask(self, queries: int, keys: int, device: Any = "cpu", block: int = 128) -> Any:
         """FlexAttention `BlockMask`; blocks that the description knows to be full or empty cost
@@ -292,11 +302,11 @@ class Mask:
         """
         return self._swapped((queries, keys))
 
-    def draw(self, queries: int, keys: int | None = None, row: int = 0) -> str:
+    def draw(self, queries: int, keys: int | None = None, row: int = 0, head: int = 0) -> str:
         """The mask in text, one line a query: ■ allowed, ⬚ not."""
         cells = self.cells(queries, keys or queries)
         return "\n".join(
-            " ".join("■" if c else "⬚" for c in line) for line in cells[min(row, len(cells) - 1), 0]
+            " ".join("■" if c else "⬚" for c in line) for line in _one(cells, row, head)
         )
 
     def _tiles(
@@ -433,12 +443,16 @@ class Rule(Mask):
     batch: int = 1
     source: Mask | None = None
     size: tuple[int, int] = field(default=(0, 0))
+    heads: int = 1
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         b = torch.arange(self.batch, device=i.device)[:, None, None, None]
-        h = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=i.device)
+        h = torch.arange(self.heads, device=i.device)[None, :, None, None]
         cells = self.fn(b, h, i[None, None, :, None], j[None, None, None])
         return cells.expand(self.batch, cells.shape[1] if cells.dim() == 4 else 1, len(i), len(j))
+
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.fn(b, h, i, j)
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if self.source is None:
@@ -462,6 +476,9 @@ class Both(Mask):
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return self.left._cells(i, j, size) & self.right._cells(i, j, size)
 
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.left._at(b, h, i, j, size) & self.right._at(b, h, i, j, size)
+
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         (some, every), (some2, every2) = (
             self.left._bounds(i, j, size),
@@ -484,6 +501,9 @@ class Either(Mask):
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return self.left._cells(i, j, size) | self.right._cells(i, j, size)
 
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.left._at(b, h, i, j, size) | self.right._at(b, h, i, j, size)
+
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         (some, every), (some2, every2) = (
             self.left._bounds(i, j, size),
@@ -504,6 +524,9 @@ class Inverse(Mask):
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return ~self.inner._cells(i, j, size)
+
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return ~self.inner._at(b, h, i, j, size)
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         some, every = self.inner._bounds(i, j, size)
@@ -531,6 +554,11 @@ def _kv_blocks(chosen: Tensor, device: Any) -> tuple[Tensor, Tensor]:
     count = chosen.sum(-1, dtype=torch.int32)
     order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return count[None, None].to(device), order[None, None].to(device)
+
+
+def _one(cells: Tensor, row: int, head: int) -> Tensor:
+    """One batch row and head; where all see the same there is one of them."""
+    return cells[min(row, cells.shape[0] - 1), min(head, cells.shape[1] - 1)]
 
 
 def _runs(line: Tensor) -> list[tuple[int, int]]:

@@ -283,7 +283,7 @@ class Blocks(Mask):
         last = torch.bucketize((spans[:, 1] - 1).contiguous(), edges[1:], right=True)
         return first, last + 1
 
-    def area(self, queries: int, keys: int) -> int:
+    def area(self, queries: int, keys: int, head: int = 0) -> int:
         """Exact, from the block sizes alone where the call has the size of the mask."""
         if (queries, keys) != (int(self.edges_q[-1]), int(self.edges_k[-1])):
             return int(super().area(queries, keys))
