@@ -1,0 +1,113 @@
+"""One call to get a diffusion pipeline, from a folder or the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from regard.errors import InputError
+from regard.zoo.entries import offline
+
+INDEX = "model_index.json"
+
+
+def is_pipeline(name: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder that `save_pretrained` of a pipeline wrote.
+
+    >>> is_pipeline("no/such/folder")
+    False
+    """
+    return (Path(name).expanduser() / INDEX).is_file()
+
+
+def load_pipeline(
+    name_or_path: str | os.PathLike[str], *, dtype: Any = None, device: Any = None
+) -> Any:
+    """Load a diffusion pipeline: a folder that `save_pretrained` wrote, or an id on the hub.
+
+    Weights are float32 unless `dtype` says otherwise, and are read from safetensors only. No code
+    of a checkpoint is run.
+
+    Raises:
+        InputError: no such folder, a folder that holds no pipeline, a class that diffusers does not
+            have, files that cannot be read.
+        ImportError: diffusers is not installed.
+    """
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise InputError("the name of the pipeline is empty: name its folder, or a hub id")
+    path = Path(name).expanduser()
+    try:
+        import diffusers
+    except ImportError:
+        raise ImportError(
+            'diffusion pipelines need diffusers: pip install "regard[diffusion]" (with Python '
+            "3.11 or newer)"
+        ) from None
+    if path.is_dir():
+        _check_folder(path, diffusers)
+    elif path.exists():
+        raise InputError(f"{name} is a file: name the folder of a diffusion pipeline")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"there is no folder {name}: name the folder of a diffusion pipeline")
+    import torch
+
+    try:
+        with _quiet():
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                str(path) if path.is_dir() else name,
+                dtype=torch.float32 if dtype is None else dtype,
+                use_safetensors=True,
+                local_files_only=path.is_dir() or offline(),
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as problem:
+        first = next((t.strip() for t in str(problem).splitlines() if t.strip()), "unreadable")
+        if not path.is_dir() and isinstance(problem, OSError):
+            raise InputError(
+                f"there is no pipeline {name!r} here, and the hub does not give it (it is switched "
+                "off, or has no such pipeline): name a folder"
+            ) from problem
+        raise InputError(f"the pipeline in {name} cannot be loaded: {first}") from problem
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if device is None else pipe.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither diffusers' nor transformers' bars while loading."""
+    from diffusers.utils import logging
+
+    from regard.zoo.convert import quiet
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_folder(path: Path, diffusers: Any) -> None:
+    index = path / INDEX
+    if not index.is_file():
+        kind = "a transformers model" if (path / "config.json").is_file() else "no model"
+        raise InputError(
+            f"{path} holds {kind}, not a diffusion pipeline: name the folder with {INDEX}"
+        )
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{index} is damaged: save the pipeline again") from None
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise InputError(
+            f"{path} names the pipeline class {name!r}, which diffusers does not have; code from a "
+            "checkpoint is not run"
+        )
