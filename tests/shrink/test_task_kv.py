@@ -133,9 +133,15 @@ def test_families(family: str) -> None:
 
 def test_learned_sinks_take_one_sequence() -> None:
     """Rows that keep different heads whole would need sinks of their own."""
-    model = copy.deepcopy(tiny("gpt_oss"))
+    # four key heads: of two, both lie equally far from their mean
+    config = copy.deepcopy(tiny("gpt_oss").config)
+    config.num_key_value_heads = config.num_attention_heads
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = type(tiny("gpt_oss"))(config).eval()
     for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data *= 40
+        for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            projection.weight.data *= 40
     method = TaskKV(ratio=0.8, **SMALL)
     with torch.no_grad(), regard.apply(model, method):
         alone = []
