@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from regard.core import Mask, attend, received
+from regard.core import Mask, attend, facts, received
+from regard.core.facts import FACTS, measure
 from regard.core.kernels import reference
 from regard.core.kernels import triton as kernel
 
@@ -109,6 +111,42 @@ def test_scale_is_used_and_queries_without_lse_give_nothing() -> None:
 
 
 @runs
+@pytest.mark.parametrize("shape", ["B2-T37-S53-H4-Hkv2-D16", "B1-T200-H2-Hkv1-D16"])
+def test_row_sums_from_the_same_visit(shape: str) -> None:
+    """Entropy and distance equal the dense map's, under every band and under padding."""
+    size = SIZES[shape]
+    q, k, _ = (t.to(DEVICE) for t in tensors(size))
+    away = torch.arange(size[3])[:, None] + size[4] - size[3] - torch.arange(size[4])
+    for name, mask in cases(size[0], size[3], size[4]).items():
+        if not kernel.supports(q, k, mask):
+            continue
+        found = kernel.sums(
+            q, k, lse(q, k, mask), mask=mask, scale=size[5] ** -0.5, entropy=True, distance=True
+        )
+        p = reference.probabilities(q, k, mask)
+        close(found["received"], p.sum(2), 1e-5, name)
+        close(found["entropy"], -(p * p.clamp_min(1e-300).log()).sum(-1), 1e-5, name)
+        close(found["distance"], (p * away.abs().to(p)).sum(-1), 1e-5, name)
+
+
+@runs
+def test_a_sweep_gives_what_the_tiles_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All facts at once, padding and an offset of the keys included."""
+    q, k, _ = (t.to(DEVICE) for t in tensors(SIZES["B2-T37-S53-H4-Hkv2-D16"]))
+    live = torch.arange(37)[None] >= torch.tensor([[0], [5]])
+    mask = Mask.causal() & Mask.padding(torch.arange(53)[None] >= torch.tensor([[0], [5]]))
+    asked = [FACTS[n]() for n in ("mean_received", "entropy", "distance", "waad", "received")]
+    given: dict[str, Any] = {"mask": mask, "live": live.to(DEVICE), "offsets": (20, 4)}
+    state = lse(q, k, mask)
+    wanted = measure(q.cpu(), k.cpu(), state.cpu(), asked, **{**given, "live": live})
+    # the interpreter's tensors are on the CPU, where nothing is swept
+    monkeypatch.setattr(facts, "_on_gpu", lambda *call: facts.sweep(*call))
+    swept = measure(q, k, state, asked, **given)
+    for fact, a, b in zip(asked, swept, wanted):
+        close(fact.finish(a).cpu(), fact.finish(b), 1e-5, fact.name)
+
+
+@runs
 def test_what_it_cannot_do_is_refused() -> None:
     q, k, _ = (t.to(DEVICE) for t in tensors(SIZES["B1-T7-H2-Hkv2-D8"]))
     state = attend(q, k, k).lse
@@ -149,7 +187,7 @@ def test_all_of_this_in_the_interpreter() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(SIZES) + 6} passed" in done.stdout, done.stdout
+    assert f"{len(SIZES) + 9} passed" in done.stdout, done.stdout
 
 
 @pytest.mark.skipif(
@@ -166,15 +204,19 @@ def test_it_compiles_for_a_gpu_that_need_not_be_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    padded, block = kernel._sizes(dim, 4 if dtype == "fp32" else 2)
-    constants = {"DIM": dim, "PADDED": padded, "BLOCK": block}
-    constants |= {"BEFORE": band, "AFTER": band, "WEIGHTED": band}
+    padded, block_k, block_q, warps = kernel._sizes(dim, 4 if dtype == "fp32" else 2)
+    constants = {"DIM": dim, "PADDED": padded, "KEYS": block_k, "QUERIES": block_q}
+    flags = ("BEFORE", "AFTER", "WEIGHTED", "HIDDEN", "ENTROPY", "DISTANCE")
+    constants |= dict.fromkeys(flags, band)
     constants |= dict.fromkeys(("q_d", "k_d", "l_t", "w_t"), 1)
     kinds = {"q": f"*{dtype}", "k": f"*{dtype}", "scale": "fp32"}
-    kinds |= dict.fromkeys(("lse", "weights", "out"), "*fp32")
+    kinds |= dict.fromkeys(("lse", "weights", "out", "entropy", "distance"), "*fp32")
+    kinds["hidden"] = "*i8"
     kinds |= dict.fromkeys(constants, "constexpr")
     signature = {n: kinds.get(n, "i32") for n in kernel._kernel.arg_names}
     source = ASTSource(kernel._kernel, signature, constants)
-    made = kernel.triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    made = kernel.triton.compile(
+        source, target=GPUTarget("cuda", 80, 32), options={"num_warps": warps}
+    )
     assert ("mma" in made.asm["ptx"]) == (dtype == "bf16")  # float32 products are not rounded
     assert made.metadata.shared <= 99 * 1024  # what the smallest of these GPUs lends one program

@@ -151,6 +151,59 @@ def bench_kernels(
     Console().print(kernels_page.table(result))
 
 
+@app.command("facts")
+def facts(
+    lengths: Lengths = "1k,4k",
+    heads: Heads = "16:4",
+    dim: Dim = 64,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    rounds: Rounds = 7,
+    model: Annotated[
+        bool, typer.Option("--model/--no-model", help="Also a whole model of SmolLM2's shape.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the table as a Markdown page.")] = None,
+) -> None:
+    """What exact facts cost beside fused attention, for one call and for a whole model.
+
+    [bold]Example[/]
+
+      regard bench facts --lengths 16k,32k,64k --dtype bfloat16 --device cuda
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from regard.bench import facts as bench
+
+    for path in (out, page):
+        check_output(path)
+    result = bench.run(
+        [count(n) for n in lengths.split(",") if n.strip()],
+        heads=pair_of(heads),
+        dim=dim,
+        dtype=dtype,
+        device=device,
+        rounds=rounds,
+        seed=seed,
+        model=model,
+        out=out,
+    )
+    if page is not None:
+        from regard.files import write_text
+
+        write_text(page, bench.markdown(result, str(out or "a run")))
+    table = Table(*bench.rows(result)[0])
+    for line in bench.rows(result)[1:]:
+        table.add_row(*line)
+    Console().print(table)
+    for said in bench.judge(result):
+        Console().print(f"{said['verdict']}: {said['rule']} ({said['measured']})", highlight=False)
+
+
 @app.command("add")
 def add(
     kernel: Annotated[

@@ -27,6 +27,7 @@ from .base import Fact, Sums, View
 from .cells import Columns, Rows, Thumbnail, TopKeys
 from .keys import Influence, MeanReceived, Received
 from .queries import Collision, Distance, Entropy, Mass, WindowedDistance
+from .sweep import sweep
 
 FACTS: dict[str, type[Fact]] = {
     f.name: f
@@ -84,24 +85,49 @@ def measure(
             tiles.work,
             q.device,
         )
-        sums = [f.begin(view) for f in facts]
-        if q.device.type != "cpu" and softcap is None and bias is None:
-            done = [f.fused(q, k, lse, mask, scale) for f in facts]
-            if all(d is not None for d in done):
-                groups = (tiles.kv_heads, tiles.groups)
-                sums = [
-                    {"sum": d.to(tiles.work).unflatten(1, groups)} for d in done if d is not None
-                ]
-                return [f.start(s, view) for f, s in zip(facts, sums)]
-        room = tiles.empty()
-        for tile in tiles:
-            tile.p = torch.exp(tile.scores, out=room[: tile.scores.numel()].view(tile.scores.shape))
-            if tile.allowed is not None:
-                tile.p.mul_(tile.allowed)
-            tile.live = None if live is None else live[tile.batch, tile.rows]
-            for fact, total in zip(facts, sums):
-                fact.add(total, tile, view)
-        return [f.start(s, view) for f, s in zip(facts, sums)]
+        plain = softcap is None and bias is None
+        done = [None] * len(facts) if not plain else _on_gpu(facts, q, k, lse, mask, scale, view)
+        rest = [f for f, found in zip(facts, done) if found is None]
+        if rest:
+            left = iter(_by_tiles(rest, tiles, live, view))
+            done = [next(left) if found is None else found for found in done]
+        return [f.start(found, view) for f, found in zip(facts, done) if found is not None]
+
+
+def _on_gpu(
+    facts: Sequence[Fact],
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    mask: Mask | None,
+    scale: float,
+    view: View,
+) -> list[Sums | None]:
+    """What one sweep of a GPU program gives; without one, all facts by identities, if all can."""
+    if q.device.type == "cpu":
+        return [None] * len(facts)
+    swept = sweep(facts, q, k, lse, mask, scale, view)
+    if any(found is not None for found in swept):
+        return swept
+    sums = [f.fused(q, k, lse, mask, scale) for f in facts]
+    if any(s is None for s in sums):
+        return [None] * len(facts)
+    groups = (view.kv_heads, view.groups)
+    return [{"sum": s.to(view.dtype).unflatten(1, groups)} for s in sums if s is not None]
+
+
+def _by_tiles(facts: Sequence[Fact], tiles: Tiles, live: Tensor | None, view: View) -> list[Sums]:
+    """The facts from one pass over the tiles."""
+    sums = [f.begin(view) for f in facts]
+    room = tiles.empty()
+    for tile in tiles:
+        tile.p = torch.exp(tile.scores, out=room[: tile.scores.numel()].view(tile.scores.shape))
+        if tile.allowed is not None:
+            tile.p.mul_(tile.allowed)
+        tile.live = None if live is None else live[tile.batch, tile.rows]
+        for fact, total in zip(facts, sums):
+            fact.add(total, tile, view)
+    return sums
 
 
 def received(
@@ -122,8 +148,7 @@ def received(
         weights: per-query weights w `[batch, heads, queries]` (or broadcast), of any sign.
         kernel: "tiles" (no weights, no gradients), "fused" (an attention call with the roles
             swapped) or "triton" (one GPU program per block of keys; no gradients); chosen by
-            device when None. "triton" is never chosen by itself: no GPU measurement shows yet
-            that it is faster.
+            device, mask and gradients when None.
 
     Carries gradients to q, k, lse and weights where one of them asks for it.
 
@@ -138,6 +163,11 @@ def received(
     """
     if kernel is None:
         kernel = "tiles" if weights is None and _tiled(q, k, lse) else "fused"
+        if q.is_cuda and not _asks(q, k, lse, *([] if weights is None else [weights])):
+            from regard.core.kernels import triton
+
+            fits = triton.available() is None and triton.supports(q, k, mask)
+            kernel = "triton" if fits else kernel
     if kernel == "fused":
         return identities.received(q, k, lse, mask=mask, scale=scale, weights=weights)
     if kernel not in ("tiles", "triton"):

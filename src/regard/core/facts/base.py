@@ -73,8 +73,15 @@ class Fact:
     def fused(
         self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
     ) -> Tensor | None:
-        """`sums["sum"]` by an identity over `attend`, the faster way on GPUs; None where there
+        """`sums["sum"]` by an identity over `attend`, a faster way on GPUs; None where there
         is none.
+        """
+        return None
+
+    @property
+    def swept(self) -> str | None:
+        """Which sum of `kernels.triton.sums` this fact is: "received", "entropy" or "distance",
+        of the whole map; None where it is none of them.
         """
         return None
 

@@ -49,6 +49,10 @@ class Received(Fact):
             return None
         return identities.received(q, k, lse, mask=mask, scale=scale)
 
+    @property
+    def swept(self) -> str | None:
+        return "received" if self.band is None and self.queries is None else None
+
     def _chosen(self, tile: Tile, view: View) -> Tensor | None:
         """Which pairs of the tile count, `[rows, cols]`: `_ALL`, a tensor, or None for not one."""
         low, high = tile.reach

@@ -36,6 +36,10 @@ class Entropy(Fact):
     ) -> Tensor | None:
         return identities.entropy(q, k, lse, mask=mask, scale=scale)
 
+    @property
+    def swept(self) -> str | None:
+        return "entropy"
+
 
 @dataclass(frozen=True)
 class Distance(Fact):
@@ -49,6 +53,10 @@ class Distance(Fact):
 
     def begin(self, view: View) -> Sums:
         return {"sum": view.zeros(view.queries)}
+
+    @property
+    def swept(self) -> str | None:
+        return "distance"
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
         if tile.reach[0] < len(

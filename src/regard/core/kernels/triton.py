@@ -1,9 +1,9 @@
-"""Attention received by each key, in one Triton program per block of keys.
+"""Sums over the columns and rows of the attention matrix, in one Triton program a block of keys.
 
-The lse of every query is known, so a column of the attention matrix is a plain sum: nothing is
-rescaled on the way, and programs share nothing. The keys of a program stay where they are while
-the queries that may see them pass by. Checked against the dense map through Triton's interpreter
-and compiled for GPUs, but never timed on one.
+The lse of every query is known, so a column is a plain sum: nothing is rescaled on the way. The
+keys of a program stay where they are while the queries that may see them pass by. Row sums (entropy
+and distance) are added up in memory, one number a query and block, so their last digits may differ
+from run to run. Half the products of an attention call, whatever the number of sums.
 """
 
 from __future__ import annotations
@@ -54,13 +54,32 @@ def received(
     weights: Tensor | None = None,
 ) -> Tensor:
     """Attention each key receives, sum_i w_i exp(scale q_i . k_j - lse_i) over the allowed pairs:
-    float32 `[batch, heads, keys]`, without gradients.
+    float32 `[batch, heads, keys]`, without gradients. Arguments and errors as in `sums`.
+    """
+    return sums(q, k, lse, mask=mask, scale=scale, weights=weights)["received"]
+
+
+def sums(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float,
+    weights: Tensor | None = None,
+    entropy: bool = False,
+    distance: bool = False,
+) -> dict[str, Tensor]:
+    """Column sums "received" `[batch, heads, keys]` of P, and of its rows "entropy" and "distance"
+    `[batch, heads, queries]` where they are asked for, from one visit of every tile; float32,
+    without gradients.
 
     Args:
         q: `[batch, heads, queries, head_dim]`; k: `[batch, kv_heads, keys, head_dim]`, read in
             place by all heads of a group. Any strides.
         lse: `[batch, heads, queries]` of the same call; a query with -inf gives nothing.
-        weights: per-query weights w `[batch, heads, queries]` (or broadcast), of any sign.
+        weights: per-query weights w `[batch, heads, queries]` (or broadcast), of any sign; of the
+            columns only.
 
     Call it where `available()` is None and `supports(q, k, mask)` is true.
 
@@ -76,38 +95,51 @@ def received(
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
+    rows = [lse.new_zeros(lse.shape if asked else (1,), dtype=torch.float32)
+            for asked in (entropy, distance)]  # fmt: skip
+    named = {n: r for n, r in zip(("entropy", "distance"), rows) if r.dim() > 1}
     if out.numel() == 0:
-        return out
+        return {"received": out, **named}
     q, k, lse = q.detach(), k.detach(), lse.detach().float()
     if INTERPRETED and q.dtype == torch.bfloat16:
         q, k = q.float(), k.float()  # the interpreter multiplies the bits of bfloat16 as integers
     # without weights their pointer is never read, but it must point somewhere
     w = lse if weights is None else weights.detach().to(lse).expand(lse.shape)
-    padded, block = _sizes(dim, q.element_size())
+    hidden = out if valid is None else valid.to(q.device, torch.int8).contiguous()
+    padded, block_k, block_q, warps = _sizes(dim, q.element_size())
     with torch.cuda.device_of(q):
-        _kernel[(-(-keys // block), heads, batch)](
-            *(q, k, lse, w, out),
+        _kernel[(-(-keys // block_k), heads, batch)](
+            *(q, k, lse, w, hidden, out, *rows),
             *(*q.stride(), *k.stride(), *lse.stride(), *w.stride()),
+            0 if valid is None or len(hidden) == 1 else hidden.stride(0),
             *(queries, keys, heads // k.shape[1], keys - queries),
             *(band.before or 0, band.after or 0, float(scale)),
             DIM=dim,
             PADDED=padded,
-            BLOCK=block,
+            KEYS=block_k,
+            QUERIES=block_q,
             BEFORE=band.before is not None,
             AFTER=band.after is not None,
             WEIGHTED=weights is not None,
+            HIDDEN=valid is not None,
+            ENTROPY=entropy,
+            DISTANCE=distance,
+            num_warps=warps,
         )
-    # padding hides whole keys: their sums are dropped, nothing else changes
-    return out if valid is None else out.masked_fill_(~valid.to(out.device)[:, None], 0.0)
+    return {"received": out, **named}
 
 
-def _sizes(dim: int, item: int) -> tuple[int, int]:
-    """Head width as the kernel pads it, and queries or keys per block, for numbers of `item` bytes.
+def _sizes(dim: int, item: int) -> tuple[int, int, int, int]:
+    """Head width as the kernel pads it, keys and queries a block for numbers of `item` bytes, and
+    warps of a program.
 
     Larger blocks would not fit the shared memory of common GPUs or, in float32, their registers.
     """
     padded = max(16, 1 << (dim - 1).bit_length())
-    return padded, 64 if padded <= (64 if item == 4 else 256) else 32
+    if item == 4:
+        block = 64 if padded <= 64 else 32
+        return padded, block, block, 4
+    return (padded, 128, 64, 4) if padded <= 128 else (padded, 64, 64, 4)
 
 
 def _split(mask: Mask | None) -> tuple[Band, Tensor | None] | None:
@@ -135,7 +167,10 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     k,
     lse,
     weights,
+    hidden,
     out,
+    entropy,
+    distance,
     q_b,  # strides
     q_h,
     q_t,
@@ -150,6 +185,7 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     w_b,
     w_h,
     w_t,
+    v_b,
     queries,
     keys,
     group,
@@ -159,31 +195,39 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     scale,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    DISTANCE: tl.constexpr,
 ):
     # offsets in 64 bits: a long batch holds more than 2^31 numbers
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0) * BLOCK
-    j = first + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * KEYS
+    j = first + tl.arange(0, KEYS)
     d = tl.arange(0, PADDED)
     q += b * q_b + h * q_h
     k += b * k_b + (h // group) * k_h
     lse += b * l_b + h * l_h
     weights += b * w_b + h * w_h
+    row_of = (b * tl.num_programs(1) + h) * queries
+    real = j < keys
     at_k = k + j.to(tl.int64)[:, None] * k_t + d[None, :] * k_d
-    block_k = tl.load(at_k, mask=(j < keys)[:, None] & (d < DIM)[None, :], other=0.0)
+    block_k = tl.load(at_k, mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+    if HIDDEN:
+        real = real & (tl.load(hidden + b * v_b + j, mask=real, other=0) != 0)
     # the queries that may see any key of the block: first >= ..., last < ...
     start, stop = 0, queries
     if AFTER:
-        start = tl.maximum(first - after - shift, 0) // BLOCK * BLOCK
+        start = tl.maximum(first - after - shift, 0) // QUERIES * QUERIES
     if BEFORE:
-        stop = tl.minimum(first + BLOCK + before - shift, queries)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for low in range(start, stop, BLOCK):
-        i = low + tl.arange(0, BLOCK)
+        stop = tl.minimum(first + KEYS + before - shift, queries)
+    total = tl.zeros((KEYS,), dtype=tl.float32)
+    for low in range(start, stop, QUERIES):
+        i = low + tl.arange(0, QUERIES)
         wide = i.to(tl.int64)
         at_q = q + wide[None, :] * q_t + d[:, None] * q_d
         block_q = tl.load(at_q, mask=(i < queries)[None, :] & (d < DIM)[:, None], other=0.0)
@@ -195,7 +239,15 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
             s = tl.where(away <= before, s, -float("inf"))
         if AFTER:
             s = tl.where(away >= -after, s, -float("inf"))
+        if HIDDEN or ENTROPY or DISTANCE:  # keys behind the end count for no row
+            s = tl.where(real[:, None], s, -float("inf"))
         p = tl.exp(s)
+        if ENTROPY:
+            part = tl.sum(tl.where(p > 0, -p * s, 0.0), 0)
+            tl.atomic_add(entropy + row_of + wide, part, mask=i < queries, sem="relaxed")
+        if DISTANCE:
+            part = tl.sum(p * tl.abs(away).to(tl.float32), 0)
+            tl.atomic_add(distance + row_of + wide, part, mask=i < queries, sem="relaxed")
         if WEIGHTED:
             p *= tl.load(weights + wide * w_t, mask=i < queries, other=0.0)[None, :]
         total += tl.sum(p, 1)
