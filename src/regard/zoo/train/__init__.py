@@ -1,0 +1,43 @@
+"""The recipes of the small models that come with the package.
+
+`regard zoo train NAME` runs one; a recipe is boxed by the clock, saves as it goes and writes a
+record of what it did beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from regard.errors import InputError, nearest
+
+RECIPES = {
+    "shapes-vae": "regard.zoo.train.diffusion:train_vae",
+    "shapes-sd": "regard.zoo.train.diffusion:train_sd",
+    "shapes-dit": "regard.zoo.train.diffusion:train_dit",
+    "shapes-tower": "regard.zoo.train.vlm:train_tower",
+    "shapes-vlm": "regard.zoo.train.vlm:train_vlm",
+    "smol-vlm": "regard.zoo.train.vlm:train_smol",
+}
+NEEDS = {"shapes-sd": "vae", "shapes-dit": "vae", "shapes-vlm": "tower", "smol-vlm": "tower"}
+"""Which part made before a recipe takes, as a folder."""
+
+
+def recipe(name: str) -> Callable[..., dict[str, Any]]:
+    """The function that trains `name`.
+
+    Raises:
+        InputError: no such recipe.
+    """
+    if name not in RECIPES:
+        raise InputError(f"there is no recipe {name!r}.{nearest(name, RECIPES)}")
+    module, _, function = RECIPES[name].partition(":")
+    found: Callable[..., dict[str, Any]] = getattr(import_module(module), function)
+    return found
+
+
+def train(name: str, out: Path, **settings: Any) -> dict[str, Any]:
+    """Run a recipe into the folder `out`; the record that it wrote to `training.json`."""
+    return recipe(name)(out, **settings)

@@ -1,0 +1,437 @@
+"""Recipes of `shapes-sd` and `shapes-dit`: small pipelines of the real classes on drawn scenes.
+
+64 x 64 pixels, an autoencoder of factor 4 that both share, words of one token each. `shapes-sd` is
+the whole `StableDiffusionPipeline` (causal CLIP text encoder, UNet with cross-attention at 16, 8 and
+4, DDIM); `shapes-dit` the `StableDiffusion3Pipeline` without T5 (two CLIPs, joint attention over
+256 image tokens, rectified flow). Pairs of colour and shape that `scenes.is_held_out` names are
+never drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.errors import InputError
+from regard.zoo.tiny_diffusion import clip_tokenizer
+
+from . import captions
+from .drawing import Drawn, sample
+from .loop import Average, Clock, Diary, float16, half, optimizer, save_folder, write_record
+
+SIDE, LATENT, CHANNELS, LENGTH = 64, 16, 8, 32
+TRAINED_STEPS = 1000
+STEPS, GUIDANCE = 25, 4.0  # of the images that are judged
+BLANKS = (0, 32, 256)  # empty T5 tokens in shapes-dit; the stock pipeline puts 256
+
+
+def autoencoder(shift: float | None = None) -> Any:
+    """The untrained autoencoder, factor 4."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 48, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=CHANNELS,
+        sample_size=SIDE,
+        shift_factor=0.0 if shift is None else shift,
+    )
+
+
+def train_vae(
+    out: Path,
+    *,
+    minutes: float = 1.0,
+    device: str = "cpu",
+    seed: int = 0,
+    batch: int = 128,
+    rate: float = 2e-3,
+    steps: int | None = None,
+    checked: int = 200,
+) -> dict[str, Any]:
+    """Train the autoencoder that both pipelines use; its scaling factor is measured at the end."""
+    torch.manual_seed(seed)
+    make = torch.Generator(device).manual_seed(seed)
+    vae = autoencoder().to(device)
+    vae.to(memory_format=torch.channels_last)
+    adam = optimizer([{"params": list(vae.parameters())}], rate, device)
+    average = Average([vae], 0.998)
+    clock, diary = Clock(minutes, rate, steps), Diary("shapes-vae")
+    while clock.set(adam) < 1:
+        drawn = sample(batch, device=device, generator=make, things=(1, 2, 3), textures=0.2)
+        images = 2 * drawn.images(SIDE) - 1
+        with half(device):
+            told = vae.encode(images).latent_dist
+            again = vae.decode(told.sample()).sample.float()
+        loss = F.l1_loss(again, images) + 0.5 * F.mse_loss(again, images)
+        loss = loss + 1e-6 * told.kl().float().mean()
+        _step(adam, loss, vae.parameters())
+        average.update()
+        clock.step += 1
+        diary.note(clock, loss, batch)
+    average.swap()
+    vae.eval()
+    with torch.no_grad():
+        drawn = sample(512, device=device, generator=make, things=(1, 2, 3))
+        means = torch.cat([vae.encode(2 * x - 1).latent_dist.mean
+                           for x in drawn.images(SIDE).split(128)])  # fmt: skip
+        vae.register_to_config(scaling_factor=float(1 / means.std()))
+        few = sample(checked, device=device, generator=make, held_out=None)
+        again = vae.decode(vae.encode(2 * few.images(SIDE) - 1).latent_dist.mean).sample
+    quality = judged((again / 2 + 0.5).clamp(0, 1), few)
+    record = diary.record(clock, device, quality={"scenes passed through": quality}, seed=seed,
+                          batch=batch, rate=rate)  # fmt: skip
+
+    def write(folder: Path) -> None:
+        vae.save_pretrained(folder)
+        write_record(folder, record, f"# shapes-vae\n\n{_table(record['quality'])}\n")
+
+    save_folder(out, write)
+    return record
+
+
+def train_sd(
+    out: Path,
+    *,
+    minutes: float = 6.0,
+    device: str = "cpu",
+    seed: int = 0,
+    vae: Path | None = None,
+    batch: int = 512,
+    rate: float = 1e-3,
+    steps: int | None = None,
+    checked: int = 200,
+) -> dict[str, Any]:
+    """Train `shapes-sd`: v-prediction on SD's own noise schedule, the text encoder with the UNet."""
+    coder = _coder(vae, device)
+    torch.manual_seed(seed)
+    make = torch.Generator(device).manual_seed(seed)
+    pipe = sd_pipeline(coder)
+    unet, encoder = pipe.unet.to(device), pipe.text_encoder.to(device)
+    unet.to(memory_format=torch.channels_last)
+    both = [unet, encoder]
+    adam = optimizer([{"params": [p for m in both for p in m.parameters()]}], rate, device)
+    average = Average(both, 0.9995)
+    noise = pipe.scheduler.alphas_cumprod.to(device)
+    ids_of = _ids(pipe.tokenizer, device)
+    clock, diary = Clock(minutes, rate, steps), Diary("shapes-sd")
+    saved = 0.0
+    while clock.set(adam) < 1:
+        drawn = sample(batch, device=device, generator=make, textures=0.15)
+        ids = ids_of(captions.write(drawn, captions.PLAIN, make), drop=0.1, generator=make)
+        with torch.no_grad(), half(device):
+            clean = coder.encode(2 * drawn.images(SIDE) - 1).latent_dist.mean.float()
+            clean = clean * coder.config.scaling_factor
+        eps = torch.randn(clean.shape, device=device, generator=make)
+        t = torch.randint(TRAINED_STEPS, (batch,), device=device, generator=make)
+        a = noise[t].sqrt()[:, None, None, None]
+        s = (1 - noise[t]).sqrt()[:, None, None, None]
+        with half(device):
+            text = encoder(ids).last_hidden_state
+            noised = (a * clean + s * eps).contiguous(memory_format=torch.channels_last)
+            found = unet(noised, t, text).sample.float()
+        loss = F.mse_loss(found, a * eps - s * clean)
+        _step(adam, loss, (p for m in both for p in m.parameters()))
+        average.update()
+        clock.step += 1
+        diary.note(clock, loss, batch)
+        if clock.seconds - saved > 90:
+            saved = clock.seconds
+            average.swap()
+            save_folder(out, lambda folder: pipe.save_pretrained(folder))
+            average.swap()
+    average.swap()
+    return _finish(pipe, out, clock, diary, device, checked, seed=seed, batch=batch, rate=rate)
+
+
+def train_dit(
+    out: Path,
+    *,
+    minutes: float = 6.0,
+    device: str = "cpu",
+    seed: int = 0,
+    vae: Path | None = None,
+    batch: int = 384,
+    rate: float = 1e-3,
+    steps: int | None = None,
+    checked: int = 200,
+) -> dict[str, Any]:
+    """Train `shapes-dit`: rectified flow, captions with filler words and references to one thing."""
+    coder = _coder(vae, device)
+    torch.manual_seed(seed)
+    make = torch.Generator(device).manual_seed(seed)
+    pipe = dit_pipeline(coder)
+    model = pipe.transformer.to(device)
+    encoders = [pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)]
+    every = [model, *encoders]
+    adam = optimizer([{"params": [p for m in every for p in m.parameters()]}], rate, device)
+    average = Average(every, 0.9995)
+    ids_of = _ids(pipe.tokenizer, device)
+    clock, diary = Clock(minutes, rate, steps), Diary("shapes-dit")
+    width = model.config.joint_attention_dim
+    saved = 0.0
+    while clock.set(adam) < 1:
+        drawn = sample(batch, device=device, generator=make, things=(1, 2, 2, 3), textures=0.15)
+        ids = ids_of(captions.write(drawn, captions.SPOKEN, make), drop=0.1, generator=make)
+        with torch.no_grad(), half(device):
+            clean = coder.encode(2 * drawn.images(SIDE) - 1).latent_dist.mean.float()
+            clean = clean * coder.config.scaling_factor
+        eps = torch.randn(clean.shape, device=device, generator=make)
+        s = torch.randn(batch, device=device, generator=make).sigmoid()
+        wide = s[:, None, None, None]
+        blanks = BLANKS[clock.step % len(BLANKS)]
+        with half(device):
+            told = [e(ids, output_hidden_states=True) for e in encoders]
+            text = torch.cat([t.hidden_states[-2] for t in told], -1)
+            text = torch.cat([text, text.new_zeros(batch, blanks, width)], 1)
+            pooled = torch.cat([t.text_embeds for t in told], -1)
+            found = model(
+                hidden_states=(1 - wide) * clean + wide * eps,
+                timestep=1000 * s,
+                encoder_hidden_states=text,
+                pooled_projections=pooled,
+            ).sample.float()
+        loss = F.mse_loss(found, eps - clean)
+        _step(adam, loss, (p for m in every for p in m.parameters()))
+        average.update()
+        clock.step += 1
+        diary.note(clock, loss, batch)
+        if clock.seconds - saved > 90:
+            saved = clock.seconds
+            average.swap()
+            save_folder(out, lambda folder: pipe.save_pretrained(folder))
+            average.swap()
+    average.swap()
+    return _finish(pipe, out, clock, diary, device, checked, seed=seed, batch=batch, rate=rate)
+
+
+def sd_pipeline(coder: Any) -> Any:
+    """`shapes-sd` before training."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = clip_tokenizer(captions.WORDS, LENGTH)
+    width = 128
+    text = CLIPTextConfig(**_clip(tokenizer, width, 2))
+    unet = UNet2DConditionModel(
+        sample_size=LATENT,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(64, 96, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        attention_head_dim=4,  # the number of heads, in this class
+        cross_attention_dim=width,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    return StableDiffusionPipeline(
+        vae=coder,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def dit_pipeline(coder: Any) -> Any:
+    """`shapes-dit` before training."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokenizer = clip_tokenizer(captions.WORDS, LENGTH)
+    texts = [CLIPTextModelWithProjection(CLIPTextConfig(**_clip(tokenizer, 64, 3)))
+             for _ in range(2)]  # fmt: skip
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT,
+        patch_size=1,
+        in_channels=CHANNELS,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=5,
+        joint_attention_dim=128,
+        caption_projection_dim=160,
+        pooled_projection_dim=128,
+        out_channels=CHANNELS,
+        pos_embed_max_size=2 * LATENT,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=coder,
+        text_encoder=texts[0],
+        tokenizer=tokenizer,
+        text_encoder_2=texts[1],
+        tokenizer_2=clip_tokenizer(captions.WORDS, LENGTH),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _clip(tokenizer: Any, width: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": LENGTH,
+        "projection_dim": width,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _ids(tokenizer: Any, device: str) -> Any:
+    """A function: rows of word numbers -> token ids as the tokenizer makes them, padded."""
+    table = tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in captions.WORDS])
+    if None in table or tokenizer.unk_token_id in table:
+        raise InputError("the tokenizer splits a word of the scenes: every word must be one token")
+    end = tokenizer.eos_token_id
+    to_id = torch.tensor([end, *table], device=device)
+
+    def ids(words: Tensor, drop: float = 0.0, generator: Any = None) -> Tensor:
+        rows = to_id[words][:, : LENGTH - 2]
+        rows = F.pad(rows, (0, LENGTH - 1 - rows.shape[1]), value=end)
+        if drop:
+            blank = torch.rand(len(rows), 1, device=rows.device, generator=generator) < drop
+            rows = torch.where(blank, end, rows)
+        return F.pad(rows, (1, 0), value=tokenizer.bos_token_id)
+
+    return ids
+
+
+def _coder(vae: Path | None, device: str) -> Any:
+    from diffusers import AutoencoderKL
+
+    if vae is None or not (Path(vae) / "config.json").is_file():
+        raise InputError(
+            "name the folder of the autoencoder, --vae DIR: make it with `regard zoo train "
+            "shapes-vae --out DIR`"
+        )
+    return AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+
+
+def _step(adam: torch.optim.Optimizer, loss: Tensor, parameters: Any) -> None:
+    adam.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(list(parameters), 1.0)
+    adam.step()
+
+
+def _finish(
+    pipe: Any, out: Path, clock: Clock, diary: Diary, device: str, checked: int, **settings: Any
+) -> dict[str, Any]:
+    """Save, judge images of captions on training's and on held-out pairs, and save the record."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    save_folder(out, lambda folder: (pipe.save_pretrained(folder), float16(folder))[0])
+    record = diary.record(clock, device, **settings, sampling={"steps": STEPS, "guidance": GUIDANCE})
+    record["quality"] = quality(pipe, checked) if checked else {}
+
+    def write(folder: Path) -> None:
+        pipe.save_pretrained(folder)
+        float16(folder)
+        write_record(folder, record, card(record))
+
+    save_folder(out, write)
+    return record
+
+
+def quality(pipe: Any, count: int, seed: int = 10_000) -> dict[str, dict[str, float]]:
+    """Shares of images that are right, on pairs seen in training and on held-out ones."""
+    found = {}
+    for name, held_out in (("pairs of training", False), ("held-out pairs", True)):
+        make = torch.Generator().manual_seed(seed)
+        drawn = sample(count, generator=make, held_out=held_out)
+        images = []
+        for start in range(0, count, 100):
+            prompts = [drawn.scene(n).caption() for n in range(start, min(count, start + 100))]
+            noise = [torch.Generator().manual_seed(seed + start + n) for n in range(len(prompts))]
+            made = pipe(
+                prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise,
+                output_type="np",
+            ).images  # fmt: skip
+            images.append(torch.from_numpy(made).permute(0, 3, 1, 2))
+        found[name] = judged(torch.cat(images), drawn)
+    return found
+
+
+def judged(images: Tensor, drawn: Drawn) -> dict[str, float]:
+    """Shares of images `[scenes, 3, side, side]` that show what their scene says."""
+    from regard.trials.scenes import judge
+
+    pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
+    verdicts = [judge(pixels[n], drawn.scene(n)) for n in range(len(drawn))]
+    names = ("present", "colors", "shapes", "binding", "place", "background")
+    return {n: sum(getattr(v, n) for v in verdicts) / len(verdicts) for n in names} | {
+        "scenes": len(verdicts)
+    }
+
+
+def card(record: dict[str, Any]) -> str:
+    """The model's card, from what was recorded."""
+    s = record
+    return "\n".join(
+        [
+            f"# {s['name']}",
+            "",
+            "A small text-to-image pipeline of the real diffusers classes, trained on drawn scenes "
+            f"(64 x 64 pixels) by `regard zoo train {s['name']}`. For showing and testing methods; "
+            "it knows shapes, colours and places, and nothing else.",
+            "",
+            f"Training: {s['samples']:,} scenes in {s['steps']:,} steps of {s['batch']}, "
+            f"{s['seconds']:.0f} s on {s['device']}, rate {s['rate']}, seed {s['seed']}.",
+            "",
+            f"Images of {STEPS} steps, guidance {GUIDANCE:g}, judged by colour and outline; shares "
+            "that are right:",
+            "",
+            _table(s["quality"]),
+            "",
+            "The loss curve is in `training.json`. Licence: Apache-2.0, as regard.",
+            "",
+        ]
+    )
+
+
+def _table(quality: dict[str, dict[str, float]]) -> str:
+    if not quality:
+        return "Not judged."
+    names = list(next(iter(quality.values())))
+    rows = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for label, values in quality.items():
+        cells = [f"{values[n]:.2f}" if n != "scenes" else f"{values[n]:.0f}" for n in names]
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+__all__: Sequence[str] = ["autoencoder", "dit_pipeline", "sd_pipeline", "train_dit", "train_sd"]

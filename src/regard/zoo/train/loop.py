@@ -1,0 +1,159 @@
+"""What every training here shares: time boxed by the clock, averaged weights, whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.versions import versions
+
+POINTS = 60  # of the loss curve that is kept
+SAY, SAVE = 10.0, 60.0  # seconds
+
+
+@dataclass
+class Clock:
+    """A training of so many minutes: what share has passed, and the learning rate there.
+
+    The rate warms up over the first 3 % and falls along a cosine to a twentieth. `steps` ends a
+    training by their number instead, for a run that is to be repeated exactly.
+    """
+
+    minutes: float
+    rate: float
+    steps: int | None = None
+    start: float = field(default_factory=time.monotonic)
+    step: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def share(self) -> float:
+        if self.steps is not None:
+            return min(1.0, self.step / max(1, self.steps))
+        return min(1.0, self.seconds / max(1e-9, 60 * self.minutes))
+
+    def set(self, optimizer: torch.optim.Optimizer) -> float:
+        """The share that has passed; sets the learning rate of each group by its own `scale`."""
+        share = self.share
+        factor = min(1.0, (share + 1e-3) / 0.03)
+        factor *= 0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate * factor * group.get("scale", 1.0)
+        return share
+
+
+class Average:
+    """Exponential moving average of parameters, with a start that forgets quickly."""
+
+    def __init__(self, modules: Iterable[nn.Module], decay: float = 0.999) -> None:
+        self.live = [p for m in modules for p in m.parameters()]
+        self.kept = [p.detach().clone().float() for p in self.live]
+        self.decay, self.count = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.count += 1
+        keep = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.kept, [p.detach().float() for p in self.live], 1 - keep)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Put the average into the modules, and what was there in its place."""
+        for live, kept in zip(self.live, self.kept):
+            other = live.detach().clone().float()
+            live.copy_(kept)
+            kept.copy_(other)
+
+
+@dataclass
+class Diary:
+    """The loss as it goes: a line on the terminal now and then, a short curve for the record."""
+
+    name: str
+    say: Callable[[str], None] = lambda line: print(line, flush=True)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    samples: int = 0
+    _losses: list[Tensor] = field(default_factory=list)
+    _last: float = field(default_factory=time.monotonic)
+
+    def note(self, clock: Clock, loss: Tensor, samples: int) -> None:
+        self._losses.append(loss.detach())
+        self.samples += samples
+        if time.monotonic() - self._last > SAY or clock.share >= 1:
+            value = float(torch.stack(self._losses).mean())
+            self.curve.append((clock.step, value))
+            rate = self.samples / max(1e-9, clock.seconds)
+            self.say(
+                f"{self.name}: step {clock.step}, {self.samples:,} samples, {rate:,.0f}/s, "
+                f"loss {value:.4f}, {clock.seconds:.0f} s"
+            )
+            self._losses, self._last = [], time.monotonic()
+
+    def record(self, clock: Clock, device: str, **more: Any) -> dict[str, Any]:
+        """What `training.json` says."""
+        every = max(1, len(self.curve) // POINTS)
+        named = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu"
+        return {
+            "name": self.name,
+            "steps": clock.step,
+            "samples": self.samples,
+            "seconds": round(clock.seconds, 1),
+            "device": named,
+            "loss": [[s, round(v, 5)] for s, v in self.curve[::every]],
+            "versions": versions(),
+            **more,
+        }
+
+
+def optimizer(groups: list[dict[str, Any]], rate: float, device: str) -> torch.optim.AdamW:
+    """AdamW over groups of parameters; a group's `scale` multiplies the rate."""
+    fused = str(device).startswith("cuda")
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+
+
+def half(device: str) -> Any:
+    """bfloat16 on a GPU, float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=str(device).startswith("cuda"))
+
+
+def save_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside its place, then put it there: a reader never meets half of one."""
+    part = target.with_name(f".{target.name}.part{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    old = target.with_name(f".{target.name}.old{os.getpid()}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(part, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_record(folder: Path, record: dict[str, Any], card: str) -> None:
+    """`training.json` and the card beside the weights."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    (folder / "training.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def float16(folder: Path) -> None:
+    """Every safetensors file of a folder in float16."""
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.rglob("*.safetensors"):
+        tensors = load_file(file)
+        halved = {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}
+        save_file(halved, file, metadata={"format": "pt"})
