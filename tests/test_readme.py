@@ -32,6 +32,7 @@ def test_guide(tmp_path: Path) -> None:
     import regard
     from regard.core import Mask, attend
     from regard.zoo.tiny import inputs, tiny
+
     from .models import deep
 
     settings, parts, steering, guided, algebra = blocks("docs/guide.md")

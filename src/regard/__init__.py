@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from regard.api import watch as watch
     from regard.catalog import methods as methods
     from regard.reach.check import check as check
+    from regard.shape import MMA as MMA
     from regard.shrink import Recycled as Recycled
     from regard.shrink import TaskKV as TaskKV
     from regard.shrink import VisionDrop as VisionDrop
-    from regard.shape import MMA as MMA
     from regard.steer import ACT as ACT
     from regard.steer import VAR as VAR
     from regard.steer import ContrastiveExpertGuidance as ContrastiveExpertGuidance

@@ -260,7 +260,8 @@ def test_a_cut_window_says_what_it_costs() -> None:
     assert any("another model" in n for n in found.notes)
     assert found.deletion.counted == "pieces"
     same = made(margin=32, transcript="w7 w50 w9")
-    assert same.agreement["same"] == 1 and same.agreement["divergence"] == pytest.approx(0, abs=1e-6)
+    assert same.agreement["same"] == 1
+    assert same.agreement["divergence"] == pytest.approx(0, abs=1e-6)
 
 
 def test_word_times_are_used_where_the_words_fit() -> None:

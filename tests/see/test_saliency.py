@@ -175,7 +175,8 @@ def test_saliency_of_the_encoding_runs_the_encoder_once() -> None:
     assert found.map.shape == (3, 1, 12)  # 23 frames, two to a step
     wide = saliency(forced(), on="states", masks=20, width=4, progress=False)
     assert wide.map.shape == (3, 1, 12)
-    slic = saliency(forced(), on="states", masks=20, geometry="slic", segments=(500,), progress=False)
+    few = {"masks": 20, "segments": (500,), "progress": False}
+    slic = saliency(forced(), on="states", geometry="slic", **few)
     assert slic.map.shape == (3, 64, 12)
 
 
@@ -252,9 +253,7 @@ def test_greedy_is_that_of_transformers() -> None:
     mine = given.transcribe(limit=10)[0]
     ids = torch.tensor([given.prompt])
     for _ in range(10):
-        logits = given.model(
-            input_features=given.whole[None], decoder_input_ids=ids
-        ).logits[0, -1]
+        logits = given.model(input_features=given.whole[None], decoder_input_ids=ids).logits[0, -1]
         logits[[5, 6] + ([40] if ids.shape[1] == 1 else [])] = -torch.inf
         if int(logits.argmax()) == 2:
             break

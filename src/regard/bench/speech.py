@@ -3,9 +3,10 @@
 `python -m regard.bench.speech --json benchmarks/results/speech.json` measures, and goes on where it
 was interrupted.
 
-Memory was first compared at the peak of the whole call. That peak is the encoder's, and hid what the
-plain model's decoder takes while it showed what ours takes (27 MB more at 400 tokens than at 50, at
-half the plain model's peak); so both are now counted from the end of the encoder on. The limit stayed.
+Memory was first compared at the peak of the whole call. That peak is the encoder's, and hid what
+the plain model's decoder takes while it showed what ours takes (27 MB more at 400 tokens than at
+50, at half the plain model's peak); so both are now counted from the end of the encoder on. The
+limit stayed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ TARGETS: list[dict[str, Any]] = [
     {
         "row": "memory",
         "most": 4.0,
-        "rule": f"facts under generate, while decoding: at {LENGTHS[1]} tokens at most 4 MB more above the plain "
-        f"model than at {LENGTHS[0]}",
+        "rule": f"facts under generate, while decoding: at {LENGTHS[1]} tokens at most 4 MB more "
+        f"above the plain model than at {LENGTHS[0]}",
     },
 ]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regard.cli import bench, calibrate, check, explain, methods, models, reproduce, see, trial
+from regard.cli import bench, calibrate, check, explain, methods, models, reproduce, see, trial, zoo
 from regard.cli.run import run
 
 app = typer.Typer(
@@ -47,3 +47,4 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(run, name="run")
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(trial.app, name="trial")
+app.add_typer(zoo.app, name="zoo")

@@ -19,10 +19,15 @@ def models(
     from dataclasses import asdict
 
     from regard import zoo
+    from regard.zoo.shipped import MODELS, PIPELINES
 
     check_output(json)
     entries = zoo.models()
-    write_json([asdict(e) for e in entries], json)
+    own = [
+        {"name": name, "what": what, "licence": "Apache-2.0", "source": "comes with regard"}
+        for name, what in {**MODELS, **PIPELINES}.items()
+    ]
+    write_json([*(asdict(e) for e in entries), *own], json)
     if json is not None and str(json) == "-":
         return
     from rich.console import Console
@@ -33,4 +38,6 @@ def models(
         table.add_column(column)
     for entry in entries:
         table.add_row(entry.name, entry.what, str(entry.parameters), entry.licence, entry.source)
+    for one in own:
+        table.add_row(one["name"], one["what"], "", one["licence"], one["source"])
     Console().print(table)

@@ -204,7 +204,8 @@ class Forced:
         if self.fit < float(-torch.tensor(self.plain.shape[-1]).double().log()) - 4:
             raise InputError(
                 f"the transcript does not fit the audio (mean log-probability {self.fit:.1f} a "
-                "word piece, far less than words drawn at random): leave it out, or give the right one"
+                "word piece, far less than words drawn at random): leave it out, or give the right "
+                "one"
             )
 
     @property

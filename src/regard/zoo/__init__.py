@@ -9,10 +9,12 @@ from regard.zoo.cache import cache_dir
 from regard.zoo.entries import Entry, models
 from regard.zoo.loading import load, tokenizer_of
 from regard.zoo.passages import text, texts
+from regard.zoo.pipelines import load_pipeline
 from regard.zoo.tiny import FAMILIES, inputs, tiny
 
 __all__ = [
     "load",
+    "load_pipeline",
     "models",
     "Entry",
     "tokenizer_of",

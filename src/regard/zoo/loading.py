@@ -10,6 +10,7 @@ from typing import Any
 
 from regard.errors import InputError, nearest
 from regard.zoo.entries import Entry, models, offline
+from regard.zoo.shipped import MODELS, PIPELINES, shipped
 
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
@@ -43,7 +44,12 @@ def load(
     dtype = _dtype(dtype)
     device = _device(device)
     where = _resolve(name_or_path)
-    model, tokenizer = _from_pretrained(where, str(name_or_path), dtype, kwargs)
+    if str(name_or_path).strip().lower() == "smol-vlm":
+        from regard.zoo.vlm import load_smol
+
+        model, tokenizer = load_smol(Path(where), dtype)
+    else:
+        model, tokenizer = _from_pretrained(where, str(name_or_path), dtype, kwargs)
     if device is not None:
         model = model.to(device)
     model.eval()
@@ -101,6 +107,12 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> str | Path:
     for entry in models():
         if entry.name == name.lower():
             return _resolve_entry(entry)
+    if name.strip().lower() in PIPELINES:
+        raise InputError(
+            f"{name} makes images: load it with regard.zoo.load_pipeline({name.strip().lower()!r})"
+        )
+    if own := shipped(name):
+        return own
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -139,7 +151,7 @@ def _resolve_entry(entry: Entry) -> str | Path:
 
 
 def _names() -> list[str]:
-    return [entry.name for entry in models()]
+    return [*(entry.name for entry in models()), *MODELS]
 
 
 def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -11,23 +12,25 @@ from typing import Any
 
 from regard.errors import InputError
 from regard.zoo.entries import offline
+from regard.zoo.shipped import PIPELINES, shipped
 
 INDEX = "model_index.json"
 
 
 def is_pipeline(name: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that `save_pretrained` of a pipeline wrote.
+    """Whether this is a pipeline of ours by name, or a folder that `save_pretrained` of one wrote.
 
-    >>> is_pipeline("no/such/folder")
-    False
+    >>> is_pipeline("no/such/folder"), is_pipeline("shapes-sd")
+    (False, True)
     """
-    return (Path(name).expanduser() / INDEX).is_file()
+    return str(name).strip().lower() in PIPELINES or (Path(name).expanduser() / INDEX).is_file()
 
 
 def load_pipeline(
     name_or_path: str | os.PathLike[str], *, dtype: Any = None, device: Any = None
 ) -> Any:
-    """Load a diffusion pipeline: a folder that `save_pretrained` wrote, or an id on the hub.
+    """Load a diffusion pipeline: "shapes-sd" or "shapes-dit", which come with the package, a folder
+    that `save_pretrained` wrote, or an id on the hub.
 
     Weights are float32 unless `dtype` says otherwise, and are read from safetensors only. No code
     of a checkpoint is run.
@@ -40,7 +43,7 @@ def load_pipeline(
     name = os.fspath(name_or_path)
     if not name.strip():
         raise InputError("the name of the pipeline is empty: name its folder, or a hub id")
-    path = Path(name).expanduser()
+    path = shipped(name) or Path(name).expanduser()
     try:
         import diffusers
     except ImportError:
@@ -63,6 +66,7 @@ def load_pipeline(
                 dtype=torch.float32 if dtype is None else dtype,
                 use_safetensors=True,
                 local_files_only=path.is_dir() or offline(),
+                **(_left_out(path, diffusers) if path.is_dir() else {}),
             )
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as problem:
         first = next((t.strip() for t in str(problem).splitlines() if t.strip()), "unreadable")
@@ -74,6 +78,14 @@ def load_pipeline(
         raise InputError(f"the pipeline in {name} cannot be loaded: {first}") from problem
     pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)
+
+
+def _left_out(path: Path, diffusers: Any) -> dict[str, None]:
+    """Parts that the pipeline may do without and the folder does not have: None has to be said."""
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    parts = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters
+    free = ("text_encoder_3", "tokenizer_3", "safety_checker", "feature_extractor", "image_encoder")
+    return {n: None for n in parts if n in free and index.get(n, [None])[0] is None}
 
 
 @contextmanager

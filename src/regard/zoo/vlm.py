@@ -229,6 +229,7 @@ def save(name: str, model: Any, words: Words, folder: Path) -> None:
     model.model.vision_tower.save_pretrained(folder / "tower")
     adapter = model.model.language_model
     adapter.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # names the place of the body
     projector = model.model.multi_modal_projector.state_dict()
     held = {n: t.detach().cpu().contiguous() for n, t in projector.items()}
     save_file(held, folder / "projector.safetensors", metadata={"format": "pt"})

@@ -15,13 +15,20 @@ from regard.errors import InputError, nearest
 
 RECIPES = {
     "shapes-vae": "regard.zoo.train.diffusion:train_vae",
+    "shapes-decoder": "regard.zoo.train.diffusion:train_decoder",
     "shapes-sd": "regard.zoo.train.diffusion:train_sd",
     "shapes-dit": "regard.zoo.train.diffusion:train_dit",
     "shapes-tower": "regard.zoo.train.vlm:train_tower",
     "shapes-vlm": "regard.zoo.train.vlm:train_vlm",
     "smol-vlm": "regard.zoo.train.vlm:train_smol",
 }
-NEEDS = {"shapes-sd": "vae", "shapes-dit": "vae", "shapes-vlm": "tower", "smol-vlm": "tower"}
+NEEDS = {
+    "shapes-decoder": "vae",
+    "shapes-sd": "vae",
+    "shapes-dit": "vae",
+    "shapes-vlm": "tower",
+    "smol-vlm": "tower",
+}
 """Which part made before a recipe takes, as a folder."""
 
 

@@ -47,9 +47,9 @@ def write(drawn: Drawn, style: Style = PLAIN, generator: Any = None) -> Tensor:
 
     >>> from .drawing import sample
     >>> g = torch.Generator().manual_seed(0)
-    >>> rows = write(sample(2, things=(1,), generator=g), generator=g)
-    >>> [spell(row)[:3] for row in rows]
-    ['a l', 'a p']
+    >>> rows = write(sample(2, things=(2,), generator=g), generator=g)
+    >>> all(spell(row).startswith("a") for row in rows)
+    True
     """
     device = drawn.count.device
     rows = len(drawn)
@@ -138,7 +138,7 @@ def places(drawn: Drawn, n: int) -> list[Tensor]:
 
 
 def place_of(drawn: Drawn, n: int) -> Tensor:
-    """1 left, 2 right, 3 top, 4 bottom, 0 middle or unclear: the axis that is further off centre."""
+    """1 left, 2 right, 3 top, 4 bottom, 0 middle: by the larger distance from the centre."""
     right, down = drawn.x[:, n] - 0.5, drawn.y[:, n] - 0.5
     found = torch.where(
         right.abs() > down.abs(), torch.where(right > 0, 2, 1), torch.where(down > 0, 4, 3)

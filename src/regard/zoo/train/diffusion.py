@@ -1,10 +1,10 @@
 """Recipes of `shapes-sd` and `shapes-dit`: small pipelines of the real classes on drawn scenes.
 
 64 x 64 pixels, an autoencoder of factor 4 that both share, words of one token each. `shapes-sd` is
-the whole `StableDiffusionPipeline` (causal CLIP text encoder, UNet with cross-attention at 16, 8 and
-4, DDIM); `shapes-dit` the `StableDiffusion3Pipeline` without T5 (two CLIPs, joint attention over
-256 image tokens, rectified flow). Pairs of colour and shape that `scenes.is_held_out` names are
-never drawn.
+the whole `StableDiffusionPipeline` (causal CLIP text encoder, UNet with cross-attention at 16, 8
+and 4, DDIM); `shapes-dit` the `StableDiffusion3Pipeline` without T5 (two CLIPs, joint attention
+over 256 image tokens, rectified flow). Pairs of colour and shape that `scenes.is_held_out` names
+are never drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regard.zoo.tiny_diffusion import clip_tokenizer
 
 from . import captions
 from .drawing import Drawn, sample
-from .loop import Average, Clock, Diary, float16, half, optimizer, save_folder, write_record
+from .loop import Average, Clock, Diary, half, optimizer, save_folder, tidy, write_record
 
 SIDE, LATENT, CHANNELS, LENGTH = 64, 16, 8, 32
 TRAINED_STEPS = 1000
@@ -84,18 +84,75 @@ def train_vae(
         means = torch.cat([vae.encode(2 * x - 1).latent_dist.mean
                            for x in drawn.images(SIDE).split(128)])  # fmt: skip
         vae.register_to_config(scaling_factor=float(1 / means.std()))
-        few = sample(checked, device=device, generator=make, held_out=None)
-        again = vae.decode(vae.encode(2 * few.images(SIDE) - 1).latent_dist.mean).sample
-    quality = judged((again / 2 + 0.5).clamp(0, 1), few)
-    record = diary.record(clock, device, quality={"scenes passed through": quality}, seed=seed,
-                          batch=batch, rate=rate)  # fmt: skip
+    quality = {"scenes passed through": passed(vae, checked)}
+    record = diary.record(clock, device, quality=quality, seed=seed, batch=batch, rate=rate)
 
     def write(folder: Path) -> None:
         vae.save_pretrained(folder)
+        tidy(folder)
         write_record(folder, record, f"# shapes-vae\n\n{_table(record['quality'])}\n")
 
     save_folder(out, write)
     return record
+
+
+def train_decoder(
+    out: Path,
+    *,
+    minutes: float = 1.5,
+    device: str = "cpu",
+    seed: int = 9,
+    vae: Path | None = None,
+    batch: int = 160,
+    rate: float = 1.5e-3,
+    steps: int | None = None,
+    checked: int = 200,
+) -> dict[str, Any]:
+    """Train the decoder on while the encoder stays: latents, and what was trained on them, keep
+    their meaning. `vae` is the folder of an autoencoder, such as `vae` in a pipeline's.
+    """
+    coder = _coder(vae, device).to(memory_format=torch.channels_last)
+    torch.manual_seed(seed)
+    make = torch.Generator(device).manual_seed(seed)
+    modules = [coder.decoder, coder.post_quant_conv]
+    trained = [p.requires_grad_() for m in modules for p in m.parameters()]
+    adam = optimizer([{"params": trained}], rate, device)
+    average = Average(modules, 0.998)
+    clock, diary = Clock(minutes, rate, steps), Diary("shapes-decoder")
+    while clock.set(adam) < 1:
+        drawn = sample(batch, device=device, generator=make, things=(1, 2, 3), textures=0.15)
+        images = 2 * drawn.images(SIDE) - 1
+        with half(device):
+            with torch.no_grad():
+                told = coder.encode(images).latent_dist.mean
+                told = told + 0.03 * torch.randn(told.shape, device=device, generator=make)
+            again = coder.decode(told).sample.float()
+        loss = F.l1_loss(again, images) + 0.5 * F.mse_loss(again, images)
+        _step(adam, loss, trained)
+        average.update()
+        clock.step += 1
+        diary.note(clock, loss, batch)
+    average.swap()
+    record = diary.record(clock, device, quality={"scenes passed through": passed(coder, checked)},
+                          seed=seed, batch=batch, rate=rate)  # fmt: skip
+
+    def write(folder: Path) -> None:
+        coder.save_pretrained(folder)
+        tidy(folder)
+        write_record(folder, record, f"# shapes-decoder\n\n{_table(record['quality'])}\n")
+
+    save_folder(out, write)
+    return record
+
+
+@torch.no_grad()
+def passed(coder: Any, count: int, seed: int = 20_000) -> dict[str, float]:
+    """What the judge says of scenes after autoencoding: the ceiling of any image made with it."""
+    make = torch.Generator(coder.device).manual_seed(seed)
+    few = sample(count, device=coder.device, generator=make, held_out=None)
+    told = [coder.encode(2 * x - 1).latent_dist.mean for x in few.images(SIDE).split(50)]
+    again = torch.cat([coder.decode(t).sample for t in told])
+    return judged((again / 2 + 0.5).clamp(0, 1), few)
 
 
 def train_sd(
@@ -110,7 +167,7 @@ def train_sd(
     steps: int | None = None,
     checked: int = 200,
 ) -> dict[str, Any]:
-    """Train `shapes-sd`: v-prediction on SD's own noise schedule, the text encoder with the UNet."""
+    """Train `shapes-sd`: v-prediction on SD's noise schedule, the text encoder with the UNet."""
     coder = _coder(vae, device)
     torch.manual_seed(seed)
     make = torch.Generator(device).manual_seed(seed)
@@ -164,7 +221,7 @@ def train_dit(
     steps: int | None = None,
     checked: int = 200,
 ) -> dict[str, Any]:
-    """Train `shapes-dit`: rectified flow, captions with filler words and references to one thing."""
+    """Train `shapes-dit`: rectified flow, captions with filler words and parts of scenes."""
     coder = _coder(vae, device)
     torch.manual_seed(seed)
     make = torch.Generator(device).manual_seed(seed)
@@ -354,13 +411,14 @@ def _finish(
             part.eval()
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    save_folder(out, lambda folder: (pipe.save_pretrained(folder), float16(folder))[0])
-    record = diary.record(clock, device, **settings, sampling={"steps": STEPS, "guidance": GUIDANCE})
+    record = diary.record(
+        clock, device, **settings, sampling={"steps": STEPS, "guidance": GUIDANCE}
+    )
     record["quality"] = quality(pipe, checked) if checked else {}
 
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
-        float16(folder)
+        tidy(folder)
         write_record(folder, record, card(record))
 
     save_folder(out, write)
@@ -417,10 +475,25 @@ def card(record: dict[str, Any]) -> str:
             "",
             _table(s["quality"]),
             "",
+            *_of_decoder(s),
             "The loss curve is in `training.json`. Licence: Apache-2.0, as regard.",
             "",
         ]
     )
+
+
+def _of_decoder(record: dict[str, Any]) -> list[str]:
+    s = record.get("decoder")
+    if s is None:
+        return []
+    return [
+        f"The decoder of images was then trained on by itself (`regard zoo train shapes-decoder`): "
+        f"{s['samples']:,} scenes in {s['seconds']:.0f} s. What a drawn scene keeps when it passes "
+        "through the autoencoder, the ceiling of these images:",
+        "",
+        _table(s["quality"]),
+        "",
+    ]
 
 
 def _table(quality: dict[str, dict[str, float]]) -> str:

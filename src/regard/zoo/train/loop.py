@@ -149,11 +149,23 @@ def write_record(folder: Path, record: dict[str, Any], card: str) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def float16(folder: Path) -> None:
-    """Every safetensors file of a folder in float16."""
+def tidy(folder: Path) -> None:
+    """Weights of a folder in float16, and no trace of where its parts came from."""
     from safetensors.torch import load_file, save_file
 
     for file in folder.rglob("*.safetensors"):
         tensors = load_file(file)
         halved = {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}
         save_file(halved, file, metadata={"format": "pt"})
+        file.chmod(0o644)
+    for file in folder.rglob("*config.json"):
+        found = _forget(json.loads(file.read_text(encoding="utf-8")))
+        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget(found: Any) -> Any:
+    """Nested settings without the places that parts were read from."""
+    gone = ("_name_or_path", "base_model_name_or_path")
+    if isinstance(found, dict):
+        return {n: _forget(v) for n, v in found.items() if n not in gone}
+    return found

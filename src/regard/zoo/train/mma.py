@@ -1,8 +1,8 @@
 """The trainings that compare modality-mutual attention with causal attention.
 
-A weak vision tower (few, large patches) is trained once. From it and from the same random body, arms
-that differ in one thing are trained on the same questions by transformers' own `Trainer`: "causal",
-"mma" (`regard.MMA` opens image x question) and "text first" (the question before the image).
+A weak vision tower (few, large patches) is trained once. From it and from the same random body,
+arms that differ in one thing are trained on the same questions by transformers' own `Trainer`:
+"causal", "mma" (`regard.MMA` opens image x question) and "text first" (the question first).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from regard.versions import versions
 from regard.zoo import vlm as zoo
 
 from . import questions
-from .drawing import sample
+from .drawing import Drawn, sample
 from .vlm import IGNORED, SCENES, Packed, train_tower
 
 ARMS = ("causal", "mma", "text first")
@@ -36,9 +38,12 @@ SCENE: dict[str, Any] = {**SCENES, "things": (2, 3), "textures": 0.0, "digits": 
 class Rows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
     """Batches of single questions, already on the device: new scenes every time."""
 
-    def __init__(self, words: zoo.Words, device: str, batch: int, seed: int, first: str) -> None:
+    def __init__(
+        self, words: zoo.Words, device: str, batch: int, seed: int, first: str, pool: int = 0
+    ) -> None:
         self.words, self.device, self.batch, self.seed, self.first = (
             words, device, batch, seed, first)  # fmt: skip
+        self.pool = _pool(pool, device) if pool else None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         make = torch.Generator(self.device).manual_seed(self.seed)
@@ -49,8 +54,13 @@ class Rows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         self, make: torch.Generator, held_out: bool | None = False
     ) -> tuple[dict[str, Tensor], Tensor]:
         """One batch, and the kind of each question."""
-        settings = {**SCENE, "held_out": held_out}
-        drawn = sample(self.batch, device=self.device, generator=make, **settings)
+        if self.pool is not None and held_out is False:
+            at = torch.randint(len(self.pool[0]), (self.batch,), generator=make, device=self.device)
+            drawn, images = self.pool[0][at], self.pool[1][at].float() / 255
+        else:
+            settings = {**SCENE, "held_out": held_out}
+            drawn = sample(self.batch, device=self.device, generator=make, **settings)
+            images = drawn.images(zoo.SIDE)
         which = torch.randint(len(KINDS), (self.batch,), generator=make, device=self.device)
         every = [questions.ask(drawn, kind, make) for kind in KINDS]
         packed = Packed(self.words, self.device)
@@ -73,9 +83,20 @@ class Rows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
             "input_ids": told.clamp_min(0),
             "attention_mask": live.long(),
             "labels": torch.where(live & said, told, IGNORED),
-            "pixel_values": zoo.pixels(drawn.images(zoo.SIDE)),
+            "pixel_values": zoo.pixels(images),
         }
         return given, kind
+
+
+@lru_cache(maxsize=1)
+def _pool(count: int, device: str) -> tuple[Drawn, Tensor]:
+    """Scenes that are drawn once and asked about many times, the same for every arm."""
+    make = torch.Generator(device).manual_seed(31)
+    parts = [sample(256, device=device, generator=make, **{**SCENE, "held_out": False})
+             for _ in range(-(-count // 256))]  # fmt: skip
+    images = torch.cat([(255 * p.images(zoo.SIDE)).round().byte() for p in parts])
+    joined = Drawn(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Drawn)))
+    return joined, images
 
 
 def _choose(rows: list[Tensor], which: Tensor) -> Tensor:
@@ -101,10 +122,12 @@ def compare(
     tower_minutes: float = 0.4,
     tower_steps: int | None = None,
     checked: int = 2048,
+    pool: int = 0,
 ) -> dict[str, Any]:
     """Train every arm with every seed and write accuracies, times and leak checks to `out`.
 
-    An arm and seed that stands in the file already is not trained again.
+    An arm and seed that stands in the file already is not trained again. `pool` draws so many
+    scenes once, for a machine where drawing takes longer than training; 0: new ones every step.
 
     Raises:
         InputError: an unknown arm, or a file of another setting.
@@ -113,7 +136,7 @@ def compare(
     if wrong or not arms:
         raise InputError(f"arms are {', '.join(ARMS)}, not {wrong[0] if wrong else 'none'}")
     settings = {"steps": steps, "batch": batch, "rate": rate, "patch": PATCH, "hidden": HIDDEN,
-                "layers": LAYERS, "checked": checked}  # fmt: skip
+                "layers": LAYERS, "checked": checked, "pool": pool}  # fmt: skip
     named = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     result: dict[str, Any] = {"settings": settings, "device": named, "versions": versions(),
                               "runs": {}}  # fmt: skip
@@ -132,7 +155,7 @@ def compare(
             if key not in result["runs"]:
                 result["runs"][key] = train_arm(
                     arm, folder, steps=steps, batch=batch, seed=seed, device=device, rate=rate,
-                    checked=checked,
+                    checked=checked, pool=pool,
                 )  # fmt: skip
                 print(f"{key}: {result['runs'][key]['accuracy']['all']:.3f}", flush=True)
                 write_text(out, json.dumps(result, indent=1) + "\n")
@@ -149,6 +172,7 @@ def train_arm(
     device: str = "cpu",
     rate: float = 1.5e-3,
     checked: int = 2048,
+    pool: int = 0,
 ) -> dict[str, Any]:
     """Train one arm with `Trainer`; its accuracies on held-out pairs, by kind and over all."""
     import tempfile
@@ -160,7 +184,8 @@ def train_arm(
     model, words = zoo.assemble_shapes(vision, hidden=HIDDEN, layers=LAYERS, heads=4, kv_heads=2)
     model = model.to(device)
     model.model.vision_tower.requires_grad_(False)
-    rows = Rows(words, device, batch, 1000 + seed, "text" if arm == "text first" else "image")
+    rows = Rows(words, device, batch, 1000 + seed, "text" if arm == "text first" else "image",
+                pool)  # fmt: skip
 
     class Ready(Trainer):
         """Batches come ready from the device."""
@@ -171,7 +196,8 @@ def train_arm(
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         settings = TrainingArguments(
-            output_dir=scratch, max_steps=steps, learning_rate=rate, warmup_steps=max(1, steps // 20),
+            output_dir=scratch, max_steps=steps, learning_rate=rate,
+            warmup_steps=max(1, steps // 20),
             lr_scheduler_type="cosine", weight_decay=0.01, bf16=device.startswith("cuda"),
             use_cpu=not device.startswith("cuda"), logging_steps=max(1, steps // 20),
             save_strategy="no", report_to=[], disable_tqdm=True, seed=seed,

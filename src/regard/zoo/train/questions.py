@@ -125,7 +125,10 @@ class _Maker:
 
     def named(self, n: Tensor) -> list[Tensor]:
         """Colour and shape of the n-th thing."""
-        return [self.color_word(self.of(self.drawn.color, n)), self.shape_word(self.of(self.cls, n))]
+        return [
+            self.color_word(self.of(self.drawn.color, n)),
+            self.shape_word(self.of(self.cls, n)),
+        ]
 
     def yes(self, true: Tensor) -> Tensor:
         return torch.where(true, NUMBER["yes"], NUMBER["no"])[:, None]
@@ -156,9 +159,7 @@ class _Maker:
         color = torch.where(true, color, false_color)
         cls = torch.where(true, cls, false_cls)
         article = torch.where(color == list(COLORS).index("orange"), NUMBER["an"], NUMBER["a"])
-        words = self.words(
-            "is there", article, self.color_word(color), self.shape_word(cls), "?"
-        )
+        words = self.words("is there", article, self.color_word(color), self.shape_word(cls), "?")
         return words, self.yes(true), torch.ones_like(true)
 
     def color(self) -> tuple[Tensor, Tensor, Tensor]:

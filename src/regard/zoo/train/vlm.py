@@ -23,7 +23,7 @@ from regard.zoo.scenes import COLORS, SHAPES, SIZES
 
 from . import questions
 from .drawing import Drawn, sample
-from .loop import Average, Clock, Diary, float16, half, optimizer, save_folder, write_record
+from .loop import Average, Clock, Diary, half, optimizer, save_folder, tidy, write_record
 from .questions import KINDS, SLOTS
 
 SIDE = zoo.SIDE
@@ -163,7 +163,7 @@ class Packed:
 def answer_logits(
     model: Any, batch: dict[str, Tensor], features: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits where an answer is predicted, their targets, and which question (row, turn) each is."""
+    """Logits where answers are predicted, their targets, and whose (row, turn) each is."""
     embeds = model.get_input_embeddings()(batch["ids"].clamp_min(0))
     where = (batch["ids"] == zoo.PLACEHOLDER)[..., None]
     embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
@@ -289,7 +289,7 @@ def _train(
 
     def write(folder: Path) -> None:
         zoo.save(name, model, words, folder)
-        float16(folder)
+        tidy(folder)
         write_record(folder, record, card(record))
 
     save_folder(out, write)

@@ -1,0 +1,93 @@
+"""regard zoo: the recipes of the small models that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.common import write_json
+from regard.errors import InputError
+
+app = typer.Typer(
+    help="Train the small models that come with the package again, and read their cards.",
+    no_args_is_help=True,
+)
+
+
+@app.command("train")
+def train(
+    name: Annotated[str, typer.Argument(help="shapes-vae, shapes-sd, shapes-vlm, ...")],
+    out: Annotated[Path, typer.Option(help="Folder for the weights; replaced when it is whole.")],
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Length of the training; of the recipe if not.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
+    batch: Annotated[int | None, typer.Option(min=1, help="Scenes a step.")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="Folder of shapes-vae, for what is built on it.")
+    ] = None,
+    tower: Annotated[
+        Path | None, typer.Option(help="Folder of shapes-tower, for what is built on it.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the record as JSON here; - for stdout.")
+    ] = None,
+) -> None:
+    """Train a model by its recipe, boxed by the clock.
+
+    Weights are saved every 90 seconds and at the end, always as a whole folder. A training that was
+    stopped begins anew: the rate follows the clock.
+
+    [bold]Examples[/]
+
+      regard zoo train shapes-vae --out vae --minutes 3 --device cuda
+
+      regard zoo train shapes-sd --vae vae --out shapes-sd --minutes 10 --device cuda
+    """
+    import torch
+
+    from regard.cli.common import check_output
+    from regard.zoo import train as recipes
+
+    run = recipes.recipe(name)
+    check_output(json)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here: write --device cpu")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: name a folder for the weights")
+    settings: dict[str, Any] = {"device": chosen, "seed": seed}
+    given = {"vae": vae, "tower": tower}
+    for part, folder in given.items():
+        if recipes.NEEDS.get(name) == part:
+            settings[part] = folder
+        elif folder is not None:
+            raise InputError(f"{name} is not built on --{part}: leave it out")
+    if minutes is not None:
+        settings["minutes"] = minutes
+    if batch is not None:
+        settings["batch"] = batch
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run(out, **settings), json)
+
+
+@app.command("card")
+def card(
+    name: Annotated[str, typer.Argument(help="shapes-sd, shapes-dit, shapes-vlm or smol-vlm.")],
+) -> None:
+    """What a shipped model was trained on, for how long, and how good it is."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from regard.errors import nearest
+    from regard.zoo.shipped import MODELS, PIPELINES, shipped
+
+    folder = shipped(name)
+    if folder is None:
+        raise InputError(
+            f"{name!r} does not come with the package.{nearest(name, [*MODELS, *PIPELINES])}"
+        )
+    Console().print(Markdown((folder / "README.md").read_text(encoding="utf-8")))

@@ -1,0 +1,212 @@
+"""Recipes: they draw what `scenes` draws, ask what is so, and run, save and load at toy size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from regard import zoo
+from regard.errors import InputError
+from regard.zoo import vlm as assembled
+from regard.zoo.pipelines import load_pipeline
+from regard.zoo.scenes import is_held_out
+from regard.zoo.shipped import MODELS, PIPELINES, shipped
+from regard.zoo.train import captions, diffusion, questions, recipe
+from regard.zoo.train import vlm as train
+from regard.zoo.train.drawing import sample
+
+
+def random(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_batch_is_drawn_as_scenes_are() -> None:
+    drawn = sample(12, generator=random(), things=(1, 2, 3), textures=0.5)
+    images, masks = drawn.images(48), drawn.masks(48)
+    for n in range(12):
+        scene = drawn.scene(n)
+        true = scene.draw(48).transpose(2, 0, 1) / 255
+        assert np.abs(true - images[n].numpy()).mean() < 1e-3
+        own = scene.masks(48)
+        assert ((masks[n, : len(own)] > 0.5).numpy() != own).mean() < 2e-3
+        assert not masks[n, len(own) :].any()
+
+
+def test_held_out_pairs_are_never_drawn_and_things_never_overlap() -> None:
+    drawn = sample(300, generator=random(1), things=(2, 3))
+    for n in range(300):
+        things = drawn.scene(n).things
+        assert not any(is_held_out(t.color, t.shape) for t in things)
+        for a, one in enumerate(things):
+            for other in things[:a]:
+                away = max(abs(one.x - other.x), abs(one.y - other.y))
+                assert away > one.radius + other.radius
+    out = sample(50, generator=random(1), things=(2,), held_out=True)
+    assert all(any(is_held_out(t.color, t.shape) for t in out.scene(n).things) for n in range(50))
+
+
+def test_plain_captions_are_those_of_scenes() -> None:
+    drawn = sample(200, generator=random(2), things=(1, 2, 3))
+    rows = captions.write(drawn, generator=random(3))
+    for n, row in enumerate(rows):
+        scene, said = drawn.scene(n), captions.spell(row)
+        bare = [w for w in said.split() if w not in ("small", "large", "plain")]
+        wanted = scene.phrases()
+        for phrase in wanted:
+            colour, shape = phrase.split()[-2:]
+            assert f"{colour} {shape}" in " ".join(bare), said
+        if scene.relation and len(wanted) == 2:
+            assert scene.relation in said or " and " in said
+        if "background" in said:
+            assert said.endswith(f"on a {scene.background} background")
+
+
+def truth(scene: Any, question: str) -> str | None:
+    """The answer, worked out from the scene in another way; None where this cannot tell."""
+    words = question.removesuffix(" ?").split()
+    things = {(t.color, t.shape): t for t in scene.things}
+
+    def sides(words: list[str]) -> tuple[list[str], str, list[str]]:
+        for relation in ("left of", "right of", "above", "below"):
+            if f" {relation} " in f" {' '.join(words)} ":
+                first, _, second = " ".join(words).partition(f"{relation} ")
+                return first.split(), relation, second.split()
+        raise AssertionError(words)
+
+    if question.startswith("is there"):
+        return "yes" if (words[3], words[4]) in things else "no"
+    if question.startswith("what color"):
+        return next(t.color for t in scene.things if t.shape == words[-1])
+    if question.startswith("what shape"):
+        return next(t.shape for t in scene.things if t.color == words[-2])
+    if question.startswith("how many things"):
+        return questions.DIGITS[len(scene.things)]
+    if question.startswith("how many"):
+        return questions.DIGITS[sum(t.color == words[2] for t in scene.things)]
+    if "larger" in words:
+        a, b = things[words[2], words[3]], things[words[-2], words[-1]]
+        return "yes" if a.radius > b.radius else "no"
+    if question.startswith("where"):
+        t = things[words[-2], words[-1]]
+        right, down = t.x - 0.5, t.y - 0.5
+        if max(abs(right), abs(down)) <= 0.12:
+            return "middle"
+        if abs(right) > abs(down):
+            return "right" if right > 0 else "left"
+        return "bottom" if down > 0 else "top"
+    if question.startswith(("is the", "what is")):
+        first, relation, second = sides(words)
+        b = things[second[-2], second[-1]]
+        holds = {
+            "left of": lambda t: t.x < b.x,
+            "right of": lambda t: t.x > b.x,
+            "above": lambda t: t.y < b.y,
+            "below": lambda t: t.y > b.y,
+        }[relation]
+        if question.startswith("is the"):
+            return "yes" if holds(things[first[2], first[3]]) else "no"
+        return None
+    return None
+
+
+@pytest.mark.parametrize("kind", questions.KINDS)
+def test_answers_are_true(kind: str) -> None:
+    drawn = sample(150, generator=random(4), things=(1, 2, 3))
+    asked = questions.ask(drawn, kind, random(5))
+    checked, yes = 0, 0
+    for n in range(150):
+        question, answer = questions.spell(asked.question[n]), questions.spell(asked.answer[n])
+        scene = drawn.scene(n)
+        if int(asked.kind[n]) == questions.KINDS.index("neighbour"):
+            colour, shape = answer.split()
+            assert any((t.color, t.shape) == (colour, shape) for t in scene.things)
+        known = None if "digit" in question else truth(scene, question)
+        if known is not None:
+            assert known == answer, (question, answer, scene)
+            checked, yes = checked + 1, yes + (answer == "yes")
+    if kind not in ("neighbour", "caption", "digit"):
+        assert checked > 75
+    if kind in ("existence", "relation"):
+        assert 0.3 < yes / checked < 0.7
+
+
+def test_the_tower_and_a_model_on_it_train_save_and_load(tmp_path: Path) -> None:
+    train.train_tower(tmp_path / "tower", steps=2, batch=4, width=32, layers=2)
+    record = train.train_vlm(
+        tmp_path / "vlm", tower=tmp_path / "tower", steps=2, batch=2, checked=4
+    )
+    assert record == json.loads((tmp_path / "vlm" / "training.json").read_text())
+    assert "Answers that are right" in (tmp_path / "vlm" / "README.md").read_text()
+    model, processor = zoo.load(tmp_path / "vlm")
+    ids = processor(images=np.zeros((64, 64, 3), np.uint8), text="<image> how many things ?")
+    assert (np.array(ids["input_ids"]) == model.config.image_token_index).sum() == 64
+    with pytest.raises(InputError, match="--tower DIR"):
+        train.train_vlm(tmp_path / "x", steps=1)
+
+
+def test_packed_questions_equal_single_ones() -> None:
+    """Several turns in a row give each answer the logits it has alone, through the processor."""
+    torch.manual_seed(0)
+    vision = assembled.tower(8, 32, 2)
+    model, words = assembled.assemble_shapes(vision, hidden=32, layers=2, heads=4, kv_heads=2)
+    model.eval()
+    drawn = sample(2, generator=random(6), **train.SCENES)
+    asked = [questions.ask(drawn, kind, random(7)) for kind in ("existence", "count", "place")]
+    images = drawn.images(64)
+    with torch.no_grad():
+        features = train.features_of(model, images)
+        packed = train.Packed(words, "cpu")(asked, features.shape[1])
+        logits, _, where = train.answer_logits(model, packed, features)
+        for row in range(2):
+            for turn, one in enumerate(asked):
+                said = [
+                    {"type": "image"},
+                    {"type": "text", "text": questions.spell(one.question[row])},
+                ]
+                text = words.processor.apply_chat_template(
+                    [{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False
+                )
+                picture = (255 * images[row].permute(1, 2, 0)).round().byte().numpy()
+                given = words.processor(images=picture, text=text, return_tensors="pt")
+                alone = model(**given).logits[0, -1]
+                mine = logits[((where[:, 0] == row) & (where[:, 1] == turn)).nonzero()[0, 0]]
+                assert torch.allclose(alone, mine, atol=2e-5)
+
+
+def test_pipelines_train_save_and_load(tmp_path: Path) -> None:
+    diffusion.train_vae(tmp_path / "vae", steps=1, batch=2, checked=2)
+    diffusion.train_decoder(tmp_path / "more", vae=tmp_path / "vae", steps=1, batch=2, checked=2)
+    a, b = (diffusion._coder(tmp_path / n, "cpu") for n in ("vae", "more"))
+    x = torch.zeros(1, 3, 64, 64)
+    assert torch.equal(a.encode(x).latent_dist.mean, b.encode(x).latent_dist.mean)
+    made: Any = {"vae": tmp_path / "vae", "steps": 1, "batch": 2, "checked": 0}
+    diffusion.train_dit(tmp_path / "dit", **made)
+    pipe = load_pipeline(tmp_path / "dit")
+    image = pipe("a red circle", num_inference_steps=1, max_sequence_length=8).images[0]
+    assert image.size == (64, 64) and pipe.text_encoder_3 is None
+    with pytest.raises(InputError, match="--vae DIR"):
+        diffusion.train_sd(tmp_path / "x", steps=1)
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, *MODELS])
+def test_what_ships_is_recorded_and_small(name: str) -> None:
+    folder = shipped(name)
+    assert folder is not None
+    record = json.loads((folder / "training.json").read_text())
+    module = diffusion if name in PIPELINES else train
+    assert (folder / "README.md").read_text() == module.card(record)
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    assert size < 17e6 and record["samples"] > 100_000
+
+
+def test_names() -> None:
+    assert shipped("gpt2") is None and recipe("shapes-sd") is diffusion.train_sd
+    with pytest.raises(InputError, match=r"no recipe 'shape-sd'.*Did you mean"):
+        recipe("shape-sd")
+    with pytest.raises(InputError, match="makes images"):
+        zoo.load("shapes-sd")
