@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from regard.cli import bench, calibrate, check, explain, methods, models, reproduce, see, trial, zoo
+from regard.cli import (
+    bench,
+    build,
+    calibrate,
+    check,
+    explain,
+    methods,
+    models,
+    reproduce,
+    see,
+    train,
+    trial,
+    zoo,
+)
 from regard.cli.run import run
 
 app = typer.Typer(
@@ -44,7 +57,9 @@ app.command("models")(models.models)
 app.command("methods")(methods.methods)
 app.command("reproduce")(reproduce.reproduce)
 app.add_typer(bench.app, name="bench")
+app.add_typer(build.app, name="build")
 app.add_typer(run, name="run")
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(trial.app, name="trial")
+app.add_typer(train.app, name="train")
 app.add_typer(zoo.app, name="zoo")

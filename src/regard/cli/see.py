@@ -23,9 +23,12 @@ def see(
     text: Annotated[
         str,
         typer.Argument(
-            help="The text itself, or @file, or @name of a shipped text; or a sound file."
+            help="The text itself, or @file, or @name of a shipped text; or a sound or picture."
         ),
     ],
+    question: Annotated[
+        str | None, typer.Argument(help="With a picture: what to ask about it.")
+    ] = None,
     model: Annotated[
         str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
     ] = "smollm2-135m",
@@ -74,7 +77,9 @@ def see(
 
       regard see talk.wav --model whisper-tiny.en --html out.html
 
-      regard see "a red car and a sheep" --model path/to/pipeline --html out.html
+      regard see "a red circle left of a blue square" --model shapes-sd --html out.html
+
+      regard see photo.png "what is left of the red circle?" --model shapes-vlm --html out.html
     """
     from regard.zoo.audio import is_audio
     from regard.zoo.pipelines import is_pipeline
@@ -87,6 +92,15 @@ def see(
 
         name = DEFAULT if model == "smollm2-135m" else model
         return see_speech(text, name, html=html, json=json, compare=compare, **spoken)
+    from regard.cli import see_image
+
+    if see_image.is_picture(text):
+        if layers or heads or compare or context_parallel or facts != ",".join(FACTS):
+            raise InputError("--layers, --heads, --facts and --compare are for text")
+        name = see_image.DEFAULT if model == "smollm2-135m" else model
+        return see_image.see(text, question, name, html=html, json=json)
+    if question is not None:
+        raise InputError("a second text is a question about a picture: name a picture first")
     if any(spoken.values()):
         raise InputError("--transcript, --language and --task are for sound: name a sound file")
     if is_pipeline(model):

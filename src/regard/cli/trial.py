@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli import trial_explanation
+from regard.cli import trial_explanation, trial_vqa
 from regard.cli.common import check_output, count, load, read_text, working, write_json
 from regard.errors import InputError
 
@@ -56,6 +56,7 @@ def root() -> None:
 
 
 app.command("explanation")(trial_explanation.explanation)
+app.command("vqa")(trial_vqa.vqa)
 
 
 @app.command("perplexity")

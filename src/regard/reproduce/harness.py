@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
@@ -37,6 +38,13 @@ _METHODS = {
     "task-kv": "regard.reproduce.task_kv",
     "longca-bench": "regard.reproduce.longca_bench",
     "cross-attention-explanation": "regard.reproduce.cross_attention_explanation",
+    "structured-diffusion": "regard.reproduce.structured_diffusion",
+    "var": "regard.reproduce.var",
+    "visiondrop": "regard.reproduce.visiondrop",
+    "mma": "regard.reproduce.mma",
+    "dynamic-prompt-learning": "regard.reproduce.dynamic_prompt_learning",
+    "refam": "regard.reproduce.refam",
+    "stable-semantics": "regard.reproduce.stable_semantics",
 }
 MODEL = "smollm2-135m"
 Judge = Callable[[dict[str, float]], str]
@@ -150,6 +158,7 @@ class Result:
     seconds: float
     quick: bool
     command: str
+    picture: str | None = None  # what the picture beside the result shows
 
     @property
     def counts(self) -> dict[str, int]:
@@ -188,12 +197,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a method's `measure` gives back."""
+    """What a method's `measure` gives back; `picture` is a PIL image of real outputs and what it
+    shows, written beside the result.
+    """
 
     claims: list[Claim]
     data: str
     seeds: dict[str, int]
     settings: dict[str, Any]
+    picture: tuple[Any, str] | None = None
 
 
 class Journal:
@@ -278,8 +290,9 @@ def run(
         raise InputError(f"the folder {folder} cannot be written: name another with out=")
     method = import_module(_METHODS[slug])
     loaded, tokenizer, name = None, None, "none"
-    if getattr(method, "MODEL", MODEL) is not None:
-        loaded, tokenizer, name = _model(model)
+    own = getattr(method, "MODEL", MODEL)
+    if own is not None:
+        loaded, tokenizer, name = _model(own if model == MODEL else model)
     elif model != MODEL:
         raise InputError(f"{slug} measures attention alone: leave the model out")
     source = fingerprint(slug)
@@ -310,8 +323,13 @@ def run(
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         seconds=round(journal.seconds, 1),
         quick=quick,
-        command=_command(slug, quick, name),
+        command=_command(slug, quick, "none" if name == own else name),
+        picture=None if done.picture is None else done.picture[1],
     )
+    if done.picture is not None:
+        kept = io.BytesIO()
+        done.picture[0].convert("RGB").quantize(128).save(kept, format="PNG", optimize=True)
+        files.write_bytes(folder / f"{slug}{'.quick' if quick else ''}.png", kept.getvalue())
     result.write(folder)
     journal.clear()
     return result
@@ -349,7 +367,8 @@ def device(model: Any) -> str:
     """Device and dtype, with the name of the GPU or the number of CPU cores."""
     import torch
 
-    where = torch.empty(0) if model is None else next(model.parameters())
+    body = getattr(model, "unet", None) or getattr(model, "transformer", None) or model
+    where = torch.empty(0) if model is None else next(body.parameters())
     if where.device.type == "cuda":
         name = torch.cuda.get_device_name(where.device)
     else:
@@ -391,10 +410,15 @@ def fingerprint(slug: str) -> str:
 def _model(model: Any) -> tuple[Any, Any, str]:
     if not isinstance(model, (str, os.PathLike)):
         loaded, tokenizer = model
+        if not hasattr(loaded.config, "_name_or_path"):  # a diffusion pipeline
+            return loaded, tokenizer, type(loaded).__name__
         # a folder is named, not where it lies: results are read on other machines
         return loaded, tokenizer, Path(loaded.config._name_or_path).name or type(loaded).__name__
     from regard.zoo import load
+    from regard.zoo.pipelines import is_pipeline, load_pipeline
 
+    if is_pipeline(model):
+        return load_pipeline(model), None, Path(model).name
     loaded, tokenizer = load(model)
     if tokenizer is None:
         raise InputError(f"{model} carries no tokenizer, and the claims need texts")

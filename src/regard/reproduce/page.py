@@ -108,6 +108,9 @@ def _section(result: Result) -> list[str]:
             lines.append(
                 "| " + " | ".join(map(_cell, (c.statement, c.paper, c.rule, command))) + " |"
             )
+    if result.picture is not None:
+        lines += ["", f"![{_cell(result.picture)}](../reproductions/{result.slug}.png)"]
+        lines += ["", result.picture]
     lines += [
         "",
         f"`{result.command}`, {result.date}, {result.seconds:.0f} s on {result.device}; {made}; "

@@ -27,6 +27,8 @@ METHODS = {
     "snapkv": ("regard.shrink", "SnapKV"),
     "h2o": ("regard.shrink", "H2O"),
     "random": ("regard.shrink", "RandomEviction"),
+    "var": ("regard.steer", "VAR"),
+    "visiondrop": ("regard.shrink", "VisionDrop"),
 }
 """What a configuration may be made of: name -> where the class lies; imported when asked for."""
 

@@ -113,16 +113,16 @@ def _image_id() -> int:
 def compare(
     out: Path,
     *,
-    steps: int = 1000,
-    batch: int = 256,
+    steps: int = 700,
+    batch: int = 128,
     seeds: Sequence[int] = (0, 1, 2),
     arms: Sequence[str] = ARMS,
     device: str = "cpu",
     rate: float = 1.5e-3,
-    tower_minutes: float = 0.4,
+    tower_minutes: float = 5.0,
     tower_steps: int | None = None,
-    checked: int = 2048,
-    pool: int = 0,
+    checked: int = 1536,
+    pool: int = 4096,
 ) -> dict[str, Any]:
     """Train every arm with every seed and write accuracies, times and leak checks to `out`.
 
@@ -148,7 +148,7 @@ def compare(
     folder = out.with_name(f".{out.stem}-tower")
     if not (folder / "training.json").is_file():
         train_tower(folder, minutes=tower_minutes, steps=tower_steps, device=device, patch=PATCH,
-                    width=64, layers=3, seed=0)  # fmt: skip
+                    width=64, layers=3, batch=64, rate=2e-3, seed=0)  # fmt: skip
     for seed in seeds:
         for arm in arms:
             key = f"{arm}, seed {seed}"

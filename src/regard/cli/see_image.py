@@ -1,0 +1,253 @@
+"""regard see on a picture: what the words of a question and of its answer look at."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from regard.cli.common import check_output, err, write_json
+from regard.errors import InputError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+DEFAULT = "shapes-vlm"
+
+
+def is_picture(given: str) -> bool:
+    """Whether the text names a picture.
+
+    >>> is_picture("photo.PNG"), is_picture("a cat")
+    (True, False)
+    """
+    return given.lower().endswith(ENDINGS) and " " not in Path(given).name
+
+
+def see(
+    given: str, question: str | None, model: str, *, html: Path | None, json: Path | None,
+    tokens: int = 24,
+) -> None:  # fmt: skip
+    """Answer the question about the picture, and show where each word looked.
+
+    Raises:
+        InputError: no question, a file that is no picture, a model that reads none, an output that
+            cannot be written.
+    """
+    from regard.cli.run import vlm
+
+    for path in (html, json):
+        check_output(path)
+    if question is None or not question.strip():
+        raise InputError('ask something about the picture: regard see photo.png "what is this?"')
+    pictures = vlm.read_images([Path(given)])
+    loaded, processor = vlm.load_vlm(model)
+    inputs = vlm.prepare(loaded, processor, pictures, question, tokens, True)
+    result, looks, sinks = _look(loaded, processor, inputs, tokens)
+    result |= {
+        "picture": Path(given).name,
+        "question": question,
+        "model": model,
+        "command": "regard " + " ".join(shlex.quote(a) for a in sys.argv[1:]),
+    }
+    if json is None or str(json) != "-":
+        _show(result)
+    write_json(result, json)
+    if html is not None:
+        from regard.files import write_text
+
+        shown = vlm.seen_by_model(processor, inputs, 0, pictures[0])
+        write_text(html, _page(result, looks, sinks, shown))
+        err().print(f"report: {html}", markup=False, highlight=False)
+
+
+def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[str, Any], Any, Any]:
+    """The answer, what every word looked at, the sinks of each layer, and the cuts' bias."""
+    from regard.cli.run import vlm
+    from regard.see.pictures import PictureLooks
+
+    looks = PictureLooks()
+    sinks, why = _sinks(loaded, inputs)
+    handlers = [looks] if sinks is None else [looks, sinks]
+    with vlm.working("answering"):
+        ids, _ = vlm.answer(loaded, inputs, tokens, handlers)
+    names = [processor.tokenizer.decode([t]).strip() or "·" for t in looks.tokens]
+    asked = len(names) - max(0, len(ids) - 1)
+    by_word = looks.by_word()
+    words = []
+    for n, name in enumerate(names):
+        peak = int(by_word[n].argmax())
+        words.append(
+            {
+                "word": name,
+                "generated": n >= asked,
+                "on picture": round(float(by_word[n].sum()), 5),
+                "peak": [peak // looks.grid[1], peak % looks.grid[1]],
+                "map": [float(f"{v:.4g}") for v in by_word[n].tolist()],
+            }
+        )
+    mass = looks.mass()
+    best = divmod(int(mass.argmax()), mass.shape[1])
+    found = {} if sinks is None else sinks.found()
+    image = {n: (f.sinks & f.image)[0] for n, f in found.items()}
+    result = {
+        "answer": processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        "grid": list(looks.grid),
+        "words": words,
+        "most on the picture": {
+            "layer": sorted(looks.heads)[best[0]], "head": best[1],
+            "share": round(float(mass.max()), 4),
+        },
+        "share by layer": {str(n): round(float(m.mean()), 4)
+                           for n, m in zip(sorted(looks.heads), mass)},
+        "sinks": {str(n): int(s.sum()) for n, s in image.items()},
+        "rows": _rows(loaded, inputs),
+        "notes": [] if sinks is not None else [why],
+    }  # fmt: skip
+    return result, looks, found
+
+
+def _sinks(loaded: Any, inputs: Any) -> tuple[Any, str]:
+    """A watcher of sink tokens, or why there is none."""
+    from regard.steer.var import VAR, find_sink_dims
+
+    size = int(loaded.config.get_text_config().hidden_size)
+    try:
+        dims = find_sink_dims(loaded, [inputs])
+    except InputError as problem:
+        return None, f"no sinks are marked: {problem}"
+    return VAR(move=0.0, dims=dims, tau=0.5 * size**0.5), ""
+
+
+def _rows(loaded: Any, inputs: Any) -> dict[str, float]:
+    """Mean row, 0 top to 1 bottom, of the half of the patches that each judgement would keep."""
+    import torch
+
+    from regard import api
+    from regard.reach.vision import decoder, locate
+    from regard.shrink.visiondrop import VisionDrop
+    from regard.shrink.visiondrop_plan import height
+
+    depth = len(decoder(loaded, "see").layers)
+    found = {}
+    for name, more in (
+        ("by the text", {"score": "text"}),
+        ("by the picture", {}),
+        ("by the picture, both ways", {"score_mask": "bidirectional"}),
+    ):
+        try:
+            places = locate(loaded, inputs)
+            first, last = places.spans(0)[0]
+            cut = VisionDrop(cuts={max(1, depth // 4): ((last - first) // 2, 0)}, merge=False,
+                             **more)  # fmt: skip
+            with torch.no_grad(), api.apply(loaded, cut):
+                loaded(**inputs, use_cache=True)
+            grid = places.grids[0][0]
+            if grid is not None:
+                found[name] = round(height(cut.kept()[0][0][-1], (grid[0], grid[1])), 3)
+        except (InputError, ValueError):
+            continue
+    return found
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text(result["answer"], "bold"))
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("word", "share on the picture", "looks most at (row, column)"):
+        table.add_column(column)
+    for word in result["words"]:
+        row, column = word["peak"]
+        name = Text(word["word"], "bold" if word["generated"] else "")
+        table.add_row(name, f"{100 * word['on picture']:.1f} %", f"{row}, {column}")
+    console.print(table)
+    best = result["most on the picture"]
+    console.print(
+        f"Head {best['head']} of layer {best['layer']} looks at the picture most: "
+        f"{100 * best['share']:.0f} % of its attention."
+    )
+    marked = {n: c for n, c in result["sinks"].items() if c}
+    if marked:
+        console.print(
+            "Sinks among the patches: " + ", ".join(f"layer {n}: {c}" for n, c in marked.items())
+        )
+    if result["rows"]:
+        told = ", ".join(f"{n} {v:.2f}" for n, v in result["rows"].items())
+        console.print(f"Mean row of the half that a cut would keep (0 top, 1 bottom): {told}.")
+    for note in result["notes"]:
+        err().print(f"note: {note}", markup=False, highlight=False)
+
+
+def _page(result: dict[str, Any], looks: Any, found: dict[int, Any], shown: Any) -> str:
+    """The picture under the look of every word, of every layer, and with its sinks marked."""
+    from regard.report.contact import figure, heat, page
+
+    by_word = looks.by_word()
+    base = shown.resize((256, 256)) if shown.width < 256 else shown
+    first = [figure(base, f"the picture as the model gets it: {result['answer']}", 256)]
+    words = [
+        figure(
+            _over(base, by_word[n].view(looks.grid)),
+            f"{word['word']}: {100 * word['on picture']:.1f} % on the picture",
+            160,
+        )
+        for n, word in enumerate(result["words"])
+    ]
+    layers = [
+        figure(_over(base, looks.words[n].mean(0).view(looks.grid)), f"layer {n}", 160)
+        for n in sorted(looks.words)
+    ]
+    sections = {
+        "Answer": first,
+        "Every word of the question and of the answer, mean over layers and heads": words,
+        "Every layer, mean over words": layers,
+    }
+    marked = []
+    for n, one in found.items():
+        image = one.image[0].nonzero()[:, 0]
+        sinks = one.sinks[0][image].float()[: looks.grid[0] * looks.grid[1]]
+        if bool(sinks.any()) and len(sinks) == looks.grid[0] * looks.grid[1]:
+            text = f"layer {n}: {int(sinks.sum())} sinks"
+            marked.append(figure(_over(base, sinks.view(looks.grid)), text, 160))
+    if marked:
+        sections["Sinks: patches with massive activation, looked at whatever is asked"] = marked
+    mass = looks.mass()
+    table = mass.float()
+
+    size = (max(120, 24 * table.shape[1]), max(120, 12 * table.shape[0]))
+    sections["Share of each head on the picture (rows: layers, columns: heads)"] = [
+        figure(heat(table, size), f"from {100 * float(table.min()):.0f} % to "
+               f"{100 * float(table.max()):.0f} %")
+    ]  # fmt: skip
+    told = ", ".join(f"{n} {v:.2f}" for n, v in result["rows"].items())
+    notes = [
+        f"{result['model']} on {result['picture']}: {result['question']}",
+        "Each map runs from its own least value to its greatest. Attention says where information "
+        "was fetched from, not what was done with it.",
+        f"Mean row of the half of the patches that a cut would keep, 0 top to 1 bottom: {told}."
+        if told
+        else "",
+        *result["notes"],
+    ]
+    return page(result["question"], [n for n in notes if n], sections)
+
+
+def _over(base: Any, values: Any) -> Any:
+    """A map laid over the picture: bright where it is looked at, dim elsewhere."""
+    import numpy as np
+    from PIL import Image
+
+    array = np.asarray(values, dtype=float)
+    low, high = float(array.min()), float(array.max())
+    level = (array - low) / (high - low) if high > low else np.zeros_like(array)
+    mask = Image.fromarray((255 * level).round().astype("uint8")).resize(
+        base.size, Image.Resampling.BICUBIC
+    )
+    picture = base.convert("RGB")
+    dim = Image.blend(picture, Image.new("RGB", picture.size, "#14171c"), 0.75)
+    warm = Image.blend(picture, Image.new("RGB", picture.size, "#ff9d2e"), 0.25)
+    return Image.composite(warm, dim, mask)

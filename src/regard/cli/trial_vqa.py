@@ -1,0 +1,104 @@
+"""regard trial vqa: questions about drawn scenes, with and without methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.common import check_output, load, write_json
+from regard.errors import InputError
+
+
+def vqa(
+    model: Annotated[
+        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
+    ] = "shapes-vlm",
+    with_: Annotated[
+        str,
+        typer.Option(
+            "--with", help="Methods, settings after a colon: var:tau=12,visiondrop:tokens=16."
+        ),
+    ] = "",
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of question by commas, or all.")
+    ] = "existence,color,relation",
+    questions: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 40,
+    held_out: Annotated[
+        bool, typer.Option(help="Only scenes with a pair of colour and shape never trained on.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of scenes and questions.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions read at once.")] = 16,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", "--out", help="Write everything as JSON here; - for stdout."),
+    ] = None,
+) -> None:
+    """How many questions about drawn scenes stay right under each method.
+
+    Existence asks for things that are not there, too; "existence probe" counts those whose colour
+    and shape are both in the picture, but apart.
+
+    [bold]Examples[/]
+
+      regard trial vqa --model smol-vlm --with var:tau=12,visiondrop:tokens=16
+
+      regard trial vqa --with visiondrop:tokens=16,visiondrop:tokens=16,score=text --kinds all
+    """
+    from regard import api
+    from regard.progress import bar
+    from regard.trials import vqa as trial
+    from regard.trials.configurations import read
+
+    check_output(json)
+    configurations = read(with_)
+    wanted = trial.KINDS if kinds == "all" else tuple(k.strip() for k in kinds.split(","))
+    given = trial.items(questions, wanted, seed=seed, held_out=True if held_out else None)
+    loaded, processor = load(model)
+    if getattr(processor, "image_processor", None) is None:
+        raise InputError(f"{model} reads no pictures: name a vision-language model")
+    result: dict[str, Any] = {
+        "model": model,
+        "settings": {"kinds": list(wanted), "questions": questions, "seed": seed,
+                     "held_out": held_out},
+        "configurations": {},
+    }  # fmt: skip
+    steps = len(configurations) * -(-len(given) // batch_size)
+    with bar(steps, "answering") as advance:
+        for one in configurations:
+
+            def method(one: Any = one) -> Any:
+                return api.apply(loaded, *one.handlers(0))
+
+            scores = trial.score(
+                loaded, processor, given, method if one.parts else None, batch_size=batch_size,
+                advance=advance,
+            )  # fmt: skip
+            result["configurations"][one.key] = trial.summary(given, scores)
+            write_json(result, json if json is not None and str(json) != "-" else None)
+    if json is not None and str(json) == "-":
+        write_json(result, json)
+        return
+    _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title="answers that are right (95 % interval)")
+    names = list(next(iter(result["configurations"].values())))
+    table.add_column("configuration", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for key, found in result["configurations"].items():
+        cells = []
+        for name in names:
+            low, high = found[name]["interval"]
+            cells.append(f"{found[name]['right']:.2f} ({low:.2f}-{high:.2f})")
+        table.add_row(key, *cells)
+    Console().print(table)
+    counts = next(iter(result["configurations"].values()))
+    Console().print("Asked: " + ", ".join(f"{n} {counts[n]['asked']}" for n in names) + ".")
