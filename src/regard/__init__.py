@@ -21,6 +21,7 @@ _LAZY = {
     "ContrastiveExpertGuidance": "regard.steer",
     "VAR": "regard.steer",
     "StructuredDiffusion": "regard.steer",
+    "DynamicPromptLearning": "regard.steer.dynamic_prompt_learning",
     "WordMaps": "regard.see.words",
     "MMA": "regard.shape",
     "TaskKV": "regard.shrink",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -117,15 +117,18 @@ class Mask:
         """
         return Rule(fn, batch, heads=heads)
 
-    # -- what a subclass gives: positions are absolute, in the frame of the keys
-    # --------------------
+    # -- what a subclass gives, `_cells` or `_at`: positions are absolute, in the frame of the keys
     batch: int = 1
+    heads: int = 1
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         """Allowed pairs `[batch or 1, heads or 1, len(i), len(j)]` for positions i (queries) and
         j (keys).
         """
-        raise NotImplementedError
+        b = torch.arange(self.batch, device=i.device)[:, None, None, None]
+        h = torch.arange(self.heads, device=i.device)[None, :, None, None]
+        cells = self._at(b, h, i[None, None, :, None], j[None, None, None], size)
+        return cells.expand(self.batch, cells.shape[1] if cells.dim() == 4 else 1, len(i), len(j))
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """For row blocks i `[n, 2]` and column blocks j `[m, 2]`: (may hold a pair, holds every
@@ -145,13 +148,21 @@ class Mask:
         return Rule(turned, self.batch, self, size, self.head_count(queries, keys))
 
     def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        """The rule at batch rows, heads, queries and keys that broadcast."""
+        """The rule at batch rows, heads, queries and keys that broadcast; FlexAttention can compile
+        it where it is given point by point.
+        """
         cells = self._cells(i.reshape(-1), j.reshape(-1), size)
         rows = b if cells.shape[0] > 1 else torch.zeros_like(b)
         heads = h if cells.shape[1] > 1 else torch.zeros_like(h)
         ii = torch.arange(i.numel(), device=i.device).reshape(i.shape)
         jj = torch.arange(j.numel(), device=j.device).reshape(j.shape)
         return cells[rows, heads, ii, jj]
+
+    def to(self, device: Any) -> Mask:
+        """The same mask with what it stores on a device."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        moved = {n: v.to(device) for n, v in held.items() if isinstance(v, (Tensor, Mask))}
+        return replace(self, **moved) if moved else self  # type: ignore[type-var]
 
     # -- algebra -----------------------------------------------------------------------------------
     def __and__(self, other: Mask) -> Mask:
@@ -292,7 +303,7 @@ class Mask:
             *_kv_blocks(exact == SOME, device),
             *_kv_blocks(exact == FULL, device),
             BLOCK_SIZE=block,
-            mask_mod=self.mask_mod(queries, keys),
+            mask_mod=self.to(device).mask_mod(queries, keys),
             seq_lengths=(queries, keys),
         )
 
@@ -326,14 +337,12 @@ class Band(Mask):
     before: int | None
     after: int | None
 
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        d = i[:, None] - j
-        ok = torch.ones_like(d, dtype=torch.bool)
-        if self.before is not None:
-            ok &= d <= self.before
-        if self.after is not None:
-            ok &= d >= -self.after
-        return ok[None, None]
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        behind = None if self.before is None else i - j <= self.before
+        ahead = None if self.after is None else j - i <= self.after
+        if behind is None or ahead is None:
+            return behind if behind is not None else i == i if ahead is None else ahead
+        return behind & ahead
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         least, most = i[:, None, 0] - j[:, 1] + 1, i[:, None, 1] - 1 - j[:, 0]
@@ -357,8 +366,8 @@ class Prefix(Mask):
 
     n: int
 
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return (j < self.n)[None, None, None].expand(1, 1, len(i), len(j))
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return j < self.n
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         shape = (len(i), len(j))
@@ -376,13 +385,11 @@ class Segments(Mask):
     def batch(self) -> int:  # type: ignore[override]
         return max(len(self.queries), len(self.keys))
 
-    def _ids(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        shift = self.keys.shape[1] - self.queries.shape[1]
-        return self.queries.to(i.device)[:, i - shift], self.keys.to(j.device)[:, j]
-
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        a, b = self._ids(i, j)
-        return ((a[:, :, None] == b[:, None]) & (a >= 0)[:, :, None])[:, None]
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        queries, keys = self.queries.to(i.device), self.keys.to(i.device)
+        shift = keys.shape[1] - queries.shape[1]
+        own = queries[_row(queries, b), i - shift]
+        return (own == keys[_row(keys, b), j]) & (own >= 0)
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         shift = self.keys.shape[1] - self.queries.shape[1]
@@ -409,8 +416,8 @@ class Padding(Mask):
     def batch(self) -> int:  # type: ignore[override]
         return len(self.valid)
 
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.valid.to(j.device)[:, None, None, j].expand(-1, 1, len(i), -1)
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.valid.to(j.device)[_row(self.valid, b), j]
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         low, high = _extremes(self.valid.cpu().to(torch.int8), j)
@@ -428,9 +435,14 @@ class Dense(Mask):
     def batch(self) -> int:  # type: ignore[override]
         return len(self.allowed)
 
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        shift = self.allowed.shape[-1] - self.allowed.shape[-2]
-        return self.allowed.to(i.device)[:, :, i - shift][..., j]
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.allowed.shape[1]
+
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        allowed, shift = self.allowed.to(i.device), self.allowed.shape[-1] - self.allowed.shape[-2]
+        heads = h if self.heads > 1 else torch.zeros_like(h)
+        return allowed[_row(allowed, b), heads, i - shift, j]
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,12 +456,6 @@ class Rule(Mask):
     source: Mask | None = None
     size: tuple[int, int] = field(default=(0, 0))
     heads: int = 1
-
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        b = torch.arange(self.batch, device=i.device)[:, None, None, None]
-        h = torch.arange(self.heads, device=i.device)[None, :, None, None]
-        cells = self.fn(b, h, i[None, None, :, None], j[None, None, None])
-        return cells.expand(self.batch, cells.shape[1] if cells.dim() == 4 else 1, len(i), len(j))
 
     def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return self.fn(b, h, i, j)
@@ -531,6 +537,11 @@ class Inverse(Mask):
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         some, every = self.inner._bounds(i, j, size)
         return ~(some & every), ~some
+
+
+def _row(held: Tensor, b: Tensor) -> Tensor:
+    """The batch row of what is stored, where all rows may share one."""
+    return b if len(held) > 1 else torch.zeros_like(b)
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -223,8 +223,8 @@ class Steps(Mask):
 
     size: int
 
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return (j // self.size <= (i // self.size)[:, None])[None, None]
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return j // self.size <= i // self.size
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         i0, i1 = i[:, None, 0] // self.size, (i[:, None, 1] - 1) // self.size
@@ -264,10 +264,15 @@ class Blocks(Mask):
         even = all(len(s) < 2 or bool((s[:-1] == s[0]).all()) for s in sizes)
         return (int(sizes[0][0]), int(sizes[1][0])) if even else (64, 64)
 
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        a = torch.bucketize(i, self.edges_q[1:].to(i.device), right=True)
-        b = torch.bucketize(j, self.edges_k[1:].to(j.device), right=True)
-        return self.keep.to(i.device)[a][:, b][None, None]
+    def __post_init__(self) -> None:
+        # which block every position lies in: a look-up compiles where a search does not
+        for name, edges in (("_of_q", self.edges_q), ("_of_k", self.edges_k)):
+            at = torch.arange(int(edges[-1]), device=edges.device)
+            object.__setattr__(self, name, torch.bucketize(at, edges[1:], right=True))
+
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        of_q, of_k = self._of_q.to(i.device), self._of_k.to(j.device)  # type: ignore[attr-defined]
+        return self.keep.to(i.device)[of_q[i], of_k[j]]
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         # how many kept blocks touch each rectangle, from sums over all upper left corners

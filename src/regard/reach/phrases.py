@@ -35,8 +35,8 @@ class Phrase:
 Parser = Callable[[str], Sequence[tuple[int, int]]]
 
 
-def noun_phrases(text: str, parser: str | Parser = "spacy") -> list[Phrase]:
-    """Noun phrases of two words or more, outer before inner, in the order of the text.
+def noun_phrases(text: str, parser: str | Parser = "spacy", least: int = 2) -> list[Phrase]:
+    """Noun phrases of `least` words or more, outer before inner, in the order of the text.
 
     Args:
         parser: "spacy", the base noun phrases of spaCy's English model; "constituency", the noun
@@ -65,7 +65,7 @@ def noun_phrases(text: str, parser: str | Parser = "spacy") -> list[Phrase]:
     for start, end in dict.fromkeys(sorted(spans, key=lambda s: (s[0], -s[1]))):
         if not 0 <= start < end <= len(text):
             raise InputError(f"the parser gave characters {start} to {end} of {len(text)}")
-        if len(text[start:end].split()) > 1:
+        if len(text[start:end].split()) >= least:
             found.append(Phrase(text[start:end], start, end))
     return found
 

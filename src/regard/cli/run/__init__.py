@@ -12,7 +12,9 @@ run = typer.Typer(
 
 from . import (  # noqa: E402  (the commands need `run`)
     act,
+    dynamic_prompt_learning,
     recycled,
+    refam,
     steer,
     structured_diffusion,
     task_kv,
@@ -27,3 +29,5 @@ run.command("structured-diffusion")(structured_diffusion.structured_diffusion)
 run.command("recycled-attention")(recycled.recycled)
 run.command("var")(var.var)
 run.command("visiondrop")(visiondrop.visiondrop)
+run.command("refam")(refam.refam)
+run.command("dynamic-prompt-learning")(dynamic_prompt_learning.dynamic_prompt_learning)

@@ -1,0 +1,83 @@
+"""The claims of StableSemantics: run end to end on a tiny pipeline, judges that judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
+pytest.importorskip("datasets", reason="datasets is part of the extra 'data'")
+
+from regard.reach import Session
+from regard.reproduce import stable_semantics as own
+from regard.reproduce.harness import Journal, Setup
+from regard.see.stable_semantics import ChunkMaps, Recipe
+from regard.zoo.tiny_diffusion import tiny_pipeline
+
+
+def test_it_runs_on_a_tiny_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "STEPS", 2)
+    monkeypatch.setattr(own, "GRID", 16)
+    pipe = tiny_pipeline("sd")
+    done = own.measure(Setup(pipe, None, "tiny", True, Journal(None, {}), False))
+    assert [c.key for c in done.claims] == [c.key for c in own.CLAIMS]
+    found = {c.key: c for c in done.claims}
+    assert found["builder"].verdict == "reproduced" and found["scale"].verdict == "needs scale"
+    assert all(c.verdict == "needs scale" or (c.here and c.control) for c in done.claims)
+
+
+def test_the_last_step_alone_is_what_one_more_step_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "STEPS", 3)
+    pipe: Any = tiny_pipeline("sd")
+    recipe = Recipe(grid=16, resize="bilinear", parser="rules")
+
+    def run(*handlers: ChunkMaps) -> None:
+        with Session(pipe, list(handlers)), torch.no_grad():
+            pipe("a red circle", num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+
+    class First(ChunkMaps):
+        def after(self, call: Any, state: Any) -> None:
+            if call.denoising.step < 2:
+                super().after(call, state)
+
+    every, first, last = (c([[(2, 5)]], recipe) for c in (ChunkMaps, First, own.Last))
+    run(every, first, last)
+    assert torch.allclose(3 * every.maps(), 2 * first.maps() + last.maps(), atol=1e-6)
+
+
+def test_the_area_under_the_curve_is_a_share_of_pairs() -> None:
+    values, mask = torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.tensor([False, True, False, True])
+    pairs = [(a > b) + 0.5 * (a == b) for a in (2.0, 5.0) for b in (1.0, 2.0)]
+    assert own.auc(values, mask) == pytest.approx(sum(pairs) / 4)
+    assert own.auc(torch.ones(4), mask) == 0.5
+
+
+def image(shift: float, relation: str = "left of") -> dict[str, Any]:
+    return {
+        "relation": relation,
+        "centroids": [[0.5 - shift, 0.5], [0.5 + shift, 0.5]],
+        "auc": [dict.fromkeys(own.KINDS, 0.5) | {"average": 0.5 + shift}],
+        "iou": [[0.1] * 9],
+        "small": [[shift, 0.0, 1.0, 2.0]],
+    }
+
+
+def test_places_and_maps_are_judged_by_their_rules() -> None:
+    claims = {c.key: c for c in own.CLAIMS}
+    right = [[image(0.4)], [image(0.4)], [image(0.4)]]
+    wrong = [[image(-0.4)], [image(0.4, "right of")]]
+    assert own._places(claims["places"], right).verdict == "reproduced"
+    assert own._places(claims["places"], wrong).verdict == "not reproduced"
+    assert own._maps(claims["maps"], right).verdict == "reproduced"
+    assert own._maps(claims["maps"], wrong[:1]).verdict == "not reproduced"
+
+
+def test_maps_alike_over_seeds_and_not() -> None:
+    claims = {c.key: c for c in own.CLAIMS}
+    a, b = [0.0, 1.0, 2.0, 3.0], [3.0, 0.0, 1.0, -2.0]
+    alike = [[{"small": [m]}, {"small": [m]}] for m in (a, b, a, b)]
+    mixed = [[{"small": [a]}, {"small": [b]}] for _ in range(4)]
+    assert own._seeds(claims["seeds"], alike).verdict == "reproduced"
+    assert own._seeds(claims["seeds"], mixed).verdict == "not reproduced"
