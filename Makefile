@@ -72,6 +72,7 @@ docs: env ## regenerate the pages that are made from code and results
 	@$(BIN)/python -m regard.bench.page
 	@$(BIN)/python -m regard.bench.kernels_page
 	@$(BIN)/python -m regard.bench.parallel docs/bench-parallel.md benchmarks/results/parallel-*.json
+	@$(BIN)/python -m regard.bench.facts benchmarks/results/facts-h100.json docs/bench-facts-h100.md
 	@$(BIN)/python -m regard.trials.page docs/trials.md benchmarks/results/quality-*.json
 
 clean: ## remove the environment and everything built

@@ -212,13 +212,15 @@ def transformers() -> Iterable[Kernel]:
 
 
 def _diffusers(name: str, case: Case) -> Attention:
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
     given, grouped = case.sdpa, case.heads != case.kv_heads
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = dispatch_attention_fn(q, k, v, enable_gqa=grouped, backend=name, **given)
+        out = dispatch_attention_fn(
+            q, k, v, enable_gqa=grouped, backend=AttentionBackendName(name), **given
+        )
         return out.transpose(1, 2)
 
     return run
@@ -230,7 +232,22 @@ def _diffusers_missing(name: str, device: str) -> str | None:
         if device == "cpu" and any(word in name for word in gpu_only) and "math" not in name:
             return f"diffusers' {name} runs on cuda, not on cpu" if "flash" not in name else None
         return f"diffusers' {name} runs on {name[-3:]}" if name.endswith(("npu", "xla")) else None
-    return only("cuda", f"diffusers' {name}")(device)
+    return only("cuda", f"diffusers' {name}")(device) or _diffusers_lacks(name)
+
+
+def _diffusers_lacks(name: str) -> str | None:
+    """What the dispatcher itself says that this backend needs and does not find."""
+    from diffusers.models import attention_dispatch
+
+    check = getattr(attention_dispatch, "_check_attention_backend_requirements", None)
+    if check is None or not hasattr(attention_dispatch, "AttentionBackendName"):
+        return None
+    try:
+        check(attention_dispatch.AttentionBackendName(name))
+    except Exception as problem:  # each backend raises what its package raises
+        first = next((t.strip() for t in str(problem).splitlines() if t.strip()), "its package")
+        return f"not installed: {first}"
+    return None
 
 
 def _diffusers_refuses(name: str, case: Case) -> str | None:

@@ -203,7 +203,8 @@ def _models(setting: Setting, total: int) -> dict[str, Callable[[], Any]]:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        model = LlamaForCausalLM(config).to(setting.device, setting.dtype).eval()
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(setting.device, setting.dtype).eval()
     make = torch.Generator().manual_seed(setting.seed)
     ids = torch.randint(0, 49152, (1, total), generator=make).to(setting.device)
 

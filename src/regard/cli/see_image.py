@@ -129,11 +129,12 @@ def _rows(loaded: Any, inputs: Any) -> dict[str, float]:
 
     depth = len(decoder(loaded, "see").layers)
     found = {}
-    for name, more in (
-        ("by the text", {"score": "text"}),
-        ("by the picture", {}),
-        ("by the picture, both ways", {"score_mask": "bidirectional"}),
-    ):
+    ways: dict[str, dict[str, Any]] = {
+        "by the text": {"score": "text"},
+        "by the picture": {},
+        "by the picture, both ways": {"score_mask": "bidirectional"},
+    }
+    for name, more in ways.items():
         try:
             places = locate(loaded, inputs)
             first, last = places.spans(0)[0]

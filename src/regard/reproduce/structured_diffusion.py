@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ def measure(setup: Setup) -> Measured:
     found: dict[str, list[dict[str, bool]]] = {}
     with setup.progress(len(made) + 3, "structured diffusion") as advance:
         for name, make in made.items():
-            found[name] = setup.journal.get(name, lambda make=make: _judged(setup, tasks, make))
+            found[name] = setup.journal.get(name, partial(_judged, setup, tasks, make))
             advance()
         swap = setup.journal.get("keys", lambda: _swapped(setup, 4 if setup.quick else PAIRS))
         advance()

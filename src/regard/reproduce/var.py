@@ -5,6 +5,7 @@ al., 2025), measured on a small vision-language model with SmolLM2's real attent
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from regard import api
@@ -138,9 +139,7 @@ def measure(setup: Setup) -> Measured:
         looked = setup.journal.get("looks", lambda: _looks(setup, given, tau, dims))
         advance()
         for name, make in made.items():
-            scores[name] = setup.journal.get(
-                name, lambda make=make: _scores(setup, given, make, dims)
-            )
+            scores[name] = setup.journal.get(name, partial(_scores, setup, given, make, dims))
             advance()
     log = {n: [s["log_probability"] for s in own] for n, own in scores.items()}
     right = {n: sum(s["right"] for s in own) / len(own) for n, own in scores.items()}

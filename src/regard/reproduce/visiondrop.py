@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,15 +116,14 @@ def arms() -> dict[str, Callable[[], VisionDrop] | None]:
         ),
     }
     for share in SHARES:
-        for name, more in (
-            ("visual", {}),
-            ("text", {"score": "text"}),
-            ("random", {"score": "random", "seed": SEED}),
-            ("encoder only", {"stages": "encoder"}),
-        ):
-            made[f"{name} {share:g}"] = lambda share=share, more=more: VisionDrop(
-                tokens=share, **more
-            )
+        rivals: dict[str, dict[str, Any]] = {
+            "visual": {},
+            "text": {"score": "text"},
+            "random": {"score": "random", "seed": SEED},
+            "encoder only": {"stages": "encoder"},
+        }
+        for name, more in rivals.items():
+            made[f"{name} {share:g}"] = partial(VisionDrop, tokens=share, **more)
     return made
 
 
@@ -135,7 +135,7 @@ def measure(setup: Setup) -> Measured:
     right: dict[str, list[float]] = {}
     with setup.progress(len(made) + 2, "VisionDrop") as advance:
         for name, make in made.items():
-            right[name] = setup.journal.get(name, lambda make=make: _right(setup, given, make))
+            right[name] = setup.journal.get(name, partial(_right, setup, given, make))
             advance()
         rows = setup.journal.get("rows", lambda: _rows(setup, given))
         advance()
@@ -232,11 +232,12 @@ def _rows(setup: Setup, given: list[vqa.Item]) -> dict[str, list[float]]:
     vision = setup.model.config.vision_config
     side = vision.image_size // vision.patch_size
     half = side * side // 2
-    for name, more in (
-        ("visual", {}),
-        ("text", {"score": "text"}),
-        ("bidirectional", {"score_mask": "bidirectional"}),
-    ):
+    ways: dict[str, dict[str, Any]] = {
+        "visual": {},
+        "text": {"score": "text"},
+        "bidirectional": {"score_mask": "bidirectional"},
+    }
+    for name, more in ways.items():
         method = VisionDrop(cuts={where: (half, 0)}, merge=False, **more)
         with torch.no_grad(), api.apply(setup.model, method):
             setup.model(**batch.inputs, use_cache=True)

@@ -69,7 +69,7 @@ class PictureLooks(Handler):
         return [model.register_forward_pre_hook(self._enter, with_kwargs=True).remove]
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         images = locate(module, {**kwargs, "input_ids": ids})
         if images.count or self._patches is None:
             if len(ids) > 1 or not images.count:

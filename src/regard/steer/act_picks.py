@@ -17,14 +17,14 @@ class OfHeads(Mask):
     """A mask that differs by head, for a few of the heads."""
 
     inner: Mask
-    heads: list[int]
+    chosen: list[int]
 
     @property
     def batch(self) -> int:  # type: ignore[override]
         return self.inner.batch
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.inner._cells(i, j, size)[:, self.heads]
+        return self.inner._cells(i, j, size)[:, self.chosen]
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return self.inner._bounds(i, j, size)

@@ -277,7 +277,8 @@ def _share(model: Any, batch: Batch, configurations: Sequence[Configuration]) ->
             prefill(model, batch.prompt)
     except RegardError:
         return {}
-    return {c.key: _Ready(*ready) for c, *ready in zip(configurations, methods, caches, fork.notes)}
+    every = zip(configurations, methods, caches, fork.notes)
+    return {c.key: _Ready(own, cache, notes) for c, own, cache, notes in every}
 
 
 def _measure(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from regard.errors import InputError
 
-FOLDER = Path(__file__).parent / "models"
+FOLDER = Path(__file__).parent / "weights"
 PIPELINES = {
     "shapes-sd": "text to image on drawn scenes, Stable Diffusion's layout",
     "shapes-dit": "text to image on drawn scenes, Stable Diffusion 3's layout",

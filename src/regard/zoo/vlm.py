@@ -149,7 +149,6 @@ def assemble_smol(
         image_seq_length=(SIDE // vision.config.patch_size) ** 2,
         tie_word_embeddings=True,
     )
-    config.text_config.vocab_size = language.config.vocab_size
     model = LlavaForConditionalGeneration(config).to(language.dtype)
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -86,7 +86,9 @@ def measure(
             q.device,
         )
         plain = softcap is None and bias is None
-        done = [None] * len(facts) if not plain else _on_gpu(facts, q, k, lse, mask, scale, view)
+        done: list[Sums | None] = [None] * len(facts)
+        if plain:
+            done = _on_gpu(facts, q, k, lse, mask, scale, view)
         rest = [f for f, found in zip(facts, done) if found is None]
         if rest:
             left = iter(_by_tiles(rest, tiles, live, view))

@@ -35,8 +35,15 @@ def sweep(
 
     if triton.available() is not None or not triton.supports(q, k, mask):
         return none
-    asked = {"entropy": "entropy" in wanted, "distance": "distance" in wanted}
-    found = triton.sums(q, k, lse, mask=mask, scale=scale, **asked)
+    found = triton.sums(
+        q,
+        k,
+        lse,
+        mask=mask,
+        scale=scale,
+        entropy="entropy" in wanted,
+        distance="distance" in wanted,
+    )
     counts = None
     if any("count" in f.begin(view) for f in facts if f.swept == "received"):
         # of all scores 0 and a lse of 0, every pair that may look adds 1

@@ -139,6 +139,8 @@ def _sizes(dim: int, item: int) -> tuple[int, int, int, int]:
     if item == 4:
         block = 64 if padded <= 64 else 32
         return padded, block, block, 4
+    if padded <= 64:
+        return padded, 128, 128, 4  # the fastest of eight tried on an H100
     return (padded, 128, 64, 4) if padded <= 128 else (padded, 64, 64, 4)
 
 

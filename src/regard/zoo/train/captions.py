@@ -87,8 +87,8 @@ def write(drawn: Drawn, style: Style = PLAIN, generator: Any = None) -> Tensor:
         slots += [torch.where(said, t, 0) for t in places(drawn, 0)]
     ground = chance(0.8 if not style.part else 0.5)
     color = _words(list(BACKGROUNDS), device)[drawn.background]
-    for word in (NUMBER["on"], NUMBER["a"], color, NUMBER["background"]):
-        slots.append(torch.where(ground, word, 0))
+    slots += [torch.where(ground, NUMBER[w], 0) for w in ("on", "a")]
+    slots += [torch.where(ground, color, 0), torch.where(ground, NUMBER["background"], 0)]
     return compact(torch.stack(slots, 1))
 
 

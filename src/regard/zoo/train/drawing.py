@@ -162,9 +162,18 @@ def sample(
     stand_in = good[torch.arange(count, device=device) % len(good)]
     rows = torch.where(sound, rows, stand_in)
     pick = first[rows]
-    taken = (t[rows, pick] for t in (shape, color, size, texture, x, y, radius))
-    ground = choose(len(BACKGROUNDS), count)
-    return Drawn(*taken, number[rows], ground, textured[rows])
+    return Drawn(
+        shape=shape[rows, pick],
+        color=color[rows, pick],
+        size=size[rows, pick],
+        texture=texture[rows, pick],
+        x=x[rows, pick],
+        y=y[rows, pick],
+        radius=radius[rows, pick],
+        count=number[rows],
+        background=choose(len(BACKGROUNDS), count),
+        textured=textured[rows],
+    )
 
 
 def _fits(

@@ -35,7 +35,7 @@ KINDS = ("existence", "color", "shape", "count", "relation", "neighbour", "place
 SCENE: dict[str, Any] = {**SCENES, "things": (2, 3), "textures": 0.0, "digits": 0.0}
 
 
-class Rows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+class Rows(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     """Batches of single questions, already on the device: new scenes every time."""
 
     def __init__(

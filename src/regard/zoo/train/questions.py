@@ -135,11 +135,10 @@ class _Maker:
 
     def has(self, color: Tensor, cls: Tensor) -> Tensor:
         """Whether scenes hold such a thing; `[scenes, ...]`."""
-        extra = (None,) * (color.dim() - 1)
-        own_color, own_cls = (t[(slice(None), slice(None), *extra)] for t in
-                              (self.drawn.color, self.cls))  # fmt: skip
-        there = self.there[(slice(None), slice(None), *extra)]
-        return ((own_color == color[:, None]) & (own_cls == cls[:, None]) & there).any(1)
+        shape = (*self.there.shape, *(1,) * (color.dim() - 1))
+        own_color, own_cls = self.drawn.color.view(shape), self.cls.view(shape)
+        alike = (own_color == color[:, None]) & (own_cls == cls[:, None])
+        return (alike & self.there.view(shape)).any(1)
 
     # -- the kinds ---------------------------------------------------------------------------------
     def existence(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -204,7 +204,7 @@ def train_vlm(
     model.to(device)
     vision = list(model.model.vision_tower.parameters())
     own = {id(p) for p in vision}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if id(p) not in own]},
         {"params": vision, "scale": 0.1},
     ]
@@ -232,7 +232,7 @@ def train_smol(
     model.to(device)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     vision = {id(p) for n, p in trained if "vision_tower" in n}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for _, p in trained if id(p) not in vision]},
         {"params": [p for _, p in trained if id(p) in vision], "scale": 0.1},
     ]
