@@ -39,6 +39,7 @@ _METHODS = {
     "longca-bench": "regard.reproduce.longca_bench",
     "cross-attention-explanation": "regard.reproduce.cross_attention_explanation",
     "structured-diffusion": "regard.reproduce.structured_diffusion",
+    "swap-anything": "regard.reproduce.swap_anything",
     "var": "regard.reproduce.var",
     "visiondrop": "regard.reproduce.visiondrop",
     "mma": "regard.reproduce.mma",

@@ -17,6 +17,7 @@ from . import (  # noqa: E402  (the commands need `run`)
     refam,
     steer,
     structured_diffusion,
+    swap_anything,
     task_kv,
     var,
     visiondrop,
@@ -31,3 +32,4 @@ run.command("var")(var.var)
 run.command("visiondrop")(visiondrop.visiondrop)
 run.command("refam")(refam.refam)
 run.command("dynamic-prompt-learning")(dynamic_prompt_learning.dynamic_prompt_learning)
+run.command("swap-anything")(swap_anything.swap_anything)
