@@ -102,7 +102,8 @@ class Size:
 
 def scenes(count: int) -> list[tuple[Scene, str]]:
     """Scenes of two things of different colour, and the new colour of the first."""
-    found, number = [], FIRST
+    found: list[tuple[Scene, str]] = []
+    number = FIRST
     while len(found) < count:
         one = scene(number, things=(2,), held_out=None, relations=0.0)
         a, b = one.things
@@ -237,7 +238,7 @@ def _scene(setup: Setup, one: Scene, color: str, size: Size) -> dict[str, float]
     pipe, target = setup.model, _target(one, color)
     inverted, nulls, picture = _prepared(setup, one, size)
     mask = _mask(one, picture.width)
-    grid = tuple(inverted.latents[0].shape[-2:])
+    grid = (inverted.latents[0].shape[-2], inverted.latents[0].shape[-1])
     hard = torch.nn.functional.adaptive_avg_pool2d(mask[None, None], grid)[0, 0] > 0.5
     if not bool(hard.any()):
         hard = torch.nn.functional.adaptive_max_pool2d(mask[None, None], grid)[0, 0] > 0.5

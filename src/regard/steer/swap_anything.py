@@ -367,7 +367,8 @@ def _pull(
         found = look.map()[0]
         level = (found - found.min()) / (found.max() - found.min()).clamp_min(1e-9)
         soft = torch.sigmoid(SHARPNESS * (level - LEVEL))
-        wanted = F.adaptive_avg_pool2d(mask[None, None].to(soft), soft.shape[-2:])[0, 0]
+        size = (soft.shape[-2], soft.shape[-1])
+        wanted = F.adaptive_avg_pool2d(mask[None, None].to(soft), size)[0, 0]
         (gradient,) = torch.autograd.grad((wanted - soft).abs().sum(), moved)
     return sigma * gradient.detach()
 

@@ -147,7 +147,7 @@ def _one(
             pipe, inverted, nulls, area, target, steps=plan, embeds=embeds, guidance=guidance,
             shape=shape, shape_words=shown, progress=advance,
         )  # fmt: skip
-    size = tuple(inverted.latents[0].shape[-2:])
+    size = (inverted.latents[0].shape[-2], inverted.latents[0].shape[-1])
     cells = torch.nn.functional.adaptive_avg_pool2d(area[None, None].float(), size)[0, 0] > 0.5
     told = {
         "object": old, "source": text, "target": target, "concept": bool(pictures),
