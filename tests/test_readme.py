@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,11 +32,12 @@ def test_guide(tmp_path: Path) -> None:
     """The blocks of the guide, on tiny models."""
     import regard
     from regard.core import Mask, attend
+    from regard.zoo.scenes import scene
     from regard.zoo.tiny import inputs, tiny
 
     from .models import deep
 
-    settings, parts, steering, guided, algebra = blocks("docs/guide.md")
+    settings, parts, steering, guided, pictures, algebra = blocks("docs/guide.md")
     model = tiny("llama")
     ids = torch.randint(3, 100, (1, 190), generator=torch.Generator().manual_seed(0))
     names: dict[str, Any] = {"regard": regard, "model": model, "batch": {"input_ids": ids}}
@@ -61,6 +63,14 @@ def test_guide(tmp_path: Path) -> None:
     names = {"expert": tiny("llama"), "base": tiny("llama"), "negatives": [[5, 6, 7]]}
     with torch.no_grad():
         exec(compile(guided, "guide", "exec"), {"regard": regard, "batch": few, **names})
+
+    drawn = Image.fromarray(scene(3).draw(64))
+    names = {"regard": regard, "picture": drawn}
+    code = pictures.replace("pipe(prompt)", "pipe(prompt, num_inference_steps=2)")
+    with torch.no_grad():
+        exec(compile(code, "guide", "exec"), names)
+    assert names["image"].size == (64, 64) and names["maps"]["circle"].shape[-2:] == (16, 16)
+    assert names["drop"].mean_tokens() == 16
 
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     names = {"q": q, "k": k, "v": v}
