@@ -81,7 +81,7 @@ def _section(result: Result) -> list[str]:
         "",
         f"{result.title}: {result.paper}",
         "",
-        f"Model {_cell(result.model)}. {result.data} Seeds: {seeds}.",
+        f"{_model(result)}{result.data} Seeds: {seeds}.",
         "",
         "| claim | paper | here | control | interval | verdict |",
         "|---|---|---|---|---|---|",
@@ -118,6 +118,11 @@ def _section(result: Result) -> list[str]:
         "",
     ]
     return lines
+
+
+def _model(result: Result) -> str:
+    """Which model was measured; a method may say that itself, with its data."""
+    return "" if result.model == "none" else f"Model {_cell(result.model)}. "
 
 
 def interval_text(interval: Interval | None) -> str:

@@ -95,8 +95,8 @@ def read(given: str | Path, *, rate: int = RATE, limit: float | None = LIMIT) ->
     if name.startswith("@") and not path.exists():
         return _checked(clip(name[1:]), limit)
     if not path.exists():
-        hint = nearest(name.lstrip("@"), clips())
-        raise InputError(f"there is no file {name!r}, and no shipped clip of that name.{hint}")
+        shipped = ", ".join(f"@{known}" for known in clips())
+        raise InputError(f"there is no file {name!r}; the shipped clips are {shipped}")
     if path.is_dir():
         raise InputError(f"{name} is a folder: name an audio file in it")
     if path.stat().st_size == 0:
