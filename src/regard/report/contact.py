@@ -55,21 +55,22 @@ def sheet(rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequenc
     width, height = zoom * width, zoom * height
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + max(int(probe.textlength(label)) for label in labels) + GAP
+    pitch = GAP + max(width, *(int(probe.textlength(name)) for name in columns))
     ink = INKS["light"]
     whole = Image.new(
         "RGB",
-        (left + len(columns) * (width + GAP), LABEL + GAP + len(rows) * (height + GAP)),
+        (left + len(columns) * pitch, LABEL + GAP + len(rows) * (height + GAP)),
         "#ffffff",
     )
     draw = ImageDraw.Draw(whole)
     for n, name in enumerate(columns):
-        draw.text((left + n * (width + GAP), 4), name, fill=ink["text"])
+        draw.text((left + n * pitch, 4), name, fill=ink["text"])
     for r, row in enumerate(rows):
         top = LABEL + GAP + r * (height + GAP)
         draw.text((GAP, top), labels[r], fill=ink["muted"])
         for c, image in enumerate(row):
             shown = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            whole.paste(shown, (left + c * (width + GAP), top))
+            whole.paste(shown, (left + c * pitch, top))
     return whole
 
 
