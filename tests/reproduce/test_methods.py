@@ -45,7 +45,35 @@ def runs_itself(slug: str) -> bool:
     return file.is_file() and f'reproduce.run("{slug}"' in file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("slug", [s for s in reproduce.available() if not runs_itself(s)])
+def has_own_model(slug: str) -> bool:
+    """Whether the method is measured on something else than a language model."""
+    module = harness.import_module(harness._METHODS[slug])
+    return bool(getattr(module, "MODEL", harness.MODEL) != harness.MODEL)
+
+
+def on_language_models() -> list[str]:
+    return [s for s in reproduce.available() if not runs_itself(s) and not has_own_model(s)]
+
+
+@pytest.mark.parametrize("slug", [s for s in reproduce.available() if has_own_model(s)])
+def test_what_has_a_model_of_its_own_has_tests_of_its_own(slug: str) -> None:
+    name = slug.replace("-", "_")
+    files = [f for f in Path(__file__).parent.glob("test_*.py") if f.name != Path(__file__).name]
+    assert any(name in f.read_text(encoding="utf-8") for f in files)
+
+
+@pytest.mark.parametrize("result", reproduce.read(), ids=lambda r: r.slug)
+def test_committed_verdicts_follow_from_their_rules(result: harness.Result) -> None:
+    stated = {c.key: c for c in harness.import_module(harness._METHODS[result.slug]).CLAIMS}
+    assert [c.key for c in result.claims] == list(stated)
+    for claim in result.claims:
+        judge = stated[claim.key].judge
+        wanted = "needs scale" if judge is None else judge(claim.values)
+        assert claim.verdict == wanted, claim.key
+        assert claim.rule == stated[claim.key].rule, claim.key
+
+
+@pytest.mark.parametrize("slug", on_language_models())
 def test_it_runs_on_a_tiny_model(slug: str, tmp_path: Path) -> None:
     model = tiny("llama")
     model.generation_config.eos_token_id = None  # a random model would stop anywhere
