@@ -40,6 +40,7 @@ from regard.reach import Call, Handler, Session, Site
 from .speech_words import Word, group, pieces, spearman, starts
 
 BLOCK = 64  # queries whose rows over all heads are in memory at once
+PIECES = 32  # tensors of single tokens before they are joined
 
 
 @dataclass
@@ -215,10 +216,17 @@ class CrossRows(Handler):
             entropy = -(whole * logs).sum(-1)
             centre = real @ places / held.clamp_min(1e-12)
             dropped = whole[..., frames:].sum(-1)
-            self.scalars.setdefault(layer, []).append(torch.stack([entropy, dropped, centre]))
+            self._add(layer, torch.stack([entropy, dropped, centre]))
             # The last row is held back: it is the end of the text, unless another row comes.
             self.received[layer] += self._last[layer] + real[:, :-1].sum(1)
             self._last[layer] = real[:, -1].clone()
+
+    def _add(self, layer: int, found: Tensor) -> None:
+        """Keep some numbers of a few tokens; many small tensors would take more than they hold."""
+        kept = self.scalars.setdefault(layer, [])
+        kept.append(found)
+        if len(kept) == PIECES:
+            kept[:] = [torch.cat(kept, 2)]
 
     def result(self, tokens: int) -> dict[str, Any]:
         """Everything about the first `tokens` rows after the prompt, on the CPU."""
