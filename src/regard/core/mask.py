@@ -444,6 +444,22 @@ class Dense(Mask):
         heads = h if self.heads > 1 else torch.zeros_like(h)
         return allowed[_row(allowed, b), heads, i - shift, j]
 
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        allowed, shift = self.allowed.to(i.device), self.allowed.shape[-1] - self.allowed.shape[-2]
+        return allowed[:, :, i - shift][..., j]  # rows, then columns: not cell by cell
+
+    def cells(
+        self,
+        queries: int,
+        keys: int,
+        rows: slice = slice(None),
+        cols: slice = slice(None),
+        device: Any = None,
+    ) -> Tensor:
+        if self.allowed.shape[-2:] != (queries, keys):
+            return super().cells(queries, keys, rows, cols, device)
+        return self.allowed[:, :, rows, cols].to("cpu" if device is None else device)
+
 
 @dataclass(frozen=True, eq=False)
 class Rule(Mask):

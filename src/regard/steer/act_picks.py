@@ -47,13 +47,12 @@ class Picked(Mask):
         return len(self.order)
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        order, valid = self.order[..., j], self.valid[..., j]
-        cells = self.inner._cells(i + self.size[1] - size[1], order.flatten(), self.size)
-        cells = cells.unflatten(-1, order.shape)  # [batch or 1, heads or 1, rows, *order]
+        order, valid = self.order[..., j][:, :, None], self.valid[..., j][:, :, None]
         b, h = (torch.arange(n, device=order.device) for n in order.shape[:2])
-        b = b[:, None]
-        own = cells[b if len(cells) > 1 else 0 * b, h if cells.shape[1] > 1 else 0 * h, :, b, h]
-        return own & valid[:, :, None]
+        rows = (i + self.size[1] - size[1])[:, None]
+        return (
+            self.inner._at(b[:, None, None, None], h[:, None, None], rows, order, self.size) & valid
+        )
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         order, valid = self.order.cpu(), self.valid.cpu()

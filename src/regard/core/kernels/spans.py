@@ -115,15 +115,17 @@ def _penalty(
     key = (rows.stop - rows.start, *(x - rows.start for a, b, _ in runs for x in (a, b)))
     if key in cache:
         return cache[key]
+    open_, shut = torch.tensor([0, MASKED], dtype=dtype)
     parts = []
     for start, stop, whole in runs:
         if whole:
             parts.append(torch.zeros(1, 1, key[0], stop - start, dtype=dtype))
         else:
             cells = mask.cells(*size, rows, slice(start, stop))
-            parts.append(torch.zeros(cells.shape, dtype=dtype).masked_fill_(~cells, MASKED))
+            parts.append(torch.where(cells, open_, shut))
     lead = [max(p.shape[n] for p in parts) for n in (0, 1)]
-    joined = torch.cat([p.expand(*lead, -1, -1) for p in parts], -1)
+    wide = [p.expand(*lead, -1, -1) for p in parts]
+    joined = wide[0] if len(wide) == 1 else torch.cat(wide, -1)
     if isinstance(mask, Band) and joined.numel() <= CACHED:
         cache.clear()  # inner query blocks look alike: the last one is enough
         cache[key] = joined
