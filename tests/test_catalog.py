@@ -80,6 +80,10 @@ def test_status_follows_what_can_be_imported(
     assert row("brand-new", verb="zoo").status == "available"
 
 
+def test_what_was_measured_is_there() -> None:
+    assert [m.slug for m in methods() if m.reproduction != "-" and m.status == "planned"] == []
+
+
 def test_reproduction_is_read_from_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,10 @@ VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
 
 @dataclass(frozen=True)
 class Method:
-    """One method: its card's slug, what it does, the models it is for, and its paper."""
+    """One method: its card's slug, what it does, the models it is for, and its paper.
+
+    `home` is its module under the verb, where that is not named like the slug.
+    """
 
     slug: str
     name: str
@@ -39,11 +42,12 @@ class Method:
     authors: str
     year: int
     arxiv: str
+    home: str = ""
 
     @property
     def module(self) -> str:
         """Return the module that implements the method, whether it exists yet or not."""
-        return f"regard.{self.verb}.{self.slug.replace('-', '_')}"
+        return f"regard.{self.verb}.{self.home or self.slug.replace('-', '_')}"
 
     @property
     def status(self) -> str:
@@ -249,6 +253,7 @@ _METHODS = (
         "Xu et al.",
         2024,
         "2411.05787",
+        home="recycled",
     ),
     Method(
         "visiondrop",
@@ -396,6 +401,7 @@ _METHODS = (
         "Bu et al.",
         2025,
         "2510.17896",
+        home="kernels",
     ),
 )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from regard.bench import parallel, record
+from regard.bench import parallel, parallel_page, record
 from regard.bench.plan import Estimate, Machine, as_dict, machine, most_ranks, plan, table
 from regard.core.parallel import Load, place, sent, shape
 from regard.errors import InputError
@@ -133,20 +136,48 @@ def test_one_process_runs_the_bench_too(tmp_path: Path) -> None:
     out = tmp_path / "parallel.json"
     options: dict[str, Any] = {"tokens_per_rank": 48, "heads": (4, 2), "dim": 8, "repeats": 1}
     first = parallel.run(["ulysses", "ring"], out=out, progress=said.append, **options)
-    assert [c.ok for c in first.cells.values()] == [True, True, False]
+    assert [n for n, c in first.cells.items() if c.ok] == ["ulysses", "ring"]
+    assert [n for n, c in first.cells.items() if c.outcome == "unsupported"] == [*parallel.PEERS]
     assert first.cells["ring"].values["forward"]["as_formula"]
     assert max(first.cells["ring"].values["error"].values()) < 1e-5
     said.clear()
     again = parallel.run(["ulysses", "ring", "usp"], out=out, progress=said.append, **options)
     assert len(said) == 1 and said[0].startswith("usp")
     assert "usp" in again.cells
-    text = parallel.page([out])
+    text = parallel_page.page([out])
     assert "| ring | 1x1 |" in text and "torchrun --nproc-per-node 1" in text
+
+
+def test_the_page_draws_the_bytes_that_were_counted_beside_the_formula() -> None:
+    result = record.load(MEASURED[0])
+    text = parallel_page.html(result)
+    measured = [n for n, c in result.cells.items() if "sent_most" in c.values.get("forward", {})]
+    assert measured and all(f">{n}, forward</text>" in text for n in measured)
+    assert "<script" not in text and ", formula " not in text  # they agree
+    result.cells[measured[0]].values["forward"]["sent_most"] *= 2
+    assert ", formula " in parallel_page.html(result)
+
+
+@pytest.mark.slow
+def test_peers_run_on_the_same_tensors(tmp_path: Path) -> None:
+    """Two processes: diffusers' Ulysses computes the attention of one; what peers lack is said."""
+    pytest.importorskip("diffusers")
+    out = tmp_path / "full.json"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["--local-addr", "127.0.0.1", "-m", "regard", "bench", "parallel", "--out", str(out)]
+    words += ["--schemes", "ring", "--mask", "full", "--tokens-per-rank", "32", "--repeats", "1"]
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    if sys.platform == "linux":
+        own["GLOO_SOCKET_IFNAME"] = "lo"
+    subprocess.run(words, env=own, check=True, capture_output=True, timeout=300)
+    cells = record.load(out).cells
+    assert max(cells["diffusers ulysses"].values["error"].values()) < 1e-5
+    assert cells["diffusers ulysses"].ok and "lse" in cells["diffusers ring"].reason
 
 
 def test_the_committed_page_is_what_the_committed_results_give() -> None:
     text = (ROOT / "docs" / "bench-parallel.md").read_text(encoding="utf-8")
-    assert text == parallel.page(MEASURED)  # in the order of their names
+    assert text == parallel_page.page(MEASURED)  # in the order of their names
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.core import Mask, State, attend, choose, merge
 from regard.core.kernels import cpu, cuda, reference, tiled
@@ -214,3 +218,36 @@ def test_cuda_operators_take_these_arguments(dtype: torch.dtype) -> None:
     assert out.shape == q.shape and out.dtype == dtype
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
     assert not cuda.supports(q, k, v, Mask.causal(), None, None)  # meta is no GPU
+
+
+@pytest.mark.parametrize("picked", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+def test_cudnn_is_taken_where_torch_takes_it(
+    picked: SDPBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which operator runs and what it is given; cuDNN gets grouped keys as they are."""
+    given: dict[str, tuple[int, ...]] = {}
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "attention" in str(func):
+                given[str(func)] = tuple(args[1].shape)
+            return func(*args, **(kwargs or {}))
+
+    asked = []
+
+    def choice(*args: Any, **more: Any) -> int:
+        asked.append((args[5], more))
+        return picked.value
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    q, k, v = (torch.empty(2, h, 41, 64, device="meta", dtype=torch.bfloat16) for h in (4, 2, 2))
+    with Seen():
+        out, lse = cuda.forward(q, k, v, Mask.causal(), 0.125)
+    assert asked == [(True, {"scale": 0.125, "enable_gqa": True})]
+    cudnn = picked is SDPBackend.CUDNN_ATTENTION
+    name, heads = ("cudnn", 2) if cudnn else ("flash", 4)
+    assert given == {f"aten._scaled_dot_product_{name}_attention.default": (2, heads, 41, 64)}
+    assert out.shape == q.shape and out.dtype == q.dtype
+    assert lse.shape == q.shape[:3] and lse.dtype == torch.float32

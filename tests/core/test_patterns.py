@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regard.core import attend, patterns
+from regard.core import Mask, attend, patterns
+from regard.core.mask import EMPTY
 from regard.core.patterns import PATTERNS, Blocks, build, documents
 
 Rule = Callable[[int, int], bool]
@@ -176,6 +177,14 @@ def test_attend_computes_every_pattern(name: str) -> None:
     found, true = attend(q, k, v, mask=mask), attend(q, k, v, mask=mask, kernel="reference")
     assert torch.allclose(found.out, true.out, atol=1e-10)
     assert torch.allclose(found.lse, true.lse, atol=1e-10)
+
+
+def test_blocks_between_documents_are_known_to_be_empty() -> None:
+    total, lengths = 1024, [90, 300, 34, 600]
+    apart = Mask.documents(lengths).grid(total, total, 32, 32) == EMPTY
+    mask = build("prefix_lm_document", total, lengths=lengths, prefix=20)
+    assert int(apart.sum()) > 400
+    assert bool((mask.grid(total, total, 32, 32) == EMPTY)[apart].all())
 
 
 def test_bad_input() -> None:

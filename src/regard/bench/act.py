@@ -22,7 +22,10 @@ from regard.bench.record import (
     Cell,
     Result,
     environment,
+    judged,
     load,
+    median,
+    ratios,
     resume,
     show_progress,
     spread,
@@ -122,30 +125,19 @@ def run(
     return result
 
 
-def ratios(result: Result, row: str) -> list[float]:
-    """How many times the plain model of the same round each round took."""
-    plain, own = (result.cells[n].values["seconds"] for n in ("plain", row))
-    return [b / a for a, b in zip(plain, own)]
-
-
 def judge(result: Result) -> list[dict[str, str]]:
     """Every target with what was measured."""
-    said = []
-    for target in result.targets:
-        row = target["row"]
-        if row not in result.cells or (row != "head" and not ratios(result, row)):
-            said.append({"rule": target["rule"], "measured": "-", "verdict": "not measured"})
-            continue
-        if row == "head":
-            value = result.cells[row].values["bytes"] / MB
-            shown = f"{value:.0f} MB"
-        else:
-            of = spread(ratios(result, row))
-            value = of["median"]
-            shown = f"{value:.2f} ({of['low']:.2f} to {of['high']:.2f})"
-        verdict = "met" if value <= target["most"] else "missed"
-        said.append({"rule": target["rule"], "measured": shown, "verdict": verdict})
-    return said
+
+    def measured(target: dict[str, Any]) -> tuple[float, str] | None:
+        if target["row"] != "head":
+            return median(ratios(result, target["row"]))
+        cell = result.get("head")
+        if cell is None:
+            return None
+        amount = cell.values["bytes"] / MB
+        return amount, f"{amount:.0f} MB"
+
+    return judged(result, measured)
 
 
 def markdown(result: Result, source: str) -> str:

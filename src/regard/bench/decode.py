@@ -17,7 +17,10 @@ from regard.bench.record import (
     Cell,
     Result,
     environment,
+    judged,
     load,
+    median,
+    ratios,
     resume,
     show_progress,
     spread,
@@ -197,32 +200,22 @@ def done(result: Result) -> int:
     return len(result.cells["stock"].values.get("seconds", []))
 
 
-def ratios(result: Result, row: str) -> list[float]:
+def faster(result: Result, row: str) -> list[float]:
     """How many times the tokens a second of stock transformers in the same round."""
-    plain, own = (result.cells[n].values.get("seconds", []) for n in ("stock", row))
-    return [a / b for a, b in zip(plain, own)]
+    return ratios(result, "stock", base=row)
 
 
 def judge(result: Result) -> list[dict[str, str]]:
     """Every target with what was measured."""
-    said = []
-    for target in result.targets:
-        cell = result.get(target["row"])
-        if cell is None or not ratios(result, target["row"]):
-            said.append({"rule": target["rule"], "measured": "-", "verdict": "not measured"})
-            continue
-        if "least" in target:
-            of = spread(ratios(result, target["row"]))
-            met = of["median"] >= target["least"]
-            shown = f"{of['median']:.2f} ({of['low']:.2f} to {of['high']:.2f})"
-        else:
-            share = cell.values["bytes_prompt"] / result.cells["stock"].values["bytes_prompt"]
-            met = share <= target["most"]
-            shown = f"{share:.4f}"
-        said.append(
-            {"rule": target["rule"], "measured": shown, "verdict": "met" if met else "missed"}
-        )
-    return said
+
+    def measured(target: dict[str, Any]) -> tuple[float, str] | None:
+        speeds = faster(result, target["row"])
+        if "least" in target or not speeds:
+            return median(speeds)
+        own, stock = (result.cells[n].values["bytes_prompt"] for n in (target["row"], "stock"))
+        return own / stock, f"{own / stock:.4f}"
+
+    return judged(result, measured)
 
 
 def markdown(result: Result, source: str) -> str:
@@ -260,7 +253,7 @@ def markdown(result: Result, source: str) -> str:
             continue
         v = cell.values
         speed = spread([s["tokens a round"] / t for t in v["seconds"]])
-        of = spread(ratios(result, row))
+        of = spread(faster(result, row))
         lines.append(
             f"| {name} | {speed['median']:.1f} | {speed['low']:.1f} to {speed['high']:.1f} | "
             f"{of['median']:.2f} | {of['low']:.2f} to {of['high']:.2f} | "

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.bench import timer
-from regard.bench.kernels import DTYPES, _device, _outcome
+from regard.bench.kernels import DTYPES
 from regard.bench.record import (
     Cell,
     Result,
+    device_name,
     environment,
     load,
+    outcome_of,
     resume,
     show_progress,
     spread,
@@ -124,7 +126,7 @@ def run(
         "heads": heads[0], "kv_heads": heads[1], "dim": dim, "dtype": dtype, "device": device,
         "seed": seed, "rounds": rounds,
     }  # fmt: skip
-    machine = {**environment(torch.get_num_threads()), "device": _device(device)}
+    machine = {**environment(torch.get_num_threads()), "device": device_name(device)}
     result = resume(out, Result("facts", settings, machine, [dict(t) for t in TARGETS]))
     result.save(out)
     if "exact" not in result.cells:
@@ -159,7 +161,7 @@ def _group(
                 spent = timer.seconds(call, device)
             except Exception as problem:
                 result.cells[f"{total} | {name}"] = Cell(
-                    {"row": name, "tokens": total}, *_outcome(problem)
+                    {"row": name, "tokens": total}, *outcome_of(problem)
                 )
                 del live[name]
                 continue

@@ -25,10 +25,11 @@ from regard.bench.kernel import Attention, Kernel
 from regard.bench.record import (
     FAILED,
     NO_MEMORY,
-    UNSUPPORTED,
     Cell,
     Result,
+    device_name,
     environment,
+    outcome_of,
     resume,
     show_progress,
 )
@@ -47,7 +48,6 @@ DTYPES = {str(d).removeprefix("torch."): d for d in EXACT}
 CHECKED = 333  # tokens at which a kernel is compared with the truth: odd, and more than two blocks
 WARM, ROUNDS = 1, 5
 PATIENCE = 4.0  # seconds after which a kernel gets no further round
-NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory")
 TARGETS = [
     {
         "key": "exact",
@@ -127,7 +127,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        machine = {**environment(torch.get_num_threads()), "device": _device(device)}
+        machine = {**environment(torch.get_num_threads()), "device": device_name(device)}
         fresh = Result("kernels", settings, machine, [dict(t) for t in TARGETS])
         result = resume(out, fresh)
         result.save(out)  # no space or no permission shows before any work
@@ -234,7 +234,7 @@ def _row(
                 _error(kernel, case, checked)
                 live.append(_start(kernel, case, (q, k, v)))
             except Exception as problem:
-                end(kernel, *_outcome(problem))
+                end(kernel, *outcome_of(problem))
     for _ in range(rounds):
         for one in list(live):
             if len(one.times) and sum(one.times) > PATIENCE:
@@ -242,7 +242,7 @@ def _row(
             try:
                 one.times.append(timer.seconds(one.call, case.device))
             except Exception as problem:
-                end(one.kernel, *_outcome(problem))
+                end(one.kernel, *outcome_of(problem))
                 live.remove(one)
     for one in live:
         one.call = lambda: None  # lets go of the graph and the masks it holds
@@ -254,7 +254,7 @@ def _row(
         try:
             amount, how = timer.peak(partial(_whole, one.kernel, case, (q, k, v)), case.device)
         except Exception as problem:
-            end(one.kernel, *_outcome(problem))
+            end(one.kernel, *outcome_of(problem))
             continue
         finally:
             for name in ("sdpa", "mask"):
@@ -360,21 +360,3 @@ def _settings(kernel: Kernel, case: Case) -> dict[str, Any]:
         "backward": case.backward,
         "area_share": case.area / case.total**2,
     }
-
-
-def _outcome(problem: Exception) -> tuple[str, str]:
-    """(outcome, reason) of an exception that a kernel raised."""
-    text = " ".join(str(problem).split())[:300] or type(problem).__name__
-    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(
-        sign in text.lower() for sign in NO_ROOM
-    ):
-        return NO_MEMORY, f"met: {text}"
-    if isinstance(problem, NotImplementedError):
-        return UNSUPPORTED, text
-    if "No available kernel" in text:
-        return UNSUPPORTED, "torch has no such kernel for this call"
-    return FAILED, f"{type(problem).__name__}: {text}"
-
-
-def _device(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"

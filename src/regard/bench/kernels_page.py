@@ -236,20 +236,24 @@ def html(result: Result) -> str:
     body += [f"<p>{escape(line)}</p>" for line in _machine(result) if line]
     targets = [[t["verdict"], t["rule"], t["measured"]] for t in judge(result)]
     body += ["<h2>Targets, stated before the run</h2>",
-             _html([["verdict", "rule", "measured"], *targets])]  # fmt: skip
+             table_html([["verdict", "rule", "measured"], *targets])]  # fmt: skip
     total, grid = within_reach(result)
     if grid:
-        body += [f"<h3>{escape(reach_title(total))}</h3>", f"<p>{escape(REACH)}</p>", _html(grid)]
+        body += [
+            f"<h3>{escape(reach_title(total))}</h3>",
+            f"<p>{escape(REACH)}</p>",
+            table_html(grid),
+        ]
     body += [throughput_svg(result), roofline(result)]
     for title, grid in grids(result):
-        body += [f"<h2>{escape(title[0].upper() + title[1:])}</h2>", _html(grid)]
-    body += ["<h2>Who can do what</h2>", _html(support(result))]
+        body += [f"<h2>{escape(title[0].upper() + title[1:])}</h2>", table_html(grid)]
+    body += ["<h2>Who can do what</h2>", table_html(support(result))]
     if absent(result):
         body += ["<h2>Not there, or not for this device</h2>",
-                 _html([["kernel", "why"], *map(list, absent(result))])]  # fmt: skip
+                 table_html([["kernel", "why"], *map(list, absent(result))])]  # fmt: skip
     if failures(result):
         rows = [[r, _some(w)] for r, w in failures(result)]
-        body += ["<h2>What was not measured, and why</h2>", _html([["why", "where"], *rows])]
+        body += ["<h2>What was not measured, and why</h2>", table_html([["why", "where"], *rows])]
     return document("Attention kernels", body)
 
 
@@ -274,7 +278,8 @@ _STYLE = """
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 1.8rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; }
+.wide { overflow-x: auto; } .whole td { white-space: nowrap; }
+table { border-collapse: collapse; font-size: .86rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--edge); text-align: left;
   vertical-align: top; font-variant-numeric: tabular-nums; }
 svg { max-width: 100%; height: auto; display: block; margin: 1.2rem 0; border-radius: 6px; }
@@ -319,7 +324,7 @@ def throughput_svg(result: Result) -> str:
     top = max([c.values["throughput"] for c in cells(result)
                if c.ok and not c.settings["backward"]], default=1.0) * 1.08  # fmt: skip
     height = 60 + h * math.ceil(len(masks) / columns)
-    out = _svg(columns * w + 16, height, "Throughput against length, one panel a mask")
+    out = svg(columns * w + 16, height, "Throughput against length, one panel a mask")
     out += _legend(drawn, 24)
     for n, mask in enumerate(masks):
         x0, y0 = 46 + n % columns * w, 74 + n // columns * h
@@ -348,7 +353,7 @@ def roofline(result: Result) -> str:
     """Throughput over intensity (FLOPs by bytes of q, k, v and out) under the roofs."""
     machine = result.cells.get("machine")
     drawn = _drawn(result)
-    out = _svg(760, 400, "Roofline: throughput over arithmetic intensity, forward")
+    out = svg(760, 400, "Roofline: throughput over arithmetic intensity, forward")
     out += _legend(drawn, 24)
     s, points = result.settings, list[tuple[float, float, str, str]]()
     width = {"float64": 8, "float32": 4}.get(s["dtype"], 2)
@@ -391,11 +396,12 @@ def roofline(result: Result) -> str:
         out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.4" fill="{color}" fill-opacity=".75">'
                    f"<title>{escape(label)}</title></circle>")  # fmt: skip
     out.append('<text x="400" y="386" fill="#666" text-anchor="middle">FLOP by byte of q, k, v '
-               "and out; across: GFLOP/s; dashed: the machine's ceilings</text>")  # fmt: skip
+               "and out; upwards: GFLOP/s; dashed: the machine's ceilings</text>")  # fmt: skip
     return "\n".join([*out, "</svg>", ""])
 
 
-def _svg(width: float, height: float, title: str) -> list[str]:
+def svg(width: float, height: float, title: str) -> list[str]:
+    """The first lines of a drawing on white."""
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
         'font-family="system-ui, sans-serif" font-size="12" fill="#222">',
@@ -436,13 +442,14 @@ def _md(grid: Grid, right: bool = False) -> list[str]:
             [grid[0], rule, *grid[1:]]]  # fmt: skip
 
 
-def _html(grid: Grid) -> str:
+def table_html(grid: Grid, fold: bool = True) -> str:
+    """A table whose first row is its head, scrolled where it is too wide; cells fold or not."""
     head = "".join(f"<th>{escape(c)}</th>" for c in grid[0])
     rows = "".join(
         "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in line) + "</tr>" for line in grid[1:]
     )
     inner = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f'<div class="wide"><table>{inner}</table></div>'
+    return f'<div class="{"wide" if fold else "wide whole"}"><table>{inner}</table></div>'
 
 
 def main() -> None:

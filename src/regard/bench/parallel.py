@@ -1,4 +1,4 @@
-"""Five schemes of context parallelism and torch's own, in one table; run under torchrun.
+"""Five schemes of context parallelism and those of peers, in one table; run under torchrun.
 
 Each rank holds its rows of the same random q, k, v. Time is that of the slowest rank; bytes are
 counted as they are sent and compared with the formula; output and gradients are compared with one
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from torch import Tensor
 from regard.bench.record import (
     FAILED,
     MEASURED,
+    NOT_INSTALLED,
     UNSUPPORTED,
     Cell,
     Result,
     environment,
-    load,
     resume,
     show_progress,
     spread,
-    write_text,
 )
 from regard.core import Mask, attend
 from regard.core.parallel import (
@@ -47,7 +47,7 @@ from regard.core.parallel import (
 from regard.core.patterns import PATTERNS, documents
 from regard.errors import InputError, nearest
 
-PEER = "torch"  # torch.distributed.tensor.experimental.context_parallel
+Times = dict[str, list[float]]
 WRONG = 0.05  # beyond what any dtype rounds
 TYPES = {t: getattr(torch, t) for t in ("float64", "float32", "bfloat16", "float16")}
 # the reference is float64 in one process: it takes as long as all ranks together and longer
@@ -105,15 +105,15 @@ def run(
     }
     result = _begin(comm, out, Result("parallel", settings, environment(torch.get_num_threads())))
     data = _Data(tokens, heads, dim, TYPES[dtype], described, backward, comm.rank)
-    names = [*schemes, *([PEER] if peer else [])]
+    names = [*schemes, *(PEERS if peer else [])]
     settled = _same(comm, [result.settled(name) for name in names])
     for name, done in zip(names, settled):
         if done:
             continue
         if comm.rank == 0:
             progress(f"{name} on {ranks} ranks, {tokens} tokens, {mask}")
-        if name == PEER:
-            cell = _peer(comm, data, mask, repeats)
+        if name in PEERS:
+            cell = _peer(comm, name, data, mask, repeats)
         else:
             cell = _scheme(comm, name, data, parts, ulysses, repeats, timeout)
         result.cells[name] = cell
@@ -187,6 +187,10 @@ class _Data:
             self._want = [state.out.detach(), *grads]
         return self._want
 
+    def copied(self) -> list[Tensor]:
+        """All rows of q, k, v and the gradient of out, as many key heads as query heads."""
+        return [x.repeat_interleave(self.heads[0] // x.shape[1], 1) for x in self.whole]
+
     def errors(self, found: Sequence[Tensor]) -> list[float]:
         """Largest difference from one process, as a share of its largest value."""
         return [
@@ -218,7 +222,7 @@ def _scheme(
     run = Parallel(grid, data.tokens, data.mask, documents=parts, comm=own)
     q, k, v, grad = data.rows(run.dispatch, run.placement.local)
     leaves = [x.requires_grad_(data.backward) for x in (q, k, v)]
-    times: dict[str, list[float]] = {"forward": [], "backward": []}
+    times: Times = {"forward": [], "backward": []}
     bytes_: dict[str, dict[str, int]] = {}
     found: list[Tensor] = []
     for turn in range(repeats + 1):
@@ -297,20 +301,33 @@ def _unplaced(grid: Shape, data: _Data) -> float:
     return max(areas) * len(areas) / sum(areas)
 
 
-def _peer(comm: Comm, data: _Data, mask: str, repeats: int) -> Cell:
-    """torch's `context_parallel` over the same q, k, v."""
-    settings = {"scheme": PEER}
-    if mask not in ("causal", "full"):
-        return Cell(settings, UNSUPPORTED, f"it takes causal and full attention, not {mask}")
+@dataclass(frozen=True)
+class Peer:
+    """Another library's context parallelism: what it takes, and how to run it."""
+
+    masks: tuple[str, ...]
+    chunks: int  # the tokens divide by so many times the ranks
+    run: Callable[[Comm, _Data, bool, int], tuple[Times, list[Tensor]]]
+
+
+def _peer(comm: Comm, name: str, data: _Data, mask: str, repeats: int) -> Cell:
+    """A peer over the same q, k, v, whose key heads are copied: none of them takes grouped ones."""
+    settings, peer = {"scheme": name}, PEERS[name]
+    if mask not in peer.masks:
+        takes = " and ".join(peer.masks)
+        return Cell(settings, UNSUPPORTED, f"it takes {takes} attention, not {mask}")
     if not data.checked:
         return Cell(settings, UNSUPPORTED, "it shards whole tensors, which are too long here")
     if comm.size == 1:
         return Cell(settings, UNSUPPORTED, "it needs two ranks or more")
-    if data.tokens % (2 * comm.size):
-        return Cell(settings, UNSUPPORTED, f"{data.tokens} tokens do not divide by 2 x the ranks")
+    if data.tokens % (peer.chunks * comm.size):
+        by = f"{peer.chunks} x the ranks" if peer.chunks > 1 else "the ranks"
+        return Cell(settings, UNSUPPORTED, f"{data.tokens} tokens do not divide by {by}")
     try:
-        times, found = _run_peer(comm, data, mask == "causal", repeats)
-    except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
+        times, found = peer.run(comm, data, mask == "causal", repeats)
+    except ModuleNotFoundError as error:
+        return Cell(settings, NOT_INSTALLED, f"pip install {error.name}")
+    except (RuntimeError, ValueError, NotImplementedError, ImportError, TypeError) as error:
         if isinstance(error, RankLost):
             raise
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -321,16 +338,41 @@ def _peer(comm: Comm, data: _Data, mask: str, repeats: int) -> Cell:
         for way, spent in times.items()
         if spent
     }
-    values |= _errors(comm, data, found)
+    copies = data.heads[0] // data.heads[1]
+    folded = [x.unflatten(1, (-1, copies)).sum(2) for x in found[2:]]
+    values |= _errors(comm, data, [*found[:2], *folded])
     worst = max(values["error"].values())
     if worst > WRONG:
         return Cell(settings, FAILED, f"it differs from one process by {worst:.1e}", values)
     return Cell(settings, MEASURED, "", values)
 
 
-def _run_peer(
-    comm: Comm, data: _Data, causal: bool, repeats: int
-) -> tuple[dict[str, list[float]], list[Tensor]]:
+def _turns(
+    comm: Comm,
+    data: _Data,
+    shards: Sequence[Tensor],
+    attend: Callable[..., Tensor],
+    repeats: int,
+) -> tuple[Times, list[Tensor]]:
+    """Seconds of a peer's calls after a warm-up, and its last out, dq, dk and dv, of own rows."""
+    *rows, grad = shards
+    leaves = [x.detach().requires_grad_(data.backward) for x in rows]
+    times: Times = {"forward": [], "backward": []}
+    found: list[Tensor] = []
+    for turn in range(repeats + 1):
+        out, seconds = _timed(comm, partial(attend, *leaves))
+        if turn:
+            times["forward"].append(seconds)
+        found = [out.detach()]
+        if data.backward:
+            grads, seconds = _timed(comm, partial(torch.autograd.grad, out, leaves, grad))
+            if turn:
+                times["backward"].append(seconds)
+            found += grads
+    return times, found
+
+
+def _torch(comm: Comm, data: _Data, causal: bool, repeats: int) -> tuple[Times, list[Tensor]]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import context_parallel_unshard
@@ -338,35 +380,53 @@ def _run_peer(
 
     mesh = init_device_mesh(device().type, (comm.size,))
     functional = torch.nn.functional  # context_parallel replaces the function in this module
-    copies = data.heads[0] // data.heads[1]
-    # it has no grouped heads, so the key heads are copied
-    q, k, v, grad = (x.repeat_interleave(data.heads[0] // x.shape[1], 1) for x in data.whole)
+    shards = data.copied()
     flash = SDPBackend.FLASH_ATTENTION
     backend = SDPBackend.EFFICIENT_ATTENTION if data.dtype == torch.float32 else flash
     if device().type == "cpu":
         backend = flash
-    times: dict[str, list[float]] = {"forward": [], "backward": []}
-    with (
-        context_parallel(mesh, buffers=[q, k, v, grad], buffer_seq_dims=[2, 2, 2, 2]),
-        sdpa_kernel([backend]),
-    ):
+    with context_parallel(mesh, buffers=shards, buffer_seq_dims=[2] * 4), sdpa_kernel([backend]):
+        fused: Callable[..., Tensor] = functional.scaled_dot_product_attention
         # the shards themselves are resized at the end, which leaves of a graph may not be
-        leaves = [x.detach().requires_grad_(data.backward) for x in (q, k, v)]
-        found: list[Tensor] = []
-        for turn in range(repeats + 1):
-            fused: Callable[..., Tensor] = functional.scaled_dot_product_attention
-            out, seconds = _timed(comm, partial(fused, *leaves, is_causal=causal))
-            if turn:
-                times["forward"].append(seconds)
-            found = [out.detach()]
-            if data.backward:
-                grads, seconds = _timed(comm, partial(torch.autograd.grad, out, leaves, grad))
-                if turn:
-                    times["backward"].append(seconds)
-                found += grads
-        wholes = context_parallel_unshard(mesh, found, [2] * len(found))
-    folded = [x.unflatten(1, (-1, copies)).sum(2) for x in wholes[2:]]
-    return times, [*wholes[:2], *folded]
+        times, found = _turns(comm, data, shards, partial(fused, is_causal=causal), repeats)
+        return times, context_parallel_unshard(mesh, found, [2] * len(found))
+
+
+def _diffusers(
+    scheme: str, comm: Comm, data: _Data, causal: bool, repeats: int
+) -> tuple[Times, list[Tensor]]:
+    from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+    from torch.distributed.device_mesh import init_device_mesh
+
+    on_gpu = device().type == "cuda"
+    if scheme == "ring" and not (on_gpu and data.dtype in (torch.bfloat16, torch.float16)):
+        raise NotImplementedError("its ring takes kernels with an lse: cuDNN's, in 16 bits on GPUs")
+    if data.heads[0] % comm.size and scheme == "ulysses":
+        raise NotImplementedError(f"{data.heads[0]} heads do not divide by {comm.size} ranks")
+    degrees = (comm.size, 1) if scheme == "ring" else (1, comm.size)
+    config = ContextParallelConfig(ring_degree=degrees[0], ulysses_degree=degrees[1])
+    mesh = init_device_mesh(device().type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    parallel = ParallelConfig(context_parallel_config=config)
+    parallel.setup(comm.rank, comm.size, device(), mesh=mesh)
+    attend = partial(
+        dispatch_attention_fn,
+        is_causal=causal,
+        backend=AttentionBackendName("_native_cudnn" if scheme == "ring" else "native"),
+        parallel_config=parallel,
+    )
+    # it has rows before heads
+    shards = [x.transpose(1, 2).chunk(comm.size, 1)[comm.rank].contiguous() for x in data.copied()]
+    times, found = _turns(comm, data, shards, attend, repeats)
+    return times, [torch.cat(comm.gather_all(x.contiguous()), 1).transpose(1, 2) for x in found]
+
+
+# torch.distributed.tensor.experimental.context_parallel, and the schemes of diffusers' dispatcher
+PEERS = {
+    "torch": Peer(("causal", "full"), 2, _torch),
+    "diffusers ulysses": Peer(("full",), 1, partial(_diffusers, "ulysses")),
+    "diffusers ring": Peer(("full",), 1, partial(_diffusers, "ring")),
+}
 
 
 def _timed(comm: Comm, call: Callable[[], Any]) -> tuple[Any, float]:
@@ -410,166 +470,10 @@ def _begin(comm: Comm, out: str | Path | None, new: Result) -> Result:
     return result
 
 
-# -- showing -------------------------------------------------------------------------------------
-HEAD = (
-    "scheme",
-    "grid",
-    "forward",
-    "backward",
-    "sent forward",
-    "sent backward",
-    "as formula",
-    "work",
-    "in order",
-    "padding",
-    "error out",
-    "error gradients",
-)
-BRIEF = ("scheme", "grid", "forward ms", "backward ms", "sent", "formula", "work", "error")
-
-
-def rows(result: Result) -> list[dict[str, str]]:
-    """One row a scheme, as text, by the names of `HEAD` and `BRIEF`."""
-    lines = []
-    first = next((c.values for c in result.cells.values() if c.ok), {})
-    for name, cell in result.cells.items():
-        line = {"scheme": name, "grid": "" if cell.ok else cell.outcome}
-        lines.append(line)
-        if not cell.ok:
-            continue
-        s, v = cell.settings, cell.values
-        if "ring" in s:
-            line["grid"] = grid_name(s["ulysses"], s["ring"], s["windows"])
-        total, formula = 0, []
-        for way in ("forward", "backward"):
-            w = v.get(way, {})
-            if "ms" in w:
-                line[f"{way} ms"] = f"{w['ms']['median']:.3g}"
-                base = first.get(way, {}).get("ms", w["ms"])["median"]
-                line[way] = f"{w['ms']['median'] / base:.2f}x"
-            if "sent_most" in w:
-                line[f"sent {way}"] = _size(w["sent_most"])
-                total += w["sent_most"]
-                formula.append(w["as_formula"])
-        if formula:
-            line["sent"] = _size(total)
-            line["formula"] = line["as formula"] = "yes" if all(formula) else "NO"
-        if "balance" in v:
-            line["work"], line["in order"] = f"{v['balance']:.3f}", f"{v['balance_unplaced']:.3f}"
-            line["padding"] = f"{100 * v['padding'] / result.settings['tokens']:.1f} %"
-        error = v.get("error") or {}
-        gradients = [error[n] for n in ("dq", "dk", "dv") if n in error]
-        if error:
-            line["error out"] = f"{error['out']:.1e}"
-            line["error"] = f"{max(error.values()):.1e}"
-        if gradients:
-            line["error gradients"] = f"{max(gradients):.1e}"
-    return lines
-
-
-def grid_name(ulysses: int, ring: int, windows: int = 1) -> str:
-    """Ranks that share heads x places of the ring / windows of a double ring.
-
-    >>> grid_name(8, 12, 3)
-    '8x12/3'
-    """
-    return f"{ulysses}x{ring}" + (f"/{windows}" if windows > 1 else "")
-
-
-def notes(result: Result) -> list[str]:
-    """Why cells were not measured."""
-    found = [f"{n}: {c.outcome}: {c.reason}" for n, c in result.cells.items() if c.reason]
-    if result.settings["device"] == "cpu":
-        found.append(
-            "Ranks share the cores of one machine here: times show that it runs, not which scheme "
-            "is fastest on GPUs."
-        )
-    return found
-
-
-def table(result: Result) -> Any:
-    """The result for a terminal."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(
-        title=title(result),
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-        header_style="bold",
-    )
-    for number, name in enumerate(BRIEF):
-        short = name.replace("forward", "fwd").replace("backward", "bwd")
-        left = number < 2
-        shown.add_column(Text(short), justify="left" if left else "right", no_wrap=True)
-    for line in rows(result):
-        shown.add_row(*(Text(line.get(name, "")) for name in BRIEF))
-    return Group(shown, Text(LEGEND), *(Text(note, style="dim") for note in notes(result)))
-
-
-LEGEND = (
-    "grid: ranks that share heads x places of the ring / windows of a double ring; "
-    "work: most of a rank over the mean; error: largest, forward and gradients, against one "
-    "process; torch: its own context_parallel"
-)
-
-
-def title(result: Result) -> str:
-    s = result.settings
-    return (
-        f"{s['mask']}, {s['tokens']:,} tokens on {s['ranks']} ranks ({s['device']}), heads "
-        f"{s['heads'][0]}:{s['heads'][1]}, dimension {s['dim']}, {s['dtype']}"
-    )
-
-
-def page(paths: Sequence[str | Path]) -> str:
-    """The documentation page of saved results, in Markdown."""
-    lines = [
-        "# Context parallelism, measured",
-        "",
-        "Generated from saved results by `python -m regard.bench.parallel OUT RESULT...`; not",
-        "edited by hand. The grid is ranks that share heads x places of the ring / windows of a",
-        "double ring. Forward and backward are times of the slowest rank, one process per rank,",
-        "over those of the first scheme in the same run. Sent is the most",
-        "that one rank sent, counted at every message; *as formula* says whether every rank sent",
-        "exactly what the formula gives. Work is the area of the mask under a rank's queries, the",
-        "most over the mean; *in order* is the same without zigzag placement. Errors are the",
-        "largest difference from float64 attention in one process, as a share of its largest",
-        "value. The row *torch* is `torch.distributed.tensor.experimental.context_parallel`.",
-        "",
-    ]
-    for path in paths:
-        result = load(path)
-        lines += [f"## {title(result)}", "", "| " + " | ".join(HEAD) + " |"]
-        lines += ["| --- | --- |" + " ---: |" * (len(HEAD) - 2)]
-        lines += ["| " + " | ".join(r.get(n, "") for n in HEAD) + " |" for r in rows(result)]
-        lines += ["", *(f"- {note}" for note in notes(result)), ""]
-        e = result.environment
-        command = (
-            f"torchrun --nproc-per-node {result.settings['ranks']} -m regard bench parallel "
-            f"--mask {result.settings['mask']} "
-            f"--tokens-per-rank {result.settings['tokens'] // result.settings['ranks']} "
-            f"--heads {result.settings['heads'][0]}:{result.settings['heads'][1]} "
-            f"--dim {result.settings['dim']}"
-        )
-        lines += ["```", command, "```", ""]
-        machine = f"{e['cpu']}, {e['cores']} cores, torch {e['torch']}"
-        timing = result.settings["timing"]
-        lines += [f"{timing}; {machine}, threads of a rank: {e['threads']}.", ""]
-    return "\n".join(lines)
-
-
-def _size(n: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n} B" if unit == "B" else f"{n:.3g} {unit}"
-        n /= 1024  # type: ignore[assignment]
-    return ""
-
-
 if __name__ == "__main__":
     import sys
+
+    from regard.bench.parallel_page import page
+    from regard.files import write_text
 
     write_text(Path(sys.argv[1]), page(sys.argv[2:]))

@@ -90,7 +90,9 @@ def machine(device: str, link: str, **others: Any) -> Machine:
     if device in DEVICES:
         tflops, memory = DEVICES[device]
     else:
-        tflops, memory = _pair(device, "--device", "h100, or TFLOP/s and GiB as 400:80", DEVICES)
+        tflops, memory = _pair(
+            device, "--device", f"{', '.join(DEVICES)}, or TFLOP/s and GiB as 400:80", DEVICES
+        )
     speeds = [LINKS[x] if x in LINKS else _number(x, link) for x in link.split(":")]
     if len(speeds) not in (1, 2):
         raise InputError(f"--link takes one or two links, such as nvlink4:ib-ndr, not {link!r}")

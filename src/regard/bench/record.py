@@ -1,13 +1,14 @@
-"""What every bench shares: a result saved cell by cell, and the machine it was measured on."""
+"""What every bench shares: a result saved cell by cell, its targets, and the machine."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ FAILED = "failed"
 OUTCOMES = (MEASURED, NO_MEMORY, UNSUPPORTED, NOT_INSTALLED, TIMED_OUT, FAILED)
 # what a later run does not try again
 SETTLED = (MEASURED, NO_MEMORY, UNSUPPORTED)
+NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory")
 _PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\:,()]+[/\\])+")
 
 
@@ -138,6 +140,37 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
+def device_name(device: str) -> str:
+    """The model of a GPU; "cpu" for anything else.
+
+    >>> device_name("cpu")
+    'cpu'
+    """
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def outcome_of(problem: Exception) -> tuple[str, str]:
+    """(outcome, reason) of an exception that a measured call raised.
+
+    >>> outcome_of(NotImplementedError("only on Sundays"))
+    ('unsupported', 'only on Sundays')
+    """
+    import torch
+
+    text = " ".join(str(problem).split())[:300] or type(problem).__name__
+    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(
+        sign in text.lower() for sign in NO_ROOM
+    ):
+        return NO_MEMORY, f"met: {text}"
+    if isinstance(problem, NotImplementedError):
+        return UNSUPPORTED, text
+    if "No available kernel" in text:
+        return UNSUPPORTED, "torch has no such kernel for this call"
+    return FAILED, f"{type(problem).__name__}: {text}"
+
+
 def without_paths(text: str) -> str:
     """A message without the folders of its paths: a committed result names no home directory.
 
@@ -162,6 +195,52 @@ def spread(values: list[float]) -> Mapping[str, float]:
     n = len(ordered)
     median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
     return {"median": median, "low": ordered[0], "high": ordered[-1]}
+
+
+def ratios(result: Result, row: str, base: str = "plain") -> list[float]:
+    """How many times as long as `base` a row took, round by round; [] where one was not measured.
+
+    >>> a, b = (Cell({}, values={"seconds": s}) for s in ([1.0, 2.0], [1.5, 3.0]))
+    >>> ratios(Result("x", {}, {}, cells={"plain": a, "own": b}), "own")
+    [1.5, 1.5]
+    """
+    cells = [result.get(name) for name in (base, row)]
+    taken = [[] if cell is None else cell.values.get("seconds", []) for cell in cells]
+    return [own / plain for plain, own in zip(*taken)]
+
+
+def median(values: list[float]) -> tuple[float, str] | None:
+    """The median, and words of it with its range; None for no values.
+
+    >>> median([1.0, 1.2, 1.1])
+    (1.1, '1.10 (1.00 to 1.20)')
+    """
+    if not values:
+        return None
+    of = spread(values)
+    return of["median"], f"{of['median']:.2f} ({of['low']:.2f} to {of['high']:.2f})"
+
+
+def judged(
+    result: Result, measured: Callable[[dict[str, Any]], tuple[float, str] | None]
+) -> list[dict[str, str]]:
+    """Every target with what was measured, in words, and "met", "missed" or "not measured".
+
+    A target has a rule in words and the limit `most` or `least`; `measured` gives its number and
+    the words for it, None where there is none.
+
+    >>> r = Result("x", {}, {}, [{"rule": "short", "most": 2.0}, {"rule": "long", "least": 2.0}])
+    >>> [t["verdict"] for t in judged(r, lambda target: (1.0, "1 s"))]
+    ['met', 'missed']
+    """
+    said = []
+    for target in result.targets:
+        found = measured(target)
+        value, words = found or (math.nan, "-")
+        met = target.get("least", -math.inf) <= value <= target.get("most", math.inf)
+        verdict = "not measured" if found is None else "met" if met else "missed"
+        said.append({"rule": target["rule"], "measured": words, "verdict": verdict})
+    return said
 
 
 def _cpu() -> str:

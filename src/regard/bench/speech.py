@@ -20,7 +20,17 @@ from typing import Any
 import torch
 
 from regard.bench import timer
-from regard.bench.record import Cell, Result, environment, resume, show_progress, spread
+from regard.bench.record import (
+    Cell,
+    Result,
+    environment,
+    judged,
+    median,
+    ratios,
+    resume,
+    show_progress,
+    spread,
+)
 from regard.bench.timer import peak, seconds
 from regard.errors import InputError
 
@@ -156,47 +166,35 @@ def _decoding(model: Any, call: Callable[[], Any]) -> tuple[int, str]:
     The encoder works in far more memory than any decoder step, so that a peak over the whole call
     would not show how the decoder's grows.
     """
-    before: list[int] = []
+    before: list[int | None] = []
 
     def ran(*_: Any) -> None:
-        timer._trim()
-        if timer._reset_peak():
-            before.append(timer._field("VmRSS"))
+        before.append(timer.mark())
 
     hook = model.get_encoder().register_forward_hook(ran)
     try:
         whole, how = peak(call)
     finally:
         hook.remove()
-    if not before:
+    at = before[-1] if before else None
+    if at is None:
         return whole, how
-    return max(0, timer._field("VmHWM") - before[-1]), f"{how}, from the end of the encoder on"
+    return timer.since(at), f"{how}, from the end of the encoder on"
 
 
 def judge(result: Result) -> list[dict[str, str]]:
     """Every target with what was measured."""
-    said = []
-    for target in result.targets:
-        row = target["row"]
-        if row not in result.cells:
-            said.append({"rule": target["rule"], "measured": "-", "verdict": "not measured"})
-            continue
-        if row == "memory":
-            value = result.cells[row].values["grown"] / MB
-            shown = f"{value:.1f} MB"
-        else:
-            of = spread(ratios(result, row))
-            value = of["median"]
-            shown = f"{value:.2f} ({of['low']:.2f} to {of['high']:.2f})"
-        verdict = "met" if value <= target["most"] else "missed"
-        said.append({"rule": target["rule"], "measured": shown, "verdict": verdict})
-    return said
 
+    def measured(target: dict[str, Any]) -> tuple[float, str] | None:
+        if target["row"] != "memory":
+            return median(ratios(result, target["row"]))
+        cell = result.get("memory")
+        if cell is None:
+            return None
+        amount = cell.values["grown"] / MB
+        return amount, f"{amount:.1f} MB"
 
-def ratios(result: Result, row: str) -> list[float]:
-    """How many times the plain transcription of the same round each round took."""
-    plain, own = (result.cells[n].values["seconds"] for n in ("plain", row))
-    return [b / a for a, b in zip(plain, own)]
+    return judged(result, measured)
 
 
 def main() -> None:

@@ -57,27 +57,29 @@ def peak(call: Callable[[], Any], device: str = "cpu") -> tuple[int, str]:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, "allocator of the GPU"
-    _trim()
-    if not _reset_peak():
+    marked = mark()
+    if marked is None:
         return _sampled(call), "samples of the resident set"
-    before = _field("VmRSS")
     call()
-    return max(0, _field("VmHWM") - before), "resident peak of the process"
+    return since(marked), "resident peak of the process"
 
 
-def _trim() -> None:
-    """Hand freed memory back, so that a call cannot hide in what an earlier one left."""
+def mark() -> int | None:
+    """Bytes of the resident set now, from where its peak counts anew; None where it cannot."""
     if sys.platform.startswith("linux"):
+        # freed memory is handed back, so that no call hides in what an earlier one left
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _reset_peak() -> bool:
     try:
         _CLEAR.write_text("5")
     except OSError:
-        return False
-    return True
+        return None
+    return _field("VmRSS")
+
+
+def since(marked: int) -> int:
+    """Bytes at the peak of the resident set since `mark()`, over those there were then."""
+    return max(0, _field("VmHWM") - marked)
 
 
 def _field(name: str) -> int:

@@ -155,9 +155,9 @@ def prefix_lm_document(
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     early = torch.arange(total) - starts[ids] < prefix
-    return Mask.segments(ids, torch.where(early, ids, -1)) | (
-        Mask.causal() & Mask.documents(lengths)
-    )
+    first = Mask.segments(torch.zeros_like(ids), torch.where(early, 0, -1))
+    # documents outermost: whatever lies between two of them is then known to be empty by its block
+    return Mask.documents(lengths) & (Mask.causal() | first)
 
 
 def global_sliding_window(total: int, window: int | None = None, seed: int = 42) -> Mask:

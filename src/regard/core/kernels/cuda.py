@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from ..mask import Mask
 
@@ -32,9 +33,19 @@ def supports(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)`: FlashAttention for half precision, the memory-efficient kernel for float32."""
+    """`(out, lse)`: cuDNN where torch's own attention takes it, else FlashAttention for half
+    precision and the memory-efficient kernel for float32.
+
+    cuDNN reads grouped keys in place, the others get them repeated. The way through cuDNN has not
+    been timed on a GPU yet.
+    """
     queries = q.shape[2]
     causal = mask is not None and queries > 1 and mask.is_causal(queries, k.shape[2])
+    if _choice(q, k, v, causal, scale) == SDPBackend.CUDNN_ATTENTION.value:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )[:2]
+        return out, lse.squeeze(-1)
     if q.shape[1] != k.shape[1]:  # these operators want as many key heads as query heads
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     if q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256:
@@ -45,3 +56,8 @@ def forward(
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         out, lse = efficient(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return out, lse[..., :queries]  # the efficient kernel rounds its rows up
+
+
+def _choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> int:
+    """The backend that torch's scaled_dot_product_attention picks for this call, by its number."""
+    return int(torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=True))
