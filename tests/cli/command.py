@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from regard import zoo
 from regard.cli import main
+
+from ..models import Words, deep
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -17,3 +22,14 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, out, err
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    """Whatever model is named, a tiny one that never stops by itself is loaded."""
+
+    def load(name: str) -> tuple[Any, Words]:
+        model = deep(layers, steep=60)
+        model.generation_config.eos_token_id = None
+        return model, Words()
+
+    monkeypatch.setattr(zoo, "load", load)

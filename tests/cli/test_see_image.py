@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def test_see_answers_and_writes_a_page(capsys: Any, picture: Path, tmp_path: Pat
         (["zoo", "card", "shapes-s"], "Did you mean 'shapes-sd'"),
         (["zoo", "train", "shapes-sd", "--out", "x", "--device", "cpu"], "--vae DIR"),
         (["zoo", "train", "shapes-vae", "--out", "x", "--tower", "y"], "not built on --tower"),
+        (["zoo", "train", "smol-vlm", "--out", "x", "--start", "y"], "not built on --start"),
+        (["zoo", "train", "shapes-vlm", "--out", "x", "--start", "y"], "y holds no shapes-vlm"),
     ],
 )
 def test_bad_input(capsys: Any, words: list[str], says: str) -> None:
@@ -61,6 +64,27 @@ def test_trial_vqa_prints_and_writes(capsys: Any, tmp_path: Path) -> None:
     assert code == 0, err
     found = json.loads(data.read_text())["configurations"]
     assert set(found) == {"full", "visiondrop:tokens=16"} and found["full"]["all"]["asked"] == 6
+
+
+def test_mma_trains_and_goes_on_from_what_is_there(capsys: Any, tmp_path: Path) -> None:
+    out = tmp_path / "runs.json"
+    small = ["--steps", "2", "--batch", "8", "--seeds", "1", "--pool", "64", "--device", "cpu"]
+    given = ["train", "mma", *small, "--tower-minutes", "0.01", "--out", str(out), "--arms"]
+    for arms in ("causal", "causal,mma"):
+        code, said, err = run(capsys, *given, arms)
+        assert code == 0, err
+    runs = json.loads(out.read_text())["runs"]
+    assert list(runs) == ["causal, seed 0", "mma, seed 0"] and "mma, seed 0" in said
+    assert (
+        runs["causal, seed 0"]["change by question"] == 0 < runs["mma, seed 0"]["accuracy"]["asked"]
+    )
+    given[given.index("8")] = "9"
+    code, _, err = run(capsys, *given, "mma")
+    assert code == 2 and "other settings" in err
+    given[given.index("9")] = "8"
+    shutil.rmtree(tmp_path / ".runs-tower")
+    code, _, err = run(capsys, *given, "text first")
+    assert code == 2 and "vision tower that is not here" in " ".join(err.split())
 
 
 def test_cards_are_shown(capsys: Any) -> None:

@@ -48,11 +48,14 @@ def test_var(capsys: Any, folder: Path, tmp_path: Path) -> None:
     assert first["text_sinks"] == [0] and 0 < len(first["image_sinks"]) < 16
     assert 0 < first["rows_changed"] < first["rows"] and 0 < first["moved"] < 0.6
     assert found["settings"]["dims"] == list(DIMS)
+    before, after = (found["attention"][n] for n in ("before", "after"))
+    assert len(before) == len(after) == 16 and sum(after) > sum(before)
     with Image.open(out) as drawn:
-        assert drawn.format == "PNG" and drawn.width > 2 * 384
+        assert drawn.format == "PNG" and drawn.width > 4 * 384
     assert [p.name for p in tmp_path.iterdir()] == ["sinks.png"]
     code, said, err = run(capsys, "run", "var", *common(folder), *FOUND, "--move", "0")
-    assert code == 0 and "The answers are the same" in " ".join(said.split()), err
+    said = " ".join(said.split())
+    assert code == 0 and "The answers are the same" in said and "attention to the first" in said
 
 
 def test_var_finds_the_dims(capsys: Any, folder: Path) -> None:
@@ -93,6 +96,7 @@ def test_visiondrop(capsys: Any, folder: Path, tmp_path: Path) -> None:
         (["var", "--dims", "x"], "--dims takes numbers"),
         (["var", "--preset", "art"], "--preset is one of"),
         (["var", "--move", "2", "--dims", "5"], "share moved"),
+        (["var", "--model", "TEXTMODEL", "--dims", "5", "--tau", "4"], "reads no pictures"),
         (["visiondrop", "--tokens", "2"], "cannot be reached"),
         (["visiondrop", "--score", "loud"], "score is one of"),
         (["visiondrop", "--out", "no/where.png"], "does not exist"),

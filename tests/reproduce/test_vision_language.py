@@ -27,8 +27,15 @@ def settled(result: harness.Result, claims: Any) -> None:
             assert found.verdict == stated.judge(found.values) and found.here and found.control
 
 
+def drawn(result: harness.Result, folder: Path) -> None:
+    assert (folder / f"{result.slug}.quick.png").read_bytes()[:4] == b"\x89PNG"
+    assert result.picture and f"![{result.picture}]" in reproduce.page_text([result])
+
+
 def test_var(shapes: tuple[Any, Any], tmp_path: Path) -> None:
-    settled(reproduce.run("var", quick=True, model=shapes, out=tmp_path), var.CLAIMS)
+    result = reproduce.run("var", quick=True, model=shapes, out=tmp_path)
+    settled(result, var.CLAIMS)
+    drawn(result, tmp_path)
 
 
 def test_visiondrop(
@@ -38,6 +45,7 @@ def test_visiondrop(
     monkeypatch.setattr(visiondrop, "ROUNDS", 1)
     result = reproduce.run("visiondrop", quick=True, model=shapes, out=tmp_path)
     settled(result, visiondrop.CLAIMS)
+    drawn(result, tmp_path)
     cost = result.claims[6].values
     assert 0.2 < cost["operations"] < 0.7 and 0.2 < cost["bytes"] < 0.7
 
@@ -46,7 +54,23 @@ def test_visiondrop(
 def test_mma(tmp_path: Path) -> None:
     result = reproduce.run("mma", quick=True, out=tmp_path)
     settled(result, mma.CLAIMS)
+    drawn(result, tmp_path)
     assert result.claims[0].verdict == "reproduced"  # true of untrained models as well
+
+
+def test_the_picture_of_mma_is_that_of_the_stored_trainings() -> None:
+    """A column a training and a row a kind, whatever arms and seeds are there."""
+    runs = {
+        f"{arm} {seed}": {"arm": arm, "seed": seed, "accuracy": {"relation": 0.2, "color": at,
+                                                                 "all": at, "asked": 9}}
+        for arm, seed, at in (("mma", 0, 0.9), ("causal", 1, 0.1), ("causal", 0, 0.5))
+    }  # fmt: skip
+    whole = mma.picture({"runs": runs})
+    fewer = mma.picture({"runs": {n: r for n, r in runs.items() if r["arm"] == "causal"}})
+    assert whole.width > fewer.width and whole.height == fewer.height
+    cell = (whole.width - 194) // 3
+    row = [whole.getpixel((170 + cell * n + 8, whole.height - 60)) for n in range(3)]
+    assert sum(row[1]) > sum(row[0]) > sum(row[2])  # causal 0, causal 1, mma 0; dark is right
 
 
 def test_structured_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +78,7 @@ def test_structured_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     pipe = load_pipeline("shapes-sd")
     result = reproduce.run("structured-diffusion", quick=True, model=(pipe, None), out=tmp_path)
     settled(result, structured_diffusion.CLAIMS)
-    assert (tmp_path / "structured-diffusion.quick.png").read_bytes()[:4] == b"\x89PNG"
-    assert result.picture and "![" in reproduce.page_text([result])
+    drawn(result, tmp_path)
 
 
 def test_the_pieces_of_the_structured_comparison() -> None:

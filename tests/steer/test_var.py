@@ -19,7 +19,14 @@ from regard.core import Mask
 from regard.core.kernels.reference import probabilities
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Site
-from regard.steer.var import VAR, SinkKnockout, find_sink_dims, redistribute, relative
+from regard.steer.var import (
+    VAR,
+    Redistribution,
+    SinkKnockout,
+    find_sink_dims,
+    redistribute,
+    relative,
+)
 from regard.zoo.tiny import tiny
 from regard.zoo.tiny_vlm import IMAGE, tiny_vlm, vlm_inputs
 
@@ -214,6 +221,25 @@ def step(model: Any, out: Any, token: Tensor, mask: Tensor) -> Any:
         past_key_values=out.past_key_values,
         position_ids=positions,
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_last_token_gives_is_told_before_and_after(family: str) -> None:
+    """Of the first layer, where nothing came before: the plain map, and the card's edit of it."""
+    model = planted(family)
+    inputs = with_sink_words(vlm_inputs(family, model))
+    method = Redistribution(**{**SET, "image_mass": 0.0}, layers=[0])
+    with torch.no_grad(), regard.apply(model, method):
+        model(**inputs)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        p = model(**inputs, output_attentions=True).attentions[0]
+    found, last = method.found()[0], torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    last[:, -1] = True
+    edited, chosen = explicit(p, found.image, found.sinks, last, method)
+    assert bool(chosen[:, :, -1].any()) and not torch.allclose(edited[:, :, -1], p[:, :, -1])
+    assert torch.allclose(method.plain[0], p[:, :, -1], atol=1e-6)
+    assert torch.allclose(method.given[0], edited[:, :, -1], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

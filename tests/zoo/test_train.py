@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from regard.zoo import vlm as assembled
 from regard.zoo.pipelines import load_pipeline
 from regard.zoo.scenes import is_held_out
 from regard.zoo.shipped import MODELS, PIPELINES, shipped
-from regard.zoo.train import captions, diffusion, questions, recipe
+from regard.zoo.train import captions, diffusion, loop, questions, recipe
 from regard.zoo.train import vlm as train
 from regard.zoo.train.drawing import sample
 
@@ -147,6 +148,50 @@ def test_the_tower_and_a_model_on_it_train_save_and_load(tmp_path: Path) -> None
     assert (np.array(ids["input_ids"]) == model.config.image_token_index).sum() == 64
     with pytest.raises(InputError, match="--tower DIR"):
         train.train_vlm(tmp_path / "x", steps=1)
+    goes_on(tmp_path, record, model)
+
+
+def goes_on(place: Path, first: dict[str, Any], model: Any) -> None:
+    """A second training starts from the weights of the first, and its record names both."""
+    known = {n: t.clone() for n, t in model.state_dict().items()}
+    record = train.train_vlm(place / "more", start=place / "vlm", steps=2, batch=2, rate=1e-9,
+                             checked=4)  # fmt: skip
+    after = zoo.load(place / "more")[0].state_dict()
+    assert all(torch.allclose(t, known[n], atol=1e-6) for n, t in after.items())
+    assert record["before"]["samples"] == first["samples"] and record["before"]["seed"] == 0
+    said = (place / "more" / "README.md").read_text()
+    assert said == train.card(record) and f"Training: {first['samples']} questions" in said
+    assert f"; then {record['samples']} questions, {len(questions.LATER)} an image" in said
+    with pytest.raises(InputError, match="leave --tower out"):
+        train.train_vlm(place / "x", start=place / "vlm", tower=place / "tower")
+    for other in (place / "tower", place / "nowhere"):
+        with pytest.raises(InputError, match="holds no shapes-vlm"):
+            train.train_vlm(place / "x", start=other)
+    assert not (place / "x").exists()
+
+
+def test_a_loop_of_steps_averages_and_saves() -> None:
+    def trained(decay: float) -> float:
+        x, steps, saved = torch.nn.Parameter(torch.ones(1)), list[int](), list[float]()
+
+        def loss_of(step: int) -> torch.Tensor:
+            steps.append(step)
+            return (x**2).sum()
+
+        record = loop.train("x", loss_of, [{"params": [x]}], samples=5, minutes=1.0, rate=0.1,
+                            steps=4, device="cpu", decay=decay,
+                            save=lambda: saved.append(x.item()))  # fmt: skip
+        assert steps == [0, 1, 2, 3] and record["steps"] == 4 and record["samples"] == 20
+        assert saved == [x.item()]
+        return x.item()
+
+    assert trained(decay=0.0) < trained(decay=0.9) < 1  # the last weights, and their average
+
+
+def test_one_scene_can_be_drawn_at_a_time() -> None:
+    made = random(3)
+    for _ in range(60):  # where no arrangement of a scene fits, another is drawn
+        assert len(sample(1, generator=made, things=(1, 2, 3))) == 1
 
 
 def test_packed_questions_equal_single_ones() -> None:
@@ -202,6 +247,29 @@ def test_what_ships_is_recorded_and_small(name: str) -> None:
     assert (folder / "README.md").read_text() == module.card(record)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     assert size < 17e6 and record["samples"] > 100_000
+
+
+def test_a_folder_in_parts_loads_by_its_layout(tmp_path: Path) -> None:
+    """What `regard zoo train smol-vlm --out DIR` writes loads there as the shipped one does."""
+    pytest.importorskip("peft")
+    own, folder = shipped("smol-vlm"), tmp_path / "trained"
+    assert own is not None
+    shutil.copytree(own, folder)
+    try:
+        shipped_model, _ = zoo.load("smol-vlm")
+    except InputError as problem:
+        pytest.skip(str(problem))  # SmolLM2's package is not here
+    known = {n: t.double().sum() for n, t in shipped_model.state_dict().items()}
+    del shipped_model
+    model, processor = zoo.load(folder)
+    assert processor.image_processor is not None and zoo.tokenizer_of(model) is processor
+    assert {n: t.double().sum() for n, t in model.state_dict().items()} == known
+    (folder / "projector.safetensors").unlink()
+    with pytest.raises(InputError, match=r"lacks projector\.safetensors"):
+        zoo.load(folder)
+    shutil.rmtree(folder / "adapter")
+    with pytest.raises(InputError, match=r"without config\.json"):
+        zoo.load(folder)
 
 
 def test_names() -> None:

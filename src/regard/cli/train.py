@@ -38,6 +38,9 @@ def mma(
     pool: Annotated[
         int, typer.Option(min=0, help="Draw so many scenes once; 0: new ones every step.")
     ] = 4096,
+    tower_minutes: Annotated[
+        float, typer.Option(min=0.01, help="Length of the training of the vision tower, once.")
+    ] = 5.0,
 ) -> None:
     """Train the same small model with a causal mask and with modality-mutual attention.
 
@@ -71,6 +74,7 @@ def mma(
         arms=[a.strip() for a in arms.split(",") if a.strip()],
         device=chosen,
         pool=pool,
+        tower_minutes=tower_minutes,
     )
     table = Table("run", "right", "seconds a step", "image states change by question", "by answer")
     for name, run in result["runs"].items():

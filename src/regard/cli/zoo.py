@@ -32,6 +32,9 @@ def train(
     tower: Annotated[
         Path | None, typer.Option(help="Folder of shapes-tower, for what is built on it.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a trained shapes-vlm, to go on from there.")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write the record as JSON here; - for stdout.")
     ] = None,
@@ -39,7 +42,8 @@ def train(
     """Train a model by its recipe, boxed by the clock.
 
     Weights are saved every 90 seconds and at the end, always as a whole folder. A training that was
-    stopped begins anew: the rate follows the clock.
+    stopped begins anew: the rate follows the clock. A shapes-vlm that is whole can be trained on,
+    with --start.
 
     [bold]Examples[/]
 
@@ -60,9 +64,8 @@ def train(
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder for the weights")
     settings: dict[str, Any] = {"device": chosen, "seed": seed}
-    given = {"vae": vae, "tower": tower}
-    for part, folder in given.items():
-        if recipes.NEEDS.get(name) == part:
+    for part, folder in {"vae": vae, "tower": tower, "start": start}.items():
+        if part in recipes.TAKES.get(name, ()):
             settings[part] = folder
         elif folder is not None:
             raise InputError(f"{name} is not built on --{part}: leave it out")

@@ -39,6 +39,19 @@ def heat(values: Any, size: tuple[int, int], theme: str = "light") -> Any:
     return picture.resize(size, Image.Resampling.NEAREST)
 
 
+def marked(image: Any, point: tuple[int, int]) -> Any:
+    """A copy of a PIL image in RGB with a red dot at a point (column, row)."""
+    from PIL import ImageDraw
+
+    copy = image.convert("RGB")
+    x, y = point
+    reach = max(2, min(copy.size) // 32)
+    draw = ImageDraw.Draw(copy)
+    for size, ink in ((reach + 1, "#ffffff"), (reach, "#d62728")):
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=ink)
+    return copy
+
+
 def sheet(rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequence[str]) -> Any:
     """PIL images in a grid, a word over each column and left of each row.
 
@@ -51,7 +64,7 @@ def sheet(rows: Sequence[Sequence[Any]], columns: Sequence[str], labels: Sequenc
         raise ValueError("a contact sheet needs one label a row and one image a column")
     width = max(image.width for row in rows for image in row)
     height = max(image.height for row in rows for image in row)
-    zoom = max(1, 96 // max(width, height))  # tiny images would hide under their labels
+    zoom = -(-96 // max(width, height))  # tiny images would hide under their labels
     width, height = zoom * width, zoom * height
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = GAP + max(int(probe.textlength(label)) for label in labels) + GAP

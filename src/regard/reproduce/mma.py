@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError
+from regard.report.grid import grid
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, root, verdict
 from regard.zoo.train import mma as trainings
 
@@ -20,6 +21,10 @@ PAPER = "https://arxiv.org/abs/2503.02597"
 MODEL = None  # models of its own
 FILE = "benchmarks/results/mma-training.json"
 ROUNDS = 5  # of short trainings by turns, for the cost of a step
+SHOWS = (
+    "Share of right answers by kind of question, a column a training: each arm with its seeds; "
+    "kinds from the top are those about several things."
+)
 MANY = ("relation", "neighbour", "comparison", "count")  # questions about more than one thing
 CLAIMS = (
     Claim(
@@ -166,7 +171,23 @@ def measure(setup: Setup) -> Measured:
         f"Accuracy over {runs[0]['accuracy']['asked']} questions about new scenes. Trained by "
         f"`regard train mma`; read from {FILE} where it is there."
     )
-    return Measured(claims, data, {"trainings": 0, "bootstrap": 0}, dict(s))
+    seeded = {"trainings": 0, "bootstrap": 0}
+    return Measured(claims, data, seeded, dict(s), (picture(found), SHOWS))
+
+
+def picture(found: dict[str, Any]) -> Any:
+    """Accuracy of every training by kind of question, from what `regard train mma` wrote."""
+    columns = sorted(
+        found["runs"].values(), key=lambda r: (trainings.ARMS.index(r["arm"]), r["seed"])
+    )
+    known = [k for k in columns[0]["accuracy"] if k not in ("all", "asked")]
+    kinds = [*(k for k in MANY if k in known), *(k for k in known if k not in MANY), "all"]
+    cells = [[run["accuracy"][kind] for run in columns] for kind in kinds]
+    arms = [run["arm"] for run in columns]
+    above = [(arms.index(arm) + arms.count(arm) / 2, arm) for arm in dict.fromkeys(arms)]
+    below = [(n + 0.5, f"seed {run['seed']}") for n, run in enumerate(columns)]
+    size = (200 + 130 * len(columns), 110 + 56 * len(kinds))
+    return grid(cells, size, rows=kinds, above=above, below=below, numbers=True)
 
 
 def _steps(rounds: int) -> list[float]:

@@ -8,12 +8,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from regard import api
 from regard.core import State, mass
 from regard.reach import Call
 from regard.reach.picks import over, take_queries
+from regard.report.contact import sheet
+from regard.report.patches import MARK, paint
+from regard.report.patches import over as laid_over
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
-from regard.steer.var import VAR, SinkKnockout, _at
+from regard.steer.var import VAR, Redistribution, SinkKnockout, at_queries
 from regard.trials import vqa
 
 TITLE = "See What You Are Told: Visual Attention Sink in Large Multimodal Models"
@@ -23,6 +28,12 @@ KINDS = ("existence", "relation", "neighbour")
 EACH, SEED, BATCH = 60, 11, 20
 BAR = 0.5  # of the greatest phi, sqrt(hidden size): the card's range is 0.31 to 0.8
 RHO = 0.5  # the paper's value against hallucination
+SHOWN = 4  # questions in the picture
+SHOWS = (
+    "One question a row: the picture as the model gets it; red, the patches that are sinks in at "
+    "least half of the acting layers; and what the last token of the prompt gives each patch, mean "
+    "over heads and acting layers, before and after VAR on one scale from dim to bright."
+)
 _BIG = (
     "regard run var --model llava-hf/llava-1.5-7b-hf --preset hallucination --image a.jpg "
     "--prompt @question.txt"
@@ -97,7 +108,7 @@ class _Looks(VAR):
         keys = slice(call.key_offset, call.key_offset + call.k.shape[2])
         image, sinks = found.image[:, keys], found.sinks[:, keys]
         few, places, ok = take_queries(call, self._text)
-        part = State(*(_at(t, places) for t in (state.out, state.lse)))
+        part = at_queries(state, places)
         w_sink, w_image = (mass(over(few, g), part) for g in (image & sinks, image))
         counts, total = (image & sinks).sum(1), image.sum(1)
         layer = call.site.layer
@@ -203,7 +214,33 @@ def measure(setup: Setup) -> Measured:
     )
     settings = {"each": each, "tau": tau, "dims": dims, "move": 0.6, "nonsink_ratio": RHO,
                 "image_mass": 0.2}  # fmt: skip
-    return Measured(claims, data, {"scenes": SEED, "controls": SEED, "bootstrap": 0}, settings)
+    shown = picture(setup, given[:: len(given) // SHOWN][:SHOWN], tau, dims)
+    seeds = {"scenes": SEED, "controls": SEED, "bootstrap": 0}
+    return Measured(claims, data, seeds, settings, (shown, SHOWS))
+
+
+def picture(setup: Setup, given: Sequence[vqa.Item], tau: float, dims: list[int]) -> Any:
+    """Pictures with their sinks, and the attention on them before and after, a question a row."""
+    rows = []
+    for item in given:
+        method = Redistribution(tau=tau, dims=dims, nonsink_ratio=RHO)
+        batch = vqa.read(setup.tokenizer, [item], setup.model.device)
+        with torch.no_grad(), api.apply(setup.model, method):
+            setup.model(**batch.inputs, use_cache=False)
+        found = list(method.found().values())
+        at = found[0].image[0].nonzero()[:, 0]
+        side = round(len(at) ** 0.5)
+        often = torch.stack([f.sinks[0, at] for f in found]).float().mean(0)
+        marks = dict.fromkeys((often >= 0.5).nonzero()[:, 0].tolist(), MARK)
+        before, after = (
+            torch.stack([given[0].mean(0)[at] for given in each.values()]).mean(0).view(side, side)
+            for each in (method.plain, method.given)
+        )
+        span = (0.0, float(torch.maximum(before, after).max()))
+        seen, marked = (paint(item.picture, (side, side), m, 192) for m in ({}, marks))
+        rows.append([seen, marked, *(laid_over(seen, m.cpu(), span) for m in (before, after))])
+    labels = [item.question.removesuffix(" ?") + "?" for item in given]
+    return sheet(rows, ["picture", "sinks", "before", "after"], labels)
 
 
 def _dims(setup: Setup, given: Sequence[vqa.Item]) -> list[int]:

@@ -30,7 +30,14 @@ from torch import Tensor
 from regard.errors import InputError
 from regard.reach import Call, Handler, Session, Site
 
-from .explain_deletion import Deletion, decoded_errors, deletion, forced_errors, words_of
+from .explain_deletion import (
+    Deletion,
+    check_step,
+    decoded_errors,
+    deletion,
+    forced_errors,
+    words_of,
+)
 from .forced import Clip, Forced, features, prompt
 from .saliency import SEGMENTS, Saliency, divergence, saliency
 
@@ -140,13 +147,14 @@ def split_half(halves: Tensor) -> tuple[float, float]:
     """Reliability of a map from two halves `[2, pieces, steps]`: their correlation r, and what it
     comes to for the whole by Spearman and Brown, 2 r / (1 + r).
 
-    The correlation of anything with a map of reliability R stays below the root of R.
+    The correlation of anything with a map of reliability R stays below the root of R. A map whose
+    halves are constant tells nothing: its reliability is 0.
 
     >>> x = torch.tensor([[1.0, 2.0, 4.0]])
     >>> split_half(torch.stack([x, x]))
     (1.0, 1.0)
     """
-    r = float(pearson(halves[0], halves[1]))
+    r = float(pearson(halves[0], halves[1]).nan_to_num(0.0))
     return r, 2 * r / (1 + r) if r > -1 else -1.0
 
 
@@ -247,11 +255,11 @@ class Explanation:
     spans: dict[str, dict[str, float]]
     seconds: float
     settings: dict[str, Any]
-    agreement: dict[str, float] | None = None
+    agreement: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
-    def mixing(self) -> dict[str, float | None]:
+    def mixing(self) -> dict[str, Any]:
         """How much closer attention is to the encoder's output than to the sound: the gap, and
         the gap over the larger of the two.
         """
@@ -373,16 +381,18 @@ def explain_clip(
     """The same for a clip that is there already. The transcript of a clip whose window is cut
     still comes from the whole window.
     """
+    if step is not None:
+        check_step(step)
     tokenizer = getattr(processor, "tokenizer", processor)
     full = clip.uncut
     own = full.transcribe()[0]
-    ids = own if transcript is None else list(tokenizer.encode(f" {transcript.strip()}"))
-    if transcript is not None:
-        special = set(getattr(tokenizer, "all_special_ids", []))
-        ids = [n for n in ids if n not in special]
+    ids = own
+    if transcript is not None:  # Whisper's words begin with a space, the first one too
+        text = " " + " ".join(transcript.split())
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
     forced = Forced(clip, ids)
     if clip.steps < 2:
-        raise InputError("the clip fills a single encoder step: nothing can be compared")
+        raise InputError("the clip fills a single encoder step: give one of at least 0.1 s")
     pieces = [tokenizer.decode([n]) for n in forced.text]
     said = tokenizer.decode(forced.text).strip()
     shared: dict[str, Any] = {"antithetic": antithetic, "seed": seed, "batch": batch}
@@ -412,7 +422,8 @@ def explain_clip(
             progress=progress,
             **shared,
         )
-    notes = [str(w.message) for w in caught if "cells were out" in str(w.message)]
+    said_of_cells = (str(w.message) for w in caught if "cells were out" in str(w.message))
+    notes = list(dict.fromkeys(said_of_cells))  # the same may hold of both saliencies
     agreement = None
     if full is not clip:
         agreement = _agreement(Forced(full, ids), forced)
@@ -490,7 +501,7 @@ def explain_clip(
     )
 
 
-def _agreement(full: Forced, cut: Forced) -> dict[str, float]:
+def _agreement(full: Forced, cut: Forced) -> dict[str, Any]:
     """How near a cut window comes to the whole one under the same transcript: share of pieces that
     both prefer, mean divergence in nats, and the correlation of their cross attention.
     """
@@ -499,7 +510,7 @@ def _agreement(full: Forced, cut: Forced) -> dict[str, float]:
     return {
         "same": float(same),
         "divergence": float(divergence(full.plain, cut.plain).mean()),
-        "attention": float(pearson(a, b)),
+        "attention": _plain(pearson(a, b)),
     }
 
 

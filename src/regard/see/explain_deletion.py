@@ -141,6 +141,12 @@ def forced_errors(forced: Forced) -> Errors:
     return errors
 
 
+def check_step(step: int) -> None:
+    """Refuse a step, in percent, that does not lead from 0 to 100."""
+    if step < 1 or 100 % step:
+        raise InputError(f"step divides 100, as 5 and 10 do; {step} does not")
+
+
 def deletion(
     clip: Clip,
     maps: Mapping[str, Tensor],
@@ -167,8 +173,7 @@ def deletion(
     Raises:
         InputError: a step that does not divide 100.
     """
-    if step < 1 or 100 % step:
-        raise InputError(f"step divides 100, as 5 and 10 do; {step} does not")
+    check_step(step)
     field, stride = clip.field, clip.stride
     bins, frames = field.shape
     stand_in = field.mean(1, keepdim=True) if baseline == "mean" else torch.zeros_like(field[:, :1])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cross_attention_explanation import Explanation, pearson, pool
+from .cross_attention_explanation import Explanation, _plain, pearson, pool
 from .explain_deletion import sentence_map
 from .saliency import gradients
 
@@ -30,9 +30,9 @@ def references(
     made: Explanation,
     methods: Sequence[str] = ("gradient_x_input", "integrated_gradients"),
     **how: Any,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Gradient-based saliency as a cross-check: its correlation with attention (mean over all
-    heads) and with SPES, both on attention's grid.
+    heads) and with SPES, both on attention's grid; None where a map is constant.
     """
     found = {}
     clip, attention = made.forced.clip, made.cross.mean((0, 1))
@@ -40,8 +40,8 @@ def references(
         kept = gradients(made.forced, method, baseline=made.settings["baseline"], **how)
         low = pool(kept, clip.stride, clip.steps)
         found[method] = {
-            "attention": float(pearson(attention, low)),
-            "saliency": float(pearson(made.pooled, low)),
+            "attention": _plain(pearson(attention, low)),
+            "saliency": _plain(pearson(made.pooled, low)),
         }
     return found
 
@@ -60,7 +60,7 @@ def overview(
         "saliency of the sound": made.pooled,
         "saliency of the encoder’s output": top,
     }
-    cells = {"the whole transcript": sentence_map(made.input.map).float()}
+    cells = {"the whole transcript": scaled(sentence_map(made.input.map)[None])[0]}
     for n, piece in enumerate(made.pieces):
         cells[f"{n + 1}. {piece.strip() or '␣'}"] = scaled(made.input.map[n : n + 1])[0]
     return {

@@ -253,7 +253,8 @@ def features(model: Any, processor: Any, audio: Any) -> tuple[Tensor, int]:
     extractor = getattr(processor, "feature_extractor", processor)
     if extractor is None or not hasattr(extractor, "sampling_rate"):
         raise InputError(
-            f"{type(model).__name__} came without a feature extractor, so it cannot read audio"
+            f"{type(model).__name__} came without a feature extractor, so it cannot read audio: "
+            "name a speech model, such as whisper-tiny.en"
         )
     sound = numpy.asarray(audio, dtype=numpy.float32).reshape(-1)
     if not len(sound):
@@ -289,5 +290,7 @@ def prompt(model: Any, processor: Any, language: str = "en", task: str = "transc
     several = several or model.config.vocab_size >= 51865
     if several and f"<|{language}|>" not in known and "<|notimestamps|>" in known:
         raise InputError(f"the model knows no language {language!r}: write it as in en, it, de")
+    if several and task not in ("transcribe", "translate"):
+        raise InputError(f"the task is transcribe or translate, not {task!r}")
     names = [f"<|{language}|>", f"<|{task}|>"] if several else []
     return start + [known[n] for n in [*names, "<|notimestamps|>"] if n in known]

@@ -514,12 +514,19 @@ def _encode(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 def _encoder_mask(model: Any, inputs: dict[str, Any], states: Tensor) -> dict[str, Any]:
-    """The mask over encoder steps, for models whose encoder shortens one (Speech2Text)."""
+    """The mask over encoder steps, for models that shorten the one of their input."""
     mask = inputs.get("attention_mask")
-    shorten = getattr(model.get_encoder(), "_get_feature_vector_attention_mask", None)
-    if mask is None or shorten is None:
+    if mask is None:
         return {}
-    return {"encoder_attention_mask": shorten(states.shape[1], mask)}
+    steps = states.shape[1]
+    shorten = getattr(model.get_encoder(), "_get_feature_vector_attention_mask", None)
+    if shorten is not None:  # Speech2Text
+        return {"encoder_attention_mask": shorten(steps, mask)}
+    lengths = getattr(model, "_compute_sub_sample_lengths_from_attention_mask", None)
+    if lengths is not None:  # SeamlessM4T
+        kept = torch.arange(steps, device=mask.device) < lengths(mask)[:, None]
+        return {"encoder_attention_mask": kept.to(mask.dtype)}
+    return {}
 
 
 def default_prompt(

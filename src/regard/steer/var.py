@@ -299,13 +299,52 @@ class VAR(Handler):
         if self.rule == "released_code":
             rows = text & (image & sinks).any(-1)[:, None]
         few, places, ok = take_queries(call, rows)
-        part = State(*(_at(t, places) for t in (state.out, state.lse)))
+        part = at_queries(state, places)
         edited, chosen, moved = redistribute(few, part, image, sinks, self)
         chosen, moved = chosen & ok[:, None], moved * ok[:, None]
         blank = state.lse.new_zeros(state.lse.shape)
         found.chosen.append(put(blank, chosen, places, ok) > 0)
         found.moved.append(put(blank, moved, places, ok))
         return State(put(state.out, edited.out, places, ok), state.lse)
+
+
+@dataclass(eq=False)
+class Redistribution(VAR):
+    """VAR that also keeps, for every acting layer, what the last token of the prompt gives each
+    token: `plain[layer]` before the edit and `given[layer]` after it, `[batch, heads, keys]`.
+
+    >>> import regard
+    >>> from regard.zoo.tiny_vlm import tiny_vlm, vlm_inputs
+    >>> model, method = tiny_vlm("llava"), Redistribution(tau=2.0, dims=[5, 9])
+    >>> with torch.no_grad(), regard.apply(model, method):
+    ...     out = model(**vlm_inputs("llava", model))
+    >>> method.plain[0].shape, bool(torch.allclose(method.given[0].sum(-1), torch.ones(2, 4)))
+    (torch.Size([2, 4, 26]), True)
+    """
+
+    plain: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    given: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def after(self, call: Call, state: State) -> State | None:
+        edited = super().after(call, state)
+        if self._start or call.site.index not in self._acting or self._text is None:
+            return edited
+        found, keys = self._found[call.site.index], call.k.shape[2]
+        last = torch.zeros_like(self._text)
+        last[:, -1] = True
+        few, places, _ = take_queries(call, last)
+        # with one-hot values the output of attention is the attention itself
+        one_hot = torch.eye(keys, dtype=call.v.dtype, device=call.v.device)
+        few = few.change(v=one_hot.expand(*call.k.shape[:2], keys, keys))
+        out = over(few, torch.ones_like(found.image)).out
+        part = State(out, at_queries(state, places).lse)
+        layer = call.site.layer
+        self.plain[layer] = self.given[layer] = part.out[:, :, -1]
+        if edited is not None:
+            moved, _, _ = redistribute(few, part, found.image, found.sinks, self)
+            chosen = found.chosen[-1][:, :, -1:]
+            self.given[layer] = torch.where(chosen, moved.out[:, :, -1], self.plain[layer])
+        return edited
 
 
 class SinkKnockout(VAR):
@@ -388,6 +427,19 @@ def relative(x: Tensor, dims: Sequence[int]) -> Tensor:
     return x[..., list(dims)].abs().amax(-1) / rms
 
 
+def at_queries(state: State, places: Tensor) -> State:
+    """A State at the queries `places`, `[batch, picked]`.
+
+    >>> one = State(torch.arange(6.0).view(1, 1, 3, 2), torch.zeros(1, 1, 3))
+    >>> at_queries(one, torch.tensor([[2, 0]])).out
+    tensor([[[[4., 5.],
+              [0., 1.]]]])
+    """
+    index = places[:, None].expand(-1, state.lse.shape[1], -1)
+    wide = index[..., None].expand(-1, -1, -1, state.out.shape[-1])
+    return State(state.out.gather(2, wide), state.lse.gather(2, index))
+
+
 def find_sink_dims(
     model: Any,
     prompts: Sequence[Mapping[str, Any]],
@@ -461,15 +513,8 @@ def _dims(given: Sequence[int] | str | None, config: Any) -> tuple[int, ...]:
     known = _KNOWN.get((*shape, config.num_key_value_heads, config.model_type))
     if known is None:
         raise InputError(
-            "the dims of massive activation of this language model are not known: find them with "
-            "regard.steer.var.find_sink_dims(model, prompts) and pass dims="
+            "the dims of massive activation of this language model are not known: let `regard run "
+            "var --dims auto` or regard.steer.var.find_sink_dims(model, prompts) find them, and "
+            "pass dims="
         )
     return DIMS[known]
-
-
-def _at(x: Tensor, places: Tensor) -> Tensor:
-    """`[batch, heads, queries, ...]` at `[batch, picked]` queries."""
-    index = places[:, None].expand(-1, x.shape[1], -1)
-    if x.dim() == 4:
-        return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
-    return x.gather(2, index)

@@ -44,12 +44,7 @@ def load(
     dtype = _dtype(dtype)
     device = _device(device)
     where = _resolve(name_or_path)
-    if str(name_or_path).strip().lower() == "smol-vlm":
-        from regard.zoo.vlm import load_smol
-
-        model, tokenizer = load_smol(Path(where), dtype)
-    else:
-        model, tokenizer = _from_pretrained(where, str(name_or_path), dtype, kwargs)
+    model, tokenizer = _from_pretrained(where, str(name_or_path), dtype, kwargs)
     if device is not None:
         model = model.to(device)
     model.eval()
@@ -115,7 +110,7 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> str | Path:
         return own
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if (path / "config.json").is_file() or _in_parts(path):
             return path
         raise InputError(
             f"{name} is a folder without config.json, so it holds no transformers checkpoint; "
@@ -167,6 +162,10 @@ def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str,
     shared = {name: value for name, value in kwargs.items() if name in choosing}
     try:
         with quiet():
+            if isinstance(where, Path) and _in_parts(where):
+                from regard.zoo.vlm import load_smol
+
+                return load_smol(where, dtype)
             config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
                 source, trust_remote_code=False, **shared
             )
@@ -177,6 +176,11 @@ def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str,
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
         raise InputError(_explain(where, name, problem)) from problem
+
+
+def _in_parts(path: Path) -> bool:
+    """Whether the folder is laid out as smol-vlm: what goes around SmolLM2, and no model itself."""
+    return (path / "tower").is_dir() and (path / "adapter").is_dir()
 
 
 def _model_class(config: Any, name: str) -> Any:

@@ -26,6 +26,22 @@ def is_pipeline(name: str | os.PathLike[str]) -> bool:
     return str(name).strip().lower() in PIPELINES or (Path(name).expanduser() / INDEX).is_file()
 
 
+def need_diffusers() -> Any:
+    """The package diffusers.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise ImportError(
+            'diffusion pipelines need diffusers: pip install "regard[diffusion]" (with Python '
+            "3.11 or newer)"
+        ) from None
+    return diffusers
+
+
 def load_pipeline(
     name_or_path: str | os.PathLike[str], *, dtype: Any = None, device: Any = None
 ) -> Any:
@@ -44,13 +60,7 @@ def load_pipeline(
     if not name.strip():
         raise InputError("the name of the pipeline is empty: name its folder, or a hub id")
     path = shipped(name) or Path(name).expanduser()
-    try:
-        import diffusers
-    except ImportError:
-        raise ImportError(
-            'diffusion pipelines need diffusers: pip install "regard[diffusion]" (with Python '
-            "3.11 or newer)"
-        ) from None
+    diffusers = need_diffusers()
     if path.is_dir():
         _check_folder(path, diffusers)
     elif path.exists():

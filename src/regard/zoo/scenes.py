@@ -39,8 +39,8 @@ WORDS: tuple[str, ...] = (
 )  # fmt: skip
 """Every word that a caption can hold."""
 
-_FINE = 3  # samples a pixel's side
-_GAP = 0.02  # free room around a thing, as a share of the side
+FINE = 3  # samples a pixel's side
+GAP = 0.02  # free room around a thing, as a share of the side
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Scene:
     def draw(self, side: int = 64) -> NDArray[np.uint8]:
         """The image, `[side, side, 3]`, with soft edges."""
         _check_side(side)
-        fine = side * _FINE
+        fine = side * FINE
         image = np.empty((fine, fine, 3))
         image[:] = BACKGROUNDS[self.background]
         for thing in self.things:
@@ -100,14 +100,14 @@ class Scene:
             own = np.asarray(COLORS[thing.color], dtype=float)
             image[inside] = own
             image[inside & dark] = SHADE * own
-        image = image.reshape(side, _FINE, side, _FINE, 3).mean((1, 3))
+        image = image.reshape(side, FINE, side, FINE, 3).mean((1, 3))
         return image.round().astype(np.uint8)
 
     def masks(self, side: int = 64) -> NDArray[np.bool_]:
         """Which pixels are more than half a thing's, `[things, side, side]`."""
         _check_side(side)
-        masks = [_inside(thing, side * _FINE)[0] for thing in self.things]
-        shares = np.stack(masks).reshape(len(masks), side, _FINE, side, _FINE).mean((2, 4))
+        masks = [_inside(thing, side * FINE)[0] for thing in self.things]
+        shares = np.stack(masks).reshape(len(masks), side, FINE, side, FINE).mean((2, 4))
         return np.asarray(shares > 0.5)
 
 
@@ -231,7 +231,7 @@ def _things(
     for _ in range(40 * count):
         size = str(random.choice(list(sizes)))
         radius = float(random.uniform(*SIZES[size]))
-        room = radius + _GAP
+        room = radius + GAP
         x, y = (float(random.uniform(room, 1 - room)) for _ in range(2))
         thing = Thing(
             str(random.choice(list(shapes))),
@@ -243,7 +243,7 @@ def _things(
             radius,
         )
         far = all(
-            max(abs(x - t.x), abs(y - t.y)) > radius + t.radius + 2 * _GAP
+            max(abs(x - t.x), abs(y - t.y)) > radius + t.radius + 2 * GAP
             and (t.shape, t.color) != (thing.shape, thing.color)
             for t in made
         )

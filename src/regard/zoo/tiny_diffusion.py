@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from regard.errors import InputError, nearest
+from regard.zoo.pipelines import need_diffusers
 
 _SPOKEN = """
 a an the and or of on in at with to left right above below beside between behind under over
@@ -43,14 +44,9 @@ def tiny_pipeline(kind: str = "sd", seed: int = 0) -> Any:
     """
     if kind not in _BUILDERS:
         raise InputError(f"There is no tiny pipeline {kind!r}.{nearest(kind, _BUILDERS)}")
-    try:
-        import diffusers  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            'diffusion pipelines need diffusers: pip install "regard[diffusion]" (with Python '
-            "3.11 or newer)"
-        ) from None
     import torch
+
+    need_diffusers()
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Words:
     processor: Any
 
 
-def tower(patch: int = PATCH, width: int = 128, layers: int = 5) -> Any:
+def tower(patch: int = PATCH, width: int = 128, layers: int = 5, side: int = SIDE) -> Any:
     """An untrained vision tower of CLIP's kind; LLaVA reads the states before its last layer."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -61,7 +62,7 @@ def tower(patch: int = PATCH, width: int = 128, layers: int = 5) -> Any:
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        image_size=SIDE,
+        image_size=side,
         patch_size=patch,
         projection_dim=width,
     )
@@ -97,7 +98,7 @@ def assemble_shapes(
         vision_config=vision.config,
         text_config=text,
         image_token_index=SPECIAL.index(IMAGE),
-        image_seq_length=(SIDE // vision.config.patch_size) ** 2,
+        image_seq_length=(vision.config.image_size // vision.config.patch_size) ** 2,
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
@@ -141,12 +142,12 @@ def assemble_smol(
     from regard import zoo
 
     language, tokenizer = zoo.load(body, dtype=dtype)
-    words = smol_words(tokenizer, vision.config.patch_size)
+    words = smol_words(tokenizer, vision.config.patch_size, vision.config.image_size)
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(SIDE // vision.config.patch_size) ** 2,
+        image_seq_length=(vision.config.image_size // vision.config.patch_size) ** 2,
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config).to(language.dtype)
@@ -169,7 +170,7 @@ def assemble_smol(
     return model, words
 
 
-def smol_words(tokenizer: Any, patch: int = PATCH) -> Words:
+def smol_words(tokenizer: Any, patch: int = PATCH, side: int = SIDE) -> Words:
     """How SmolLM2's tokenizer, with one more token for images, writes the conversation."""
     from regard.zoo.train.questions import WORDS
 
@@ -193,17 +194,17 @@ def smol_words(tokenizer: Any, patch: int = PATCH) -> Words:
         ids("<|im_end|>\n<|im_start|>assistant\n"),
         end,
         table,
-        processor(tokenizer, patch, SMOL_TEMPLATE),
+        processor(tokenizer, patch, SMOL_TEMPLATE, side),
     )
 
 
-def processor(tokenizer: Any, patch: int, template: str) -> Any:
+def processor(tokenizer: Any, patch: int, template: str, side: int = SIDE) -> Any:
     """Pictures scaled and cropped to the tower's size, and text."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
@@ -251,8 +252,10 @@ def load_smol(folder: Path, dtype: Any = None, body: str = "smollm2-135m") -> tu
     peft = _peft()
     vision = CLIPVisionModel.from_pretrained(folder / "tower", dtype=torch.float32)
     model, words = assemble_smol(vision, body, rank=None, dtype=dtype)
-    wrapped = peft.PeftModel.from_pretrained(model.model.language_model, folder / "adapter")
-    model.model.language_model = wrapped.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers renames
+        wrapped = peft.PeftModel.from_pretrained(model.model.language_model, folder / "adapter")
+        model.model.language_model = wrapped.merge_and_unload()
     model.tie_weights()
     projector = load_file(folder / "projector.safetensors")
     kind = model.dtype

@@ -46,7 +46,8 @@ def var(
         bool, typer.Option(help="Put the question into the model's chat template, if it has one.")
     ] = True,
     out: Annotated[
-        Path | None, typer.Option(help="Draw the sinks on the first picture, as a PNG here.")
+        Path | None,
+        typer.Option(help="Draw sinks and attention on the first picture, as a PNG here."),
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
@@ -54,7 +55,8 @@ def var(
 ) -> None:
     """VAR: give the attention on sink tokens to the picture, no weight touched.
 
-    Shows the plain and the changed answer, the sinks of every layer, and how much was moved.
+    Shows the plain and the changed answer, the sinks of every layer, how much was moved, and what
+    the last token of the prompt gives the picture, before and after.
 
     [bold]Examples[/]
 
@@ -63,7 +65,7 @@ def var(
       regard run var --model FOLDER --image a.png --prompt "..." --dims auto --tau 12 --out s.png
     """  # fmt: skip
     from regard.reach.vision import locate
-    from regard.steer.var import VAR, find_sink_dims
+    from regard.steer.var import Redistribution, find_sink_dims
 
     if preset not in RATIOS:
         raise InputError(f"--preset is one of {', '.join(RATIOS)}, not {preset!r}")
@@ -74,7 +76,7 @@ def var(
     settings: dict[str, Any] = {
         "move": move, "nonsink_ratio": ratio, "image_mass": image_mass, "tau": tau, "rule": rule,
     }  # fmt: skip
-    VAR(dims=named or [0], **settings)  # a wrong setting shows before anything is loaded
+    Redistribution(dims=named or [0], **settings)  # a wrong setting shows before anything is loaded
     pictures, text = vlm.read_images(image), read_text(prompt)
     loaded, processor = vlm.load_vlm(model)
     inputs = vlm.prepare(loaded, processor, pictures, text, tokens, chat)
@@ -85,7 +87,7 @@ def var(
     if dims == "auto":
         with vlm.working("looking for massive dims"):
             named = find_sink_dims(loaded, [inputs])
-    method = VAR(dims=named, **settings)
+    method = Redistribution(dims=named, **settings)
     with vlm.working("answering, changed"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         changed = vlm.answer(loaded, inputs, tokens, [method])
@@ -98,6 +100,7 @@ def var(
         "image_tokens": int((places.number[0] >= 0).sum()),
         "grid": None if grid is None else list(grid),
         "layers": _layers(method, places),
+        "attention": _attention(method, places),
         "notes": [str(w.message) for w in caught if str(w.message).startswith("VAR: ")],
     }
     if out is not None:
@@ -135,8 +138,27 @@ def _layers(method: Any, places: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def _attention(method: Any, places: Any) -> dict[str, list[float]]:
+    """What the last token of the prompt gives each patch of the first picture, mean over heads and
+    acting layers.
+    """
+    import torch
+
+    at = ((places.number[0] == 0) & (places.patch[0] >= 0)).nonzero()[:, 0]
+    at = at[places.patch[0][at].argsort()]
+    found = {}
+    for name, each in (("before", method.plain), ("after", method.given)):
+        means = torch.stack([given[0].mean(0) for given in each.values()]).mean(0)
+        found[name] = [float(f"{v:.4g}") for v in means[at].tolist()]
+    return found
+
+
 def _drawn(result: dict[str, Any], picture: Any) -> Any:
-    """The picture, and the picture with its sinks: the redder, the more layers."""
+    """The picture, its sinks (the redder, the more layers), and the attention on it."""
+    import numpy as np
+
+    from regard.report.patches import over, paint
+
     count: dict[int, int] = {}
     for row in result["layers"]:
         for sink in row["image_sinks"]:
@@ -145,12 +167,15 @@ def _drawn(result: dict[str, Any], picture: Any) -> Any:
     most = max(len(result["layers"]), 1)
     cells = {n: (220, 20, 20, 80 + round(150 * k / most)) for n, k in count.items()}
     size = vlm.drawable(result["grid"])
-    return vlm.sheet(
-        [
-            ("what the model sees", vlm.paint(picture, size, {})),
-            (f"sink patches ({len(count)})", vlm.paint(picture, size, cells)),
-        ]
-    )
+    seen = paint(picture, size, {})
+    panels = [
+        ("what the model sees", seen),
+        (f"sink patches ({len(count)})", paint(picture, size, cells)),
+    ]
+    maps = {n: np.reshape(v[: size[0] * size[1]], size) for n, v in result["attention"].items()}
+    top = max(float(m.max()) for m in maps.values())
+    panels += [(f"attention {n}", over(seen, m, (0.0, top))) for n, m in maps.items()]
+    return vlm.sheet(panels)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -170,3 +195,8 @@ def _show(result: dict[str, Any]) -> None:
             f"{100 * row['moved']:.1f} %",
         )
     console.print(table)
+    before, after = (100 * sum(result["attention"][n]) for n in ("before", "after"))
+    console.print(
+        f"The last token of the prompt gives {before:.1f} % of its attention to the first picture "
+        f"before, {after:.1f} % after (mean over heads and acting layers)."
+    )

@@ -96,13 +96,14 @@ def _told(cut: Any) -> dict[str, Any]:
 
 def _drawn(result: dict[str, Any], picture: Any) -> Any:
     """One panel a cut: kept patches as they are, merged ones tinted by their token."""
+    from regard.report.patches import GONE, Colour, paint
+
     size = vlm.drawable(result["grids"][0])
-    panels = [("what the model sees", vlm.paint(picture, size, {}))]
+    panels = [("what the model sees", paint(picture, size, {}))]
     for cut in result["images"][0]:
-        dark: vlm.Colour = (30, 30, 30, 215)
-        cells = dict.fromkeys(range(size[0] * size[1]), dark)
+        cells: dict[int, Colour] = dict.fromkeys(range(size[0] * size[1]), GONE)
         for n, patches in enumerate(cut["tokens"]):
-            merged = n >= cut["dominant"]
+            merged = n >= cut["dominant"] or len(patches) > 1
             for patch in patches:
                 if merged:
                     tint = (97 * (n + 1)) % 200 + 30
@@ -111,7 +112,7 @@ def _drawn(result: dict[str, Any], picture: Any) -> Any:
                     cells.pop(patch, None)
         where = "the encoder" if cut["before_layer"] == 0 else f"layer {cut['before_layer']}"
         title = f"{where}: {len(cut['tokens'])} tokens"
-        panels.append((title, vlm.paint(picture, size, cells)))
+        panels.append((title, paint(picture, size, cells)))
     return vlm.sheet(panels)
 
 

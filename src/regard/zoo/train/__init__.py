@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError, nearest
@@ -22,14 +21,14 @@ RECIPES = {
     "shapes-vlm": "regard.zoo.train.vlm:train_vlm",
     "smol-vlm": "regard.zoo.train.vlm:train_smol",
 }
-NEEDS = {
-    "shapes-decoder": "vae",
-    "shapes-sd": "vae",
-    "shapes-dit": "vae",
-    "shapes-vlm": "tower",
-    "smol-vlm": "tower",
+TAKES: dict[str, tuple[str, ...]] = {
+    "shapes-decoder": ("vae",),
+    "shapes-sd": ("vae",),
+    "shapes-dit": ("vae",),
+    "shapes-vlm": ("tower", "start"),
+    "smol-vlm": ("tower",),
 }
-"""Which part made before a recipe takes, as a folder."""
+"""The folders that a recipe builds on, by the names of their options."""
 
 
 def recipe(name: str) -> Callable[..., dict[str, Any]]:
@@ -43,8 +42,3 @@ def recipe(name: str) -> Callable[..., dict[str, Any]]:
     module, _, function = RECIPES[name].partition(":")
     found: Callable[..., dict[str, Any]] = getattr(import_module(module), function)
     return found
-
-
-def train(name: str, out: Path, **settings: Any) -> dict[str, Any]:
-    """Run a recipe into the folder `out`; the record that it wrote to `training.json`."""
-    return recipe(name)(out, **settings)

@@ -9,20 +9,22 @@ are never drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.errors import InputError
 from regard.zoo.tiny_diffusion import clip_tokenizer
 
 from . import captions
 from .drawing import Drawn, sample
-from .loop import Average, Clock, Diary, half, optimizer, save_folder, tidy, write_record
+from .loop import finish, half, save_folder, train
 
 SIDE, LATENT, CHANNELS, LENGTH = 64, 16, 8, 32
 TRAINED_STEPS = 1000
@@ -62,38 +64,25 @@ def train_vae(
     make = torch.Generator(device).manual_seed(seed)
     vae = autoencoder().to(device)
     vae.to(memory_format=torch.channels_last)
-    adam = optimizer([{"params": list(vae.parameters())}], rate, device)
-    average = Average([vae], 0.998)
-    clock, diary = Clock(minutes, rate, steps), Diary("shapes-vae")
-    while clock.set(adam) < 1:
+
+    def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 3), textures=0.2)
         images = 2 * drawn.images(SIDE) - 1
         with half(device):
             told = vae.encode(images).latent_dist
             again = vae.decode(told.sample()).sample.float()
-        loss = F.l1_loss(again, images) + 0.5 * F.mse_loss(again, images)
-        loss = loss + 1e-6 * told.kl().float().mean()
-        _step(adam, loss, vae.parameters())
-        average.update()
-        clock.step += 1
-        diary.note(clock, loss, batch)
-    average.swap()
+        return _apart(again, images) + 1e-6 * told.kl().float().mean()
+
+    record = train("shapes-vae", loss_of, [{"params": list(vae.parameters())}], samples=batch,
+                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
     vae.eval()
     with torch.no_grad():
         drawn = sample(512, device=device, generator=make, things=(1, 2, 3))
         means = torch.cat([vae.encode(2 * x - 1).latent_dist.mean
                            for x in drawn.images(SIDE).split(128)])  # fmt: skip
         vae.register_to_config(scaling_factor=float(1 / means.std()))
-    quality = {"scenes passed through": passed(vae, checked)}
-    record = diary.record(clock, device, quality=quality, seed=seed, batch=batch, rate=rate)
-
-    def write(folder: Path) -> None:
-        vae.save_pretrained(folder)
-        tidy(folder)
-        write_record(folder, record, f"# shapes-vae\n\n{_table(record['quality'])}\n")
-
-    save_folder(out, write)
-    return record
+    record |= {"seed": seed, "batch": batch, "rate": rate}
+    return _passing(vae, out, record, checked)
 
 
 def train_decoder(
@@ -114,12 +103,9 @@ def train_decoder(
     coder = _coder(vae, device).to(memory_format=torch.channels_last)
     torch.manual_seed(seed)
     make = torch.Generator(device).manual_seed(seed)
-    modules = [coder.decoder, coder.post_quant_conv]
-    trained = [p.requires_grad_() for m in modules for p in m.parameters()]
-    adam = optimizer([{"params": trained}], rate, device)
-    average = Average(modules, 0.998)
-    clock, diary = Clock(minutes, rate, steps), Diary("shapes-decoder")
-    while clock.set(adam) < 1:
+    trained = [p.requires_grad_() for p in _parameters(coder.decoder, coder.post_quant_conv)]
+
+    def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 3), textures=0.15)
         images = 2 * drawn.images(SIDE) - 1
         with half(device):
@@ -127,21 +113,24 @@ def train_decoder(
                 told = coder.encode(images).latent_dist.mean
                 told = told + 0.03 * torch.randn(told.shape, device=device, generator=make)
             again = coder.decode(told).sample.float()
-        loss = F.l1_loss(again, images) + 0.5 * F.mse_loss(again, images)
-        _step(adam, loss, trained)
-        average.update()
-        clock.step += 1
-        diary.note(clock, loss, batch)
-    average.swap()
-    record = diary.record(clock, device, quality={"scenes passed through": passed(coder, checked)},
-                          seed=seed, batch=batch, rate=rate)  # fmt: skip
+        return _apart(again, images)
 
-    def write(folder: Path) -> None:
-        coder.save_pretrained(folder)
-        tidy(folder)
-        write_record(folder, record, f"# shapes-decoder\n\n{_table(record['quality'])}\n")
+    record = train("shapes-decoder", loss_of, [{"params": trained}], samples=batch,
+                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
+    record |= {"seed": seed, "batch": batch, "rate": rate}
+    return _passing(coder, out, record, checked)
 
-    save_folder(out, write)
+
+def _apart(again: Tensor, images: Tensor) -> Tensor:
+    """How far images are from those they were made of."""
+    return F.l1_loss(again, images) + 0.5 * F.mse_loss(again, images)
+
+
+def _passing(coder: Any, out: Path, record: dict[str, Any], checked: int) -> dict[str, Any]:
+    """Save an autoencoder with what is left of drawn scenes that pass through it."""
+    record["quality"] = {"scenes passed through": passed(coder, checked)}
+    told = f"# {record['name']}\n\n{_table(record['quality'])}\n"
+    finish(out, coder.save_pretrained, record, told)
     return record
 
 
@@ -174,19 +163,13 @@ def train_sd(
     pipe = sd_pipeline(coder)
     unet, encoder = pipe.unet.to(device), pipe.text_encoder.to(device)
     unet.to(memory_format=torch.channels_last)
-    both = [unet, encoder]
-    adam = optimizer([{"params": [p for m in both for p in m.parameters()]}], rate, device)
-    average = Average(both, 0.9995)
     noise = pipe.scheduler.alphas_cumprod.to(device)
     ids_of = _ids(pipe.tokenizer, device)
-    clock, diary = Clock(minutes, rate, steps), Diary("shapes-sd")
-    saved = 0.0
-    while clock.set(adam) < 1:
+
+    def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, textures=0.15)
         ids = ids_of(captions.write(drawn, captions.PLAIN, make), drop=0.1, generator=make)
-        with torch.no_grad(), half(device):
-            clean = coder.encode(2 * drawn.images(SIDE) - 1).latent_dist.mean.float()
-            clean = clean * coder.config.scaling_factor
+        clean = _latents(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         t = torch.randint(TRAINED_STEPS, (batch,), device=device, generator=make)
         a = noise[t].sqrt()[:, None, None, None]
@@ -195,18 +178,13 @@ def train_sd(
             text = encoder(ids).last_hidden_state
             noised = (a * clean + s * eps).contiguous(memory_format=torch.channels_last)
             found = unet(noised, t, text).sample.float()
-        loss = F.mse_loss(found, a * eps - s * clean)
-        _step(adam, loss, (p for m in both for p in m.parameters()))
-        average.update()
-        clock.step += 1
-        diary.note(clock, loss, batch)
-        if clock.seconds - saved > 90:
-            saved = clock.seconds
-            average.swap()
-            save_folder(out, lambda folder: pipe.save_pretrained(folder))
-            average.swap()
-    average.swap()
-    return _finish(pipe, out, clock, diary, device, checked, seed=seed, batch=batch, rate=rate)
+        return F.mse_loss(found, a * eps - s * clean)
+
+    record = train("shapes-sd", loss_of, [{"params": list(_parameters(unet, encoder))}],
+                   samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
+                   decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
+    record |= {"seed": seed, "batch": batch, "rate": rate}
+    return _finish(pipe, out, record, device, checked)
 
 
 def train_dit(
@@ -228,23 +206,17 @@ def train_dit(
     pipe = dit_pipeline(coder)
     model = pipe.transformer.to(device)
     encoders = [pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)]
-    every = [model, *encoders]
-    adam = optimizer([{"params": [p for m in every for p in m.parameters()]}], rate, device)
-    average = Average(every, 0.9995)
     ids_of = _ids(pipe.tokenizer, device)
-    clock, diary = Clock(minutes, rate, steps), Diary("shapes-dit")
     width = model.config.joint_attention_dim
-    saved = 0.0
-    while clock.set(adam) < 1:
+
+    def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 2, 3), textures=0.15)
         ids = ids_of(captions.write(drawn, captions.SPOKEN, make), drop=0.1, generator=make)
-        with torch.no_grad(), half(device):
-            clean = coder.encode(2 * drawn.images(SIDE) - 1).latent_dist.mean.float()
-            clean = clean * coder.config.scaling_factor
+        clean = _latents(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         s = torch.randn(batch, device=device, generator=make).sigmoid()
         wide = s[:, None, None, None]
-        blanks = BLANKS[clock.step % len(BLANKS)]
+        blanks = BLANKS[step % len(BLANKS)]
         with half(device):
             told = [e(ids, output_hidden_states=True) for e in encoders]
             text = torch.cat([t.hidden_states[-2] for t in told], -1)
@@ -256,18 +228,26 @@ def train_dit(
                 encoder_hidden_states=text,
                 pooled_projections=pooled,
             ).sample.float()
-        loss = F.mse_loss(found, eps - clean)
-        _step(adam, loss, (p for m in every for p in m.parameters()))
-        average.update()
-        clock.step += 1
-        diary.note(clock, loss, batch)
-        if clock.seconds - saved > 90:
-            saved = clock.seconds
-            average.swap()
-            save_folder(out, lambda folder: pipe.save_pretrained(folder))
-            average.swap()
-    average.swap()
-    return _finish(pipe, out, clock, diary, device, checked, seed=seed, batch=batch, rate=rate)
+        return F.mse_loss(found, eps - clean)
+
+    record = train("shapes-dit", loss_of, [{"params": list(_parameters(model, *encoders))}],
+                   samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
+                   decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
+    record |= {"seed": seed, "batch": batch, "rate": rate}
+    return _finish(pipe, out, record, device, checked)
+
+
+def _parameters(*modules: nn.Module) -> Iterator[nn.Parameter]:
+    return chain.from_iterable(m.parameters() for m in modules)
+
+
+@torch.no_grad()
+def _latents(coder: Any, drawn: Drawn) -> Tensor:
+    """Drawn scenes as both pipelines see them, `[scenes, channels, height, width]`."""
+    with half(coder.device.type):
+        means = coder.encode(2 * drawn.images(SIDE) - 1).latent_dist.mean.float()
+    latents: Tensor = means * coder.config.scaling_factor
+    return latents
 
 
 def sd_pipeline(coder: Any) -> Any:
@@ -395,33 +375,18 @@ def _coder(vae: Path | None, device: str) -> Any:
     return AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
 
 
-def _step(adam: torch.optim.Optimizer, loss: Tensor, parameters: Any) -> None:
-    adam.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(list(parameters), 1.0)
-    adam.step()
-
-
 def _finish(
-    pipe: Any, out: Path, clock: Clock, diary: Diary, device: str, checked: int, **settings: Any
+    pipe: Any, out: Path, record: dict[str, Any], device: str, checked: int
 ) -> dict[str, Any]:
-    """Save, judge images of captions on training's and on held-out pairs, and save the record."""
+    """Judge images of captions on training's and on held-out pairs, and save the record."""
     for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, nn.Module):
             part.eval()
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    record = diary.record(
-        clock, device, **settings, sampling={"steps": STEPS, "guidance": GUIDANCE}
-    )
+    record["sampling"] = {"steps": STEPS, "guidance": GUIDANCE}
     record["quality"] = quality(pipe, checked) if checked else {}
-
-    def write(folder: Path) -> None:
-        pipe.save_pretrained(folder)
-        tidy(folder)
-        write_record(folder, record, card(record))
-
-    save_folder(out, write)
+    finish(out, pipe.save_pretrained, record, card(record))
     return record
 
 

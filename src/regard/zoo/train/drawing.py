@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.zoo import scenes
-from regard.zoo.scenes import BACKGROUNDS, COLORS, SHADE, SHAPES, SIZES, TEXTURES
+from regard.zoo.scenes import BACKGROUNDS, COLORS, FINE, GAP, SHADE, SHAPES, SIZES, TEXTURES
 
-GAP = 0.02  # as in scenes
-FINE = 3
 TRIES = 16  # arrangements that are drawn at once for every scene; the first that fits is taken
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FONT = (
@@ -159,6 +157,9 @@ def sample(
     sound = fits[rows, first]
     # where none of the arrangements fits, another scene stands in
     good = sound.nonzero()[:, 0]
+    if not len(good):
+        return sample(count, device=device, generator=generator, things=things, textures=textures,
+                      digits=digits, held_out=held_out)  # fmt: skip
     stand_in = good[torch.arange(count, device=device) % len(good)]
     rows = torch.where(sound, rows, stand_in)
     pick = first[rows]

@@ -1,4 +1,4 @@
-"""What every training here shares: time boxed by the clock, averaged weights, whole checkpoints."""
+"""What every training here shares: one loop, boxed by the clock, and whole folders of weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regard.versions import versions
 
 POINTS = 60  # of the loss curve that is kept
-SAY, SAVE = 10.0, 60.0  # seconds
+SAY, SAVE = 10.0, 90.0  # seconds
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Clock:
 class Average:
     """Exponential moving average of parameters, with a start that forgets quickly."""
 
-    def __init__(self, modules: Iterable[nn.Module], decay: float = 0.999) -> None:
-        self.live = [p for m in modules for p in m.parameters()]
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.live = list(parameters)
         self.kept = [p.detach().clone().float() for p in self.live]
         self.decay, self.count = decay, 0
 
@@ -71,7 +71,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Put the average into the modules, and what was there in its place."""
+        """Put the average into the parameters, and what was there in its place."""
         for live, kept in zip(self.live, self.kept):
             other = live.detach().clone().float()
             live.copy_(kept)
@@ -102,7 +102,7 @@ class Diary:
             )
             self._losses, self._last = [], time.monotonic()
 
-    def record(self, clock: Clock, device: str, **more: Any) -> dict[str, Any]:
+    def record(self, clock: Clock, device: str) -> dict[str, Any]:
         """What `training.json` says."""
         every = max(1, len(self.curve) // POINTS)
         named = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu"
@@ -114,14 +114,59 @@ class Diary:
             "device": named,
             "loss": [[s, round(v, 5)] for s, v in self.curve[::every]],
             "versions": versions(),
-            **more,
         }
 
 
-def optimizer(groups: list[dict[str, Any]], rate: float, device: str) -> torch.optim.AdamW:
-    """AdamW over groups of parameters; a group's `scale` multiplies the rate."""
+def train(
+    name: str,
+    loss_of: Callable[[int], Tensor],
+    groups: list[dict[str, Any]],
+    *,
+    samples: int,
+    minutes: float,
+    rate: float,
+    steps: int | None,
+    device: str,
+    decay: float,
+    save: Callable[[], Any] | None = None,
+) -> dict[str, Any]:
+    """Train until the clock says so, and leave the averaged weights in the parameters.
+
+    Args:
+        name: of the model, in what is said on the way and in the record.
+        loss_of: the loss of new samples, given the number of the step.
+        groups: parameters as AdamW takes them; a group's `scale` multiplies the rate.
+        samples: how many each step sees.
+        minutes, rate, steps: see `Clock`.
+        decay: of the average that is kept.
+        save: writes the weights, every 90 seconds and at the end.
+
+    Returns what `training.json` says of it.
+    """
     fused = str(device).startswith("cuda")
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+    adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+    trained = [p for group in groups for p in group["params"]]
+    average = Average(trained, decay)
+    clock, diary, saved = Clock(minutes, rate, steps), Diary(name), 0.0
+    while clock.set(adam) < 1:
+        loss = loss_of(clock.step)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        average.update()
+        clock.step += 1
+        diary.note(clock, loss, samples)
+        if save is not None and clock.seconds - saved > SAVE:
+            saved = clock.seconds
+            average.swap()
+            save()
+            average.swap()
+    average.swap()
+    record = diary.record(clock, device)
+    if save is not None:
+        save()
+    return record
 
 
 def half(device: str) -> Any:
@@ -129,7 +174,7 @@ def half(device: str) -> Any:
     return torch.autocast("cuda", torch.bfloat16, enabled=str(device).startswith("cuda"))
 
 
-def save_folder(target: Path, write: Callable[[Path], None]) -> None:
+def save_folder(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a folder beside its place, then put it there: a reader never meets half of one."""
     part = target.with_name(f".{target.name}.part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -140,6 +185,17 @@ def save_folder(target: Path, write: Callable[[Path], None]) -> None:
         os.replace(target, old)
     os.replace(part, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish(out: Path, save: Callable[[Path], Any], record: dict[str, Any], card: str) -> None:
+    """The folder `out` as it ships: weights in float16, the record and the card."""
+
+    def write(folder: Path) -> None:
+        save(folder)
+        tidy(folder)
+        write_record(folder, record, card)
+
+    save_folder(out, write)
 
 
 def write_record(folder: Path, record: dict[str, Any], card: str) -> None:

@@ -130,7 +130,7 @@ def compare(
     scenes once, for a machine where drawing takes longer than training; 0: new ones every step.
 
     Raises:
-        InputError: an unknown arm, or a file of another setting.
+        InputError: an unknown arm, a file of another setting, or one whose tower is gone.
     """
     wrong = [a for a in arms if a not in ARMS]
     if wrong or not arms:
@@ -147,6 +147,11 @@ def compare(
         result = known
     folder = out.with_name(f".{out.stem}-tower")
     if not (folder / "training.json").is_file():
+        if result["runs"]:
+            raise InputError(
+                f"the trainings in {out} share a vision tower that is not here ({folder}): write "
+                "to another file"
+            )
         train_tower(folder, minutes=tower_minutes, steps=tower_steps, device=device, patch=PATCH,
                     width=64, layers=3, batch=64, rate=2e-3, seed=0)  # fmt: skip
     for seed in seeds:

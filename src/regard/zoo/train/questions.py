@@ -28,6 +28,8 @@ KINDS = (
 )  # fmt: skip
 SLOTS = ("existence", "existence", *KINDS[1:], "relation", "count")
 """The kinds of the questions that are asked of one image; what does not fit becomes existence."""
+LATER = ("existence", "existence", *KINDS[1:], *("relation",) * 3, "comparison", "comparison")
+"""The same for a model that goes on: more of what is learnt last."""
 QUESTION, ANSWER = 12, 3  # words at most, but for captions
 CAPTION = 22
 RELATIONS = ("", "left of", "right of", "above", "below")

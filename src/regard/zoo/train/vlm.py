@@ -9,7 +9,8 @@ rank adapter, of which only what was trained here is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from regard.errors import InputError
 from regard.zoo import vlm as zoo
+from regard.zoo.loading import load
 from regard.zoo.scenes import COLORS, SHAPES, SIZES
 
 from . import questions
 from .drawing import Drawn, sample
-from .loop import Average, Clock, Diary, half, optimizer, save_folder, tidy, write_record
-from .questions import KINDS, SLOTS
+from .loop import finish, half, save_folder, train, write_record
+from .questions import KINDS, LATER, SLOTS
 
 SIDE = zoo.SIDE
 SCENES: dict[str, Any] = {"things": (1, 2, 3), "textures": 0.1, "digits": 0.25}
@@ -52,12 +54,9 @@ def train_tower(
     sizes = {"shape": len(SHAPES) + 2, "color": len(COLORS) + 1, "size": len(SIZES) + 1,
              "digit": 11, "row": grid, "column": grid}  # fmt: skip
     heads = nn.ModuleDict({n: nn.Linear(width, c) for n, c in sizes.items()}).to(device)
-    modules = [tower, heads]
-    adam = optimizer([{"params": [p for m in modules for p in m.parameters()]}], rate, device)
-    average = Average(modules, 0.998)
-    clock, diary = Clock(minutes, rate, steps), Diary(f"tower-{patch}")
+    parameters = [*tower.parameters(), *heads.parameters()]
 
-    def loss_of(drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+    def judged(drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         with half(device):
             seen = tower(zoo.pixels(drawn.images(SIDE)), output_hidden_states=True)
             state = F.layer_norm(seen.hidden_states[-2][:, 1:].float(), (width,))
@@ -68,23 +67,22 @@ def train_tower(
                  for n in sizes}  # fmt: skip
         return sum(parts.values(), torch.zeros((), device=device)), right
 
-    while clock.set(adam) < 1:
-        drawn = sample(batch, device=device, generator=make, **SCENES)
-        loss, _ = loss_of(drawn)
-        _step(adam, loss, modules)
-        average.update()
-        clock.step += 1
-        diary.note(clock, loss, batch)
-    average.swap()
+    def loss_of(step: int) -> Tensor:
+        return judged(sample(batch, device=device, generator=make, **SCENES))[0]
+
+    record = train(f"tower-{patch}", loss_of, [{"params": parameters}], samples=batch,
+                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
     with torch.no_grad():
         few = sample(min(batch, 512), device=device, generator=make, **{**SCENES, "held_out": None})
-        _, right = loss_of(few)
-    record = diary.record(clock, device, seed=seed, batch=batch, rate=rate,
-                          quality={n: round(float(v), 4) for n, v in right.items()})  # fmt: skip
+        _, right = judged(few)
+    record |= {"seed": seed, "batch": batch, "rate": rate,
+               "quality": {n: round(float(v), 4) for n, v in right.items()}}  # fmt: skip
+
+    told = f"# {record['name']}\n\nRight, of patches: {record['quality']}\n"
 
     def write(folder: Path) -> None:
         tower.save_pretrained(folder)
-        write_record(folder, record, f"# {record['name']}\n\nRight, of patches: {right}\n")
+        write_record(folder, record, told)
 
     save_folder(out, write)
     return record
@@ -193,14 +191,28 @@ def train_vlm(
     device: str = "cpu",
     seed: int = 0,
     tower: Path | None = None,
+    start: Path | None = None,
     batch: int = 160,
     rate: float = 1.2e-3,
     steps: int | None = None,
     checked: int = 512,
 ) -> dict[str, Any]:
-    """Train `shapes-vlm`; the tower learns on at a tenth of the rate."""
+    """Train `shapes-vlm`; the tower learns on at a tenth of the rate.
+
+    With `start`, the folder of such a model, it goes on from there, asks more of what comes late
+    (`LATER`), and the record names both trainings.
+
+    Raises:
+        InputError: neither a tower nor a model to start from, both, or a folder of something else.
+    """
     torch.manual_seed(seed)
-    model, words = zoo.assemble_shapes(_tower(tower))
+    before: dict[str, Any] | None = None
+    if start is None:
+        model, words = zoo.assemble_shapes(_tower(tower))
+    elif tower is None:
+        model, words, before = _trained(Path(start))
+    else:
+        raise InputError("the model of --start has a vision tower: leave --tower out")
     model.to(device)
     vision = list(model.model.vision_tower.parameters())
     own = {id(p) for p in vision}
@@ -208,8 +220,9 @@ def train_vlm(
         {"params": [p for p in model.parameters() if id(p) not in own]},
         {"params": vision, "scale": 0.1},
     ]
-    return _train("shapes-vlm", model, words, groups, out, minutes, device, seed, batch, rate,
-                  steps, checked)  # fmt: skip
+    return _train("shapes-vlm", model, words, groups, out, minutes=minutes, device=device,
+                  seed=seed, batch=batch, rate=rate, steps=steps, checked=checked,
+                  before=before)  # fmt: skip
 
 
 def train_smol(
@@ -236,8 +249,8 @@ def train_smol(
         {"params": [p for _, p in trained if id(p) not in vision]},
         {"params": [p for _, p in trained if id(p) in vision], "scale": 0.1},
     ]
-    return _train("smol-vlm", model, words, groups, out, minutes, device, seed, batch, rate, steps,
-                  checked)  # fmt: skip
+    return _train("smol-vlm", model, words, groups, out, minutes=minutes, device=device, seed=seed,
+                  batch=batch, rate=rate, steps=steps, checked=checked)  # fmt: skip
 
 
 def _train(
@@ -246,6 +259,7 @@ def _train(
     words: zoo.Words,
     groups: list[dict[str, Any]],
     out: Path,
+    *,
     minutes: float,
     device: str,
     seed: int,
@@ -253,55 +267,44 @@ def _train(
     rate: float,
     steps: int | None,
     checked: int,
+    before: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    slots = SLOTS if before is None else LATER
     make = torch.Generator(device).manual_seed(seed)
     packed = Packed(words, device)
-    adam = optimizer(groups, rate, device)
-    trained = [p for g in groups for p in g["params"]]
-    average = Average([nn.ParameterList(trained)], 0.9995)
-    clock, diary = Clock(minutes, rate, steps), Diary(name)
-    saved = 0.0
-    while clock.set(adam) < 1:
-        drawn, asked = _scenes(batch, device, make)
+    save = partial(zoo.save, name, model, words)
+
+    def loss_of(step: int) -> Tensor:
+        drawn, asked = _scenes(batch, device, make, slots=slots)
         with half(device):
             features = features_of(model, drawn.images(SIDE))
             given = packed(asked, features.shape[1])
             logits, targets, _ = answer_logits(model, given, features)
-        loss = F.cross_entropy(logits, targets)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        adam.step()
-        average.update()
-        clock.step += 1
-        diary.note(clock, loss, batch * len(asked))
-        if clock.seconds - saved > 90:
-            saved = clock.seconds
-            average.swap()
-            save_folder(out, lambda folder: zoo.save(name, model, words, folder))
-            average.swap()
-    average.swap()
+        return F.cross_entropy(logits, targets)
+
+    record = train(name, loss_of, groups, samples=batch * len(slots), minutes=minutes, rate=rate,
+                   steps=steps, device=device, decay=0.9995,
+                   save=partial(save_folder, out, save))  # fmt: skip
     model.eval()
-    save_folder(out, lambda folder: zoo.save(name, model, words, folder))
-    record = diary.record(clock, device, seed=seed, batch=batch, rate=rate, questions=len(SLOTS))
+    record |= {"seed": seed, "batch": batch, "rate": rate, "questions": len(slots)}
+    if before is not None:
+        record["before"] = before
     record["quality"] = accuracy(model, packed, checked, device)
     record["sinks"] = sinks(model, packed, device)
-
-    def write(folder: Path) -> None:
-        zoo.save(name, model, words, folder)
-        tidy(folder)
-        write_record(folder, record, card(record))
-
-    save_folder(out, write)
+    finish(out, save, record, card(record))
     return record
 
 
 def _scenes(
-    batch: int, device: str, make: torch.Generator, held_out: bool | None = False
+    batch: int,
+    device: str,
+    make: torch.Generator,
+    held_out: bool | None = False,
+    slots: tuple[str, ...] = SLOTS,
 ) -> tuple[Drawn, list[questions.Asked]]:
     settings = {**SCENES, "held_out": held_out}
     drawn = sample(batch, device=device, generator=make, **settings)
-    return drawn, [questions.ask(drawn, kind, make) for kind in SLOTS]
+    return drawn, [questions.ask(drawn, kind, make) for kind in slots]
 
 
 @torch.no_grad()
@@ -314,17 +317,18 @@ def accuracy(
     greedy answers that is the same as writing it.
     """
     found: dict[str, dict[str, Any]] = {}
+    size = min(count, 128)
     for label, held_out in (("pairs of training", False), ("held-out pairs", True)):
         make = torch.Generator(device).manual_seed(seed)
         right: dict[str, list[float]] = {k: [] for k in (*KINDS, "existence probe")}
-        for _ in range(-(-count // 128)):
-            drawn, asked = _scenes(128, device, make, held_out)
+        for _ in range(-(-count // size)):
+            drawn, asked = _scenes(size, device, make, held_out)
             with half(device):
                 features = features_of(model, drawn.images(SIDE))
                 logits, targets, where = answer_logits(
                     model, packed(asked, features.shape[1]), features
                 )
-            wrong = torch.zeros(128, len(asked), device=device)
+            wrong = torch.zeros(size, len(asked), device=device)
             miss = (logits.argmax(-1) != targets).float()
             wrong.index_put_((where[:, 0], where[:, 1]), miss, accumulate=True)
             for n, one in enumerate(asked):
@@ -345,8 +349,6 @@ def sinks(model: Any, packed: Packed, device: str, count: int = 16) -> dict[str,
     The sink rate is the share of (layer, head) pairs where the first token receives more than 0.3
     on average; "massive" is the largest magnitude of a middle layer's states over their median.
     """
-    from regard.core.facts import MeanReceived  # noqa: F401  (a fact of this name is watched)
-
     make = torch.Generator(device).manual_seed(1)
     drawn = sample(count, device=device, generator=make, **SCENES)
     one = questions.ask(drawn, "count", make)
@@ -393,9 +395,7 @@ def card(record: dict[str, Any]) -> str:
             "A small vision-language model in LLaVA's layout, trained on drawn scenes (64 x 64 "
             f"pixels) by `regard zoo train {s['name']}`. For showing and testing methods. {body}",
             "",
-            f"Training: {s['samples']:,} questions, {s['questions']} an image, in {s['steps']:,} "
-            f"steps of {s['batch']} images, {s['seconds']:.0f} s on {s['device']}, rate "
-            f"{s['rate']}, seed {s['seed']}.",
+            f"Training: {'; then '.join(_trainings(s))}.",
             "",
             "Answers that are right in every word (questions asked):",
             "",
@@ -411,6 +411,18 @@ def card(record: dict[str, Any]) -> str:
     )
 
 
+def _trainings(record: dict[str, Any]) -> list[str]:
+    """What each training saw, the first one first."""
+    s = record
+    earlier = _trainings(s["before"]) if "before" in s else []
+    return [
+        *earlier,
+        f"{s['samples']:,} questions, {s['questions']} an image, in {s['steps']:,} steps of "
+        f"{s['batch']} images, {s['seconds']:.0f} s on {s['device']}, rate {s['rate']}, seed "
+        f"{s['seed']}",
+    ]
+
+
 def _tower(folder: Path | None) -> Any:
     from transformers import CLIPVisionModel
 
@@ -422,14 +434,19 @@ def _tower(folder: Path | None) -> Any:
     return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
 
 
-def _step(adam: torch.optim.Optimizer, loss: Tensor, modules: list[nn.Module]) -> None:
-    adam.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
-    adam.step()
-
-
-def parameters(modules: list[nn.Module]) -> Iterator[nn.Parameter]:
-    """All parameters of some modules."""
-    for module in modules:
-        yield from module.parameters()
+def _trained(folder: Path) -> tuple[Any, zoo.Words, dict[str, Any]]:
+    """A `shapes-vlm` to go on from, and what its record says of the training before."""
+    try:
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        trained = record["name"] == "shapes-vlm"
+    except (OSError, ValueError, KeyError, TypeError):
+        trained = False
+    if not trained:
+        raise InputError(
+            f"{folder} holds no shapes-vlm with its training.json: --start takes a folder that "
+            "`regard zoo train shapes-vlm --out DIR` made"
+        )
+    model, _ = load(folder)
+    words = zoo.shapes_words(model.config.vision_config.patch_size)
+    told = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "questions", "before")
+    return model.train(), words, {n: record[n] for n in told if n in record}
