@@ -30,6 +30,22 @@ def _same_random_state() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module", params=("sd", "sd3", "flux"))
+def pipe(request: pytest.FixtureRequest) -> Any:
+    """Return a tiny pipeline of each layout that the diffusion door reaches."""
+    from regard.zoo.tiny_diffusion import tiny_pipeline
+
+    return tiny_pipeline(request.param)
+
+
+@pytest.fixture(scope="module")
+def sd() -> Any:
+    """Return a tiny `StableDiffusionPipeline`."""
+    from regard.zoo.tiny_diffusion import tiny_pipeline
+
+    return tiny_pipeline("sd")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """Return the real SmolLM2-135M-Instruct and its tokenizer, or skip with the reason."""

@@ -139,7 +139,7 @@ def test_bad_pictures(
     Image.new("RGB", (31, 32)).save(odd)
     cases: list[tuple[Any, str]] = [
         (tmp_path / "none.png", "there is no picture"),
-        (text, "cannot be read as a picture"),
+        (text, "is no picture that can be read"),
         (odd, "both sides must be multiples of"),
     ]
     for path, match in cases:

@@ -24,6 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mask.save(path / "m.png")
     (path / "concept").mkdir()
     Image.new("RGB", (32, 32), "orange").save(path / "concept" / "1.png")
+    Image.new("RGB", (50, 40), "gold").save(path / "concept" / "2.png")
+    (path / "text.png").write_text("no picture")
+    (path / "text.safetensors").write_text("no concept")
     (path / "empty").mkdir()
     return path
 
@@ -58,6 +61,27 @@ def test_a_concept_is_learnt_once(capsys: Any, folder: Path, tmp_path: Path) -> 
     stamp = kept.stat().st_mtime_ns
     code, _, err = run(capsys, *common(folder, out), *more)
     assert code == 0 and kept.stat().st_mtime_ns == stamp
+    more[more.index("--concept") + 1] = str(kept)
+    code, said, err = run(capsys, *common(folder, out), *more)
+    assert code == 0 and "circle -> concept.safetensors" in said, err
+
+
+def test_words_are_found_as_words(capsys: Any, folder: Path, tmp_path: Path) -> None:
+    """A longer word that holds the object stays; the target may stand elsewhere already."""
+    out, data = tmp_path / "out.png", tmp_path / "out.json"
+    more = ["--caption", "a bigcircle, a Circle and a square", "--object", "circle", "--target",
+            "square", "--mask", str(folder / "m.png"), "--json", str(data)]  # fmt: skip
+    code, _, err = run(capsys, *common(folder, out), *more)
+    assert code == 0, err
+    (told,) = json.loads(data.read_text())["swaps"]
+    assert told["target"] == "a bigcircle, a square and a square"
+
+
+def test_another_pipeline_is_named(capsys: Any, folder: Path, tmp_path: Path) -> None:
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "sd3")
+    more = ["--object", "circle", "--target", "star", "--model", str(tmp_path / "sd3")]
+    code, _, err = run(capsys, *common(folder, tmp_path / "o.png"), *more)
+    assert code == 2 and "StableDiffusion3Pipeline cannot be inverted here: use a" in err
 
 
 @pytest.mark.parametrize(
@@ -71,10 +95,14 @@ def test_a_concept_is_learnt_once(capsys: Any, folder: Path, tmp_path: Path) -> 
         (["--object", "circle", "--concept", "EMPTY"], "holds no pictures"),
         (["--object", "circle", "--concept", "nowhere"], "there is no folder nowhere"),
         (["--object", "circle", "--target", "star", "--mask", "no.png"], "there is no picture"),
+        (["--object", "circle", "--target", "star", "--mask", "text.png"], "is no picture that"),
+        (["--object", "circle", "--target", "star", "--image", "text.png"], "is no picture that"),
+        (["--object", "circle", "--concept", "text.safetensors"], "is no learnt concept"),
+        (["--object", "circle", "--concept", "gone.safetensors"], "there is no folder"),
     ],
 )
 def test_bad_input(capsys: Any, folder: Path, tmp_path: Path, more: list[str], says: str) -> None:
-    given = [str(folder / "empty") if w == "EMPTY" else w for w in more]
+    given = [str(folder / w.lower()) if (folder / w.lower()).exists() else w for w in more]
     code, _, err = run(capsys, *common(folder, tmp_path / "o.png"), *given)
     assert code == 2 and says in " ".join(err.split()), err
     assert not (tmp_path / "o.png").exists()

@@ -7,37 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import BatchEncoding
 
-from regard import zoo
-
-from ..models import deep
-from .command import run
+from .command import run, stand_in
 
 TEXT = "the cat sat on the mat because it was tired and the day was long " * 6
 FEW = ["--ratio", "0.7", "--sinks", "2", "--recent", "5"]
 
 
-class Words:
-    """One token a word."""
-
-    def __call__(self, text: str, return_tensors: str | None = None, **_: Any) -> BatchEncoding:
-        ids = [3 + sum(map(ord, w)) % 120 for w in text.split()]
-        return BatchEncoding({"input_ids": torch.tensor([ids]) if return_tensors else ids})
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(f"w{n}" for n in ids)
-
-
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> Any:
-        model = deep(3, steep=60)
-        model.generation_config.eos_token_id = None
-        return model, Words()
-
-    monkeypatch.setattr(zoo, "load", load)
+    stand_in(monkeypatch, layers=3)
 
 
 def test_both_answers_bytes_and_heads(capsys: Any) -> None:

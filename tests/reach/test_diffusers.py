@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,10 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 from regard.reach import diffusers as door
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
-PIPELINES = ("sd", "sd3", "flux")
+from .. import pipelines
 
 PROMPT = "a red circle and a blue square"
-STEPS = 2
-
-
-@pytest.fixture(scope="module", params=PIPELINES)
-def pipe(request: pytest.FixtureRequest) -> Any:
-    return tiny_pipeline(request.param)
-
-
-@pytest.fixture(scope="module")
-def sd() -> Any:
-    return tiny_pipeline("sd")
+run = partial(pipelines.run, prompt=PROMPT)
 
 
 @pytest.fixture(autouse=True)
@@ -52,25 +43,10 @@ def denoiser(pipe: Any) -> Any:
     return door.body(pipe)
 
 
-def run(pipe: Any, *handlers: Handler, prompt: Any = PROMPT, seed: int = 0, **kwargs: Any) -> Any:
-    """Images `[batch, height, width, 3]` of one seed an element, whatever the batch."""
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    count *= kwargs.get("num_images_per_prompt", 1)
-    noise = [torch.Generator().manual_seed(seed + n) for n in range(count)]
-    kwargs = {"height": 32, "width": 32, "num_inference_steps": STEPS} | kwargs
-    if not hasattr(pipe, "unet"):
-        kwargs.setdefault("max_sequence_length", 24)
-    with torch.no_grad(), Session(pipe, handlers):
-        return pipe(prompt, generator=noise, output_type="np", **kwargs).images
-
-
 def plain(pipe: Any, **kwargs: Any) -> Any:
     """The pipeline without a session, called the same way."""
-    kwargs = {"height": 32, "width": 32, "num_inference_steps": STEPS} | kwargs
-    if not hasattr(pipe, "unet"):
-        kwargs.setdefault("max_sequence_length", 24)
     noise = [torch.Generator().manual_seed(0)]
-    return pipe(PROMPT, generator=noise, output_type="np", **kwargs).images
+    return pipe(PROMPT, generator=noise, **pipelines.settings(pipe, **kwargs)).images
 
 
 class Log(Handler):
@@ -113,12 +89,15 @@ def test_off_is_off(pipe: Any, guidance: float) -> None:
     want = plain(pipe, guidance_scale=guidance)
     assert np.abs(run(pipe, guidance_scale=guidance) - want).max() < 1e-5
     assert np.abs(run(pipe, Log(), guidance_scale=guidance) - want).max() < 1e-5
+    pictures = partial(plain, pipe, guidance_scale=guidance, output_type="pil")
+    watched = run(pipe, Log(), guidance_scale=guidance, output_type="pil")
+    assert watched[0].tobytes() == pictures()[0].tobytes()
 
 
 def test_no_trace(pipe: Any) -> None:
     weights = copy.deepcopy(denoiser(pipe).state_dict())
+    want = plain(pipe)  # the pipeline keeps the settings of its first call
     before, random = fingerprint(pipe), torch.random.get_rng_state()
-    want = plain(pipe)
     with Session(pipe, [Log()]), Session(pipe, [Log()]):
         run(pipe)
     with pytest.raises(KeyError), Session(pipe), Session(denoiser(pipe)):
@@ -152,7 +131,7 @@ def test_odd_latents_of_a_unet(sd: Any) -> None:
     assert all(c.denoising.grid[0] * c.denoising.grid[1] == c.q.shape[2] for c, _ in log.calls)
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
 def test_fused_projections_keep_working(kind: str) -> None:
     pipe = tiny_pipeline(kind)
     if kind == "sd3":  # diffusers cannot fuse the second attention of SD 3.5
@@ -185,6 +164,33 @@ def test_a_users_processor_stays_in_place(sd: Any) -> None:
     assert np.abs(run(pipe, Log()) - want).max() < 1e-5
     assert np.abs(want - plain(sd)).max() > 1e-3
     assert all(p is own for p in pipe.unet.attn_processors.values())
+
+
+def louder(kind: str) -> Any:
+    """A user's own processor of joint attention: the stock one, on an image of twice the size."""
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    stock: Any = {"sd3": JointAttnProcessor2_0, "flux": FluxAttnProcessor}[kind]
+
+    class Louder(stock):  # type: ignore[misc]
+        def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(attn, 2 * hidden_states, *args, **kwargs)
+
+    return Louder()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_a_users_processor_of_joint_attention_stays_in_place(kind: str) -> None:
+    pipe, stock = tiny_pipeline(kind), plain(tiny_pipeline(kind))
+    own = louder(kind)
+    for module in pipe.transformer.modules():
+        if isinstance(module, door.ATTENTION):
+            module.set_processor(own)
+    want, before, log = plain(pipe), fingerprint(pipe), Log()
+    assert np.abs(run(pipe, log) - want).max() < 1e-5
+    assert np.abs(want - stock).max() > 1e-3
+    assert log.calls and fingerprint(pipe) == before
 
 
 class HalfContext:
@@ -270,15 +276,41 @@ def test_halves_of_guidance_never_mix(sd: Any) -> None:
     assert np.abs(both - alone).max() < 1e-4
 
 
+def guidance(pipe: Any) -> dict[str, Any]:
+    """What turns guidance on: Flux's own is a number that the model reads, and true is a second
+    forward.
+    """
+    true = type(pipe).__name__.startswith("Flux")
+    return {"negative_prompt": "a star", "true_cfg_scale" if true else "guidance_scale": 4.0}
+
+
+def test_what_is_done_to_one_half_does_not_reach_the_other(pipe: Any) -> None:
+    """Within a step, before guidance brings both together."""
+
+    def queries(log: Log) -> dict[bool, list[torch.Tensor]]:
+        found: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for call, _ in log.calls:
+            if call.denoising.step == 0:
+                for row, driven in enumerate(call.denoising.rows.tolist()):
+                    found[driven].append(call.q[row])
+        return found
+
+    logs = {name: Log() for name in ("plain", "conditional", "unconditional")}
+    run(pipe, logs["plain"], **guidance(pipe))
+    want = queries(logs["plain"])
+    assert len(want[True]) == len(want[False]) > 0
+    for name, own in (("conditional", True), ("unconditional", False)):
+        run(pipe, Mute(name), logs[name], **guidance(pipe))
+        got = queries(logs[name])
+        # one kernel call holds both rows, so the other may move in its last digit
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got[not own], want[not own]))
+        assert not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(got[own], want[own]))
+
+
 def test_the_conditional_half_is_what_runs_without_guidance(pipe: Any) -> None:
     """Step 0 sees the same latents with and without guidance: the half must be the same call."""
     with_, without = Log(), Log()
-    guided = {"negative_prompt": "a star"}
-    guided |= (
-        {"true_cfg_scale": 4.0}
-        if hasattr(pipe, "tokenizer_2") and not hasattr(pipe, "tokenizer_3")
-        else {"guidance_scale": 4.0}
-    )
+    guided = guidance(pipe)
     run(pipe, with_, **guided)
     run(pipe, without, **({"guidance_scale": 1.0} if "guidance_scale" in guided else {}))
     ours = [

@@ -15,14 +15,10 @@ from PIL import Image
 from regard.errors import InputError, ReachError
 from regard.reach import inversion
 from regard.reach.inversion import Inverted, encode_image, encode_text, invert, null_text, replay
+from regard.reach.latents import decode
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 PROMPT = "a red circle and a blue square"
-
-
-@pytest.fixture(scope="module")
-def sd() -> Any:
-    return tiny_pipeline("sd")
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +78,13 @@ def test_encode_and_decode(sd: Any) -> None:
         pixels[:, n] = c / 127.5 - 1
     want = sd.vae.encode(pixels).latent_dist.mean * sd.vae.config.scaling_factor
     assert torch.allclose(latents, want, atol=1e-5)
-    (again,) = inversion.decode(sd, latents)
+    (again,) = decode(sd, latents)
     assert again.size == (32, 32)
     sd.vae.register_to_config(shift_factor=0.25)
     try:
         scale = sd.vae.config.scaling_factor
         assert torch.allclose(encode_image(sd, image), want - 0.25 * scale, atol=1e-5)
-        assert inversion.decode(sd, encode_image(sd, image))[0].tobytes() == again.tobytes()
+        assert decode(sd, encode_image(sd, image))[0].tobytes() == again.tobytes()
     finally:
         sd.vae.register_to_config(shift_factor=None)
 

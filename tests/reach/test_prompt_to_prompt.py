@@ -26,11 +26,6 @@ from regard.zoo.tiny_diffusion import tiny_pipeline
 SOURCE, TARGET = "a red circle and a blue square", "a red circle and a green square"
 
 
-@pytest.fixture(scope="module")
-def sd() -> Any:
-    return tiny_pipeline("sd")
-
-
 def pair(
     pipe: Any, source: str, target: str, *handlers: Handler, steps: int = 2, **more: Any
 ) -> Any:

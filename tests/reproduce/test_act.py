@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding
 
 import regard
 from regard import reproduce
@@ -17,15 +16,10 @@ from regard.reproduce.harness import Journal
 from regard.steer.act import ACT
 from regard.zoo.tiny import tiny
 
+from ..models import Words
+
 IDS = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
 FIXED: dict[str, Any] = {"threshold": 0.05, "skip_layers": (0, 0)}
-
-
-class Words:
-    """One token a word."""
-
-    def __call__(self, text: str, **_: Any) -> BatchEncoding:
-        return BatchEncoding({"input_ids": [3 + sum(map(ord, w)) % 120 for w in text.split()]})
 
 
 def test_it_runs_on_a_tiny_model(tmp_path: Path) -> None:

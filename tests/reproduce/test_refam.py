@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,8 +30,25 @@ def test_it_runs_on_a_tiny_pipeline(pipe: Any) -> None:
     for claim in done.claims:
         assert claim.verdict in ("reproduced", "partly", "not reproduced", "needs scale")
         assert claim.verdict == "needs scale" or (claim.here and claim.control and claim.values)
+    assert done.picture is not None and "RefAM's mask" in done.picture[1]
     planted = next(c for c in done.claims if c.key == "planted")
     assert planted.values["found"] == 1 and planted.values["distance"] < 1e-3
+
+
+def test_the_sheet_shows_each_expression_with_its_own_true_mask(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some, given = [own.referred(n) for n in range(2)], []
+    monkeypatch.setattr(own, "sheet", lambda *what: given.append(what))
+    own._picture(pipe, some)
+    ((rows, columns, labels),) = given
+    assert labels == [one.text for one in some]
+    for row, one in zip(rows, some):
+        shown = dict(zip(columns, row))
+        assert shown["image"] is one.image
+        mask = torch.from_numpy(np.array(shown["true mask"].convert("L"))) > 0
+        assert torch.equal(mask, one.masks[one.meant])
+        assert shown["all words"].tobytes() != shown["RefAM"].tobytes()
 
 
 def test_expressions_name_one_thing_and_where_it_is() -> None:

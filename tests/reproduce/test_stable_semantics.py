@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 pytest.importorskip("datasets", reason="datasets is part of the extra 'data'")
@@ -14,6 +16,7 @@ from regard.reach import Session
 from regard.reproduce import stable_semantics as own
 from regard.reproduce.harness import Journal, Setup
 from regard.see.stable_semantics import ChunkMaps, Recipe
+from regard.trials.scenes import overlap
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 
@@ -23,6 +26,7 @@ def test_it_runs_on_a_tiny_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline("sd")
     done = own.measure(Setup(pipe, None, "tiny", True, Journal(None, {}), False))
     assert [c.key for c in done.claims] == [c.key for c in own.CLAIMS]
+    assert done.picture is not None and "One caption a row" in done.picture[1]
     found = {c.key: c for c in done.claims}
     assert found["builder"].verdict == "reproduced" and found["scale"].verdict == "needs scale"
     assert all(c.verdict == "needs scale" or (c.here and c.control) for c in done.claims)
@@ -45,6 +49,27 @@ def test_the_last_step_alone_is_what_one_more_step_adds(monkeypatch: pytest.Monk
     every, first, last = (c([[(2, 5)]], recipe) for c in (ChunkMaps, First, own.Last))
     run(every, first, last)
     assert torch.allclose(3 * every.maps(), 2 * first.maps() + last.maps(), atol=1e-6)
+
+
+def test_the_sheet_shows_what_the_judge_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drawing in place of the generated image: masks are those of the things, a missing colour
+    is black.
+    """
+    drawn, given = own.scenes(1)[0], []
+    seen = own.ChunkMaps([], own.Recipe())
+    monkeypatch.setattr(own, "ChunkMaps", lambda *_: seen)
+    monkeypatch.setattr(seen, "maps", lambda: torch.rand(1, 2, 8, 8))
+    monkeypatch.setattr(own, "_drawn", lambda *_: [Image.fromarray(drawn.draw(64))])
+    monkeypatch.setattr(own, "sheet", lambda *what: given.append(what))
+    own._picture(None, [drawn], 1)
+    monkeypatch.setattr(own, "_drawn", lambda *_: [Image.new("RGB", (64, 64), "white")])
+    own._picture(None, [drawn], 1)
+    there, gone = (rows[0] for rows, _, _ in given)
+    for place, mask in zip((2, 4), drawn.masks(64)):
+        got = np.array(there[place].convert("L")) > 0
+        assert overlap(got, mask) > 0.8
+        assert there[place].size == (64, 64) and not np.array(gone[place].convert("L")).any()
+    assert given[0][2] == [drawn.caption().split(" on a ")[0]]
 
 
 def test_the_area_under_the_curve_is_a_share_of_pairs() -> None:

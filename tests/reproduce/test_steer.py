@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from PIL import Image
 
 from regard import reproduce
 from regard.errors import InputError
@@ -55,8 +56,21 @@ def test_it_runs_on_a_tiny_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [c.key for c in result.claims] == [c.key for c in steer.CLAIMS]
     for claim in result.claims:
         assert claim.verdict == "needs scale" or (claim.here and claim.control and claim.values)
-    table = json.loads((tmp_path / "steer.quick.json").read_text())["claims"][0]["values"]["cells"]
+    written = json.loads((tmp_path / "steer.quick.json").read_text())
+    table = written["claims"][0]["values"]["cells"]
     assert len(table) == len(steer.GAMMAS) * len(steer.ETAS) + 1
+    assert written["picture"] == steer.SHOWS
+    with Image.open(tmp_path / "steer.quick.png") as drawn:
+        assert drawn.size == steer.picture(written["claims"][0]["values"]).size
+
+
+def test_the_committed_result_draws_the_committed_picture() -> None:
+    folder = Path(steer.__file__).parents[3] / "reproductions"
+    values = json.loads((folder / "steer.json").read_text())["claims"][0]["values"]
+    with Image.open(folder / "steer.png") as drawn:
+        committed = numpy.asarray(drawn.convert("RGB"), dtype=float)
+    apart = abs(committed - numpy.asarray(steer.picture(values), dtype=float))
+    assert (apart > 48).mean() < 0.01, "draw it anew"  # letters differ a little between fonts
 
 
 def test_another_model_has_no_expert(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding
 
 import regard
 from regard import reproduce
@@ -19,15 +18,10 @@ from regard.reproduce import task_kv as own
 from regard.reproduce.harness import Journal, Setup
 from regard.zoo.tiny import tiny
 
+from ..models import Words
+
 IDS = torch.randint(3, 120, (1, 90), generator=torch.Generator().manual_seed(0))
 QUICK = own.Size(2, 60, 1, 60, 2, 80, 16, 2, 4)
-
-
-class Words:
-    """One token a word."""
-
-    def __call__(self, text: str, **_: Any) -> BatchEncoding:
-        return BatchEncoding({"input_ids": [3 + sum(map(ord, w)) % 120 for w in text.split()]})
 
 
 def setup(model: Any) -> Setup:

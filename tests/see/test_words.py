@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,29 +20,10 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 from regard.see.words import WordMaps
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
-PIPELINES = ("sd", "sd3", "flux")
+from .. import pipelines
+
 PROMPT = "a red zebra and a blue square"
-
-
-@pytest.fixture(scope="module", params=PIPELINES)
-def pipe(request: pytest.FixtureRequest) -> Any:
-    return tiny_pipeline(request.param)
-
-
-@pytest.fixture(scope="module")
-def sd() -> Any:
-    return tiny_pipeline("sd")
-
-
-def run(pipe: Any, *handlers: Handler, prompt: Any = PROMPT, **kwargs: Any) -> Any:
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    count *= kwargs.get("num_images_per_prompt", 1)
-    noise = [torch.Generator().manual_seed(n) for n in range(count)]
-    kwargs = {"height": 32, "width": 48, "num_inference_steps": 2} | kwargs
-    if not hasattr(pipe, "unet"):
-        kwargs.setdefault("max_sequence_length", 24)
-    with regard.apply(pipe, *handlers):
-        return pipe(prompt, generator=noise, output_type="np", **kwargs).images
+run = partial(pipelines.run, prompt=PROMPT, width=48)
 
 
 class Explicit(Handler):
@@ -183,6 +166,27 @@ def test_memory_does_not_grow_with_steps(sd: Any) -> None:
     assert stored(few) == stored(many) > 0
     # words x cells of three resolutions, four bytes each; no map of queries x keys
     assert stored(many) == 4 * 7 * (16 * 24 + 8 * 12 + 4 * 6)
+
+
+class Alive:
+    """A `callback_on_step_end` that counts the bytes of all tensors at hand."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def __call__(self, pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        gc.collect()
+        held = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        self.bytes.append(sum(storages.values()))
+        return given
+
+
+def test_nothing_piles_up_while_an_image_is_made(pipe: Any) -> None:
+    alive = Alive()
+    run(pipe, WordMaps(["square"]), callback_on_step_end=alive, num_inference_steps=6)
+    # the sums are there from the first step on; the last step ends the list of sigmas or so
+    assert len(alive.bytes) == 6 and max(alive.bytes[1:]) <= alive.bytes[0]
 
 
 def test_a_new_run_replaces_the_last(sd: Any) -> None:

@@ -154,6 +154,8 @@ def test_head_lists(tmp_path: Path) -> None:
         ({"beta": 1.5}, "beta"),
         ({"threshold": 0.0}, "threshold"),
         ({"alpha": 0}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"skip_layers": (-1, 0)}, "skip_layers"),
         ({"mode": "always"}, "mode"),
         ({"min_rows": 0}, "min_rows"),
         ({"heads": {3: [1, 1]}}, "layer 3 twice"),
@@ -175,9 +177,14 @@ def test_a_list_of_another_model(tmp_path: Path) -> None:
         with torch.no_grad(), regard.apply(model, ACT(heads={1: [8]}, skip_layers=(0, 0))):
             model(IDS)
     bad = tmp_path / "bad.json"
-    bad.write_text("[1, 2]")
-    with pytest.raises(InputError, match="no head list"):
-        ACT(heads=bad)
+    for text in ("[1, 2]", "{nope", '{"1": 3}', '{"1": [1.5]}', '{"one": [1]}'):
+        bad.write_text(text)
+        with pytest.raises(InputError, match="no head list"):
+            ACT(heads=bad)
+    with pytest.warns(UserWarning, match="names no head"):
+        regard.apply(tiny("llama"), ACT(heads={1: []}))
+    with pytest.raises(InputError, match="last 9 of the 2 layers alone"):
+        regard.apply(tiny("llama"), ACT(heads={0: [0]}, skip_layers=(0, 9)))
     with pytest.raises(InputError, match="no method"):
         regard.apply(tiny("llama"), "act")  # type: ignore[arg-type]
 

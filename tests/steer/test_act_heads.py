@@ -198,3 +198,8 @@ def test_data_that_does_not_fit() -> None:
         fit(PROMPTS, ["good"] * 7)
     with pytest.raises(InputError, match="begin with the same token"):
         fit(PROMPTS, ["ab", "ba", *["ab"] * 5])
+    with pytest.raises(InputError, match="leaves none of the 2 layers"):
+        HeadFilter(tiny("llama"), Words(), skip_layers=(1, 9)).fit(PROMPTS, LABELS)
+    for family, said in (("bert", "does not answer texts"), ("t5", "in an encoder")):
+        with pytest.raises(InputError, match=said):
+            HeadFilter(tiny(family), Words())

@@ -31,11 +31,6 @@ QUICK = DynamicPromptLearning(NOUNS, inner_steps=2, null_steps=1, steps=2)
 
 
 @pytest.fixture(scope="module")
-def sd() -> Any:
-    return tiny_pipeline("sd")
-
-
-@pytest.fixture(scope="module")
 def picture() -> torch.Tensor:
     return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -236,7 +231,7 @@ def test_rows_move_and_go_into_the_nouns_alone(sd: Any, learned: Learned) -> Non
 
 def test_edits(sd: Any, learned: Learned) -> None:
     plain = replay(sd, learned.inverted.latents[-1], learned.embeds(sd), learned.nulls)
-    from regard.reach.inversion import decode
+    from regard.reach.latents import decode
 
     (source,) = decode(sd, plain)
     for target, more in (

@@ -276,6 +276,9 @@ def test_samples_join_the_pool_and_can_go_on(pair: Any) -> None:
         next(sample(expert, Letters(), "say", ["one"], count=1, **more))
     with pytest.raises(InputError, match="empty"):
         next(sample(expert, Letters(), "say", [], count=1, **more))
+    room = expert.config.max_position_embeddings
+    with pytest.raises(InputError, match=f"a sample {room}, but the expert has {room} positions"):
+        next(sample(expert, Letters(), "say", ["one"], count=1, base=base, k=1, tokens=room))
 
 
 def test_the_command_line_goes_on_where_it_stopped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,26 +19,15 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 from regard.steer.structured_diffusion import StructuredDiffusion
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
+from .. import pipelines
+
 PROMPT = "a red circle and a blue zebra"
 PHRASES = ["a red circle", "a blue zebra"]
-
-
-@pytest.fixture(scope="module")
-def sd() -> Any:
-    return tiny_pipeline("sd")
+run = partial(pipelines.run, prompt=PROMPT)
 
 
 def method(**settings: Any) -> StructuredDiffusion:
     return StructuredDiffusion(**({"parser": "rules"} | settings))
-
-
-def run(pipe: Any, *handlers: Handler, prompt: Any = PROMPT, **kwargs: Any) -> Any:
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    count *= kwargs.get("num_images_per_prompt", 1)
-    noise = [torch.Generator().manual_seed(n) for n in range(count)]
-    kwargs = {"num_inference_steps": 2} | kwargs
-    with regard.apply(pipe, *handlers):
-        return pipe(prompt, generator=noise, output_type="np", **kwargs).images
 
 
 # -- the definition, written out on matrices in float64 --------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,37 @@ def test_a_concept_is_learnt_and_the_pipeline_is_as_before(pipe: Any, tmp_path: 
     assert all(p.requires_grad for p in pipe.unet.parameters())
     with pytest.raises(InputError, match="tokens for this text encoder"):
         swap_concepts.learn(pipe, pictures, "circumference")
+    with pytest.raises(InputError, match="have one size"):
+        swap_concepts.learn(pipe, [*pictures, Image.new("RGB", (48, 32))], "circle")
     with pytest.raises(InputError, match="stands for the concept"):
         swap_concepts.encode(pipe, "a square", "circle", vector)
+
+
+def test_a_stopped_concept_goes_on_as_if_it_never_stopped(pipe: Any, tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (32, 32), c) for c in ("red", "crimson")]
+    file, left = tmp_path / "c.safetensors", [3]
+
+    def stop() -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    learn = partial(swap_concepts.learn, pipe, pictures, "circle", steps=5)
+    whole = learn()
+    with pytest.raises(KeyboardInterrupt):
+        learn(file=file, progress=stop)
+    assert not file.exists()
+    made: list[int] = []
+    assert torch.equal(learn(file=file, progress=lambda: made.append(1)), whole)
+    assert len(made) == 2 and [p.name for p in tmp_path.iterdir()] == [file.name]
+    # finished, it is taken up; of other pictures, or damaged, it is learnt anew
+    assert torch.equal(learn(file=file, progress=stop), whole)
+    other = swap_concepts.learn(pipe, pictures[:1], "circle", steps=5, file=file)
+    assert not torch.equal(other, whole) and torch.equal(swap_concepts.load(file), other)
+    file.write_bytes(b"half a file")
+    with pytest.raises(InputError, match="is no learnt concept"):
+        swap_concepts.load(file)
+    assert torch.equal(learn(file=file), whole)
 
 
 def test_what_cannot_be_swapped() -> None:

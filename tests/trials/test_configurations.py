@@ -82,6 +82,7 @@ def test_fingerprint_follows_the_files_a_method_imports(tmp_path: Path) -> None:
         ("act:", "not written as"),
         ("act:beta=1,beta=2", "gives beta twice"),
         ("h2o,h2o", "given twice"),
+        ("act:beta=0.2+h2o+act", "applies act twice"),
         ("full:beta=1", "no method 'full'"),
         ("beta=1", "no method 'beta=1'"),
     ],

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from regard.errors import InputError
-from regard.trials.scenes import judge, own_accuracy, read
+from regard.trials.scenes import foreground, judge, overlap, own_accuracy, read
 from regard.zoo.scenes import scene
 
 
@@ -45,6 +46,14 @@ def test_what_is_wrong_is_called_wrong() -> None:
     other = replace(drawn, background="black" if drawn.background != "black" else "white",
                     named=drawn.named | {"background"})  # fmt: skip
     assert not judge(image, other).background
+
+
+def test_the_foreground_is_what_stands_on_the_ground() -> None:
+    drawn = scene(3)
+    things = drawn.masks(64).any(0)
+    assert overlap(foreground(Image.fromarray(drawn.draw(64))), things) > 0.9
+    assert not foreground(Image.new("RGB", (32, 32), "navy")).any()
+    assert overlap(things, ~things) == 0 and overlap(things, things) == 1
 
 
 def test_floats_bytes_and_noise() -> None:

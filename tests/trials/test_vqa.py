@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from regard import api, zoo
 from regard.errors import InputError
+from regard.shape.mma import MMA
+from regard.shrink.visiondrop import VisionDrop
 from regard.steer.var import VAR
 from regard.trials import vqa
 
@@ -65,3 +68,40 @@ def test_a_neutral_method_changes_nothing(shapes: tuple[Any, Any]) -> None:
         assert a["right"] == b["right"]
         assert a["log_probability"] == pytest.approx(b["log_probability"], abs=1e-4)
         assert a["margin"] == pytest.approx(b["margin"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "new"),
+    [
+        (lambda: VAR(dims=[3, 40], tau=1.5, nonsink_ratio=0.2), 2),  # one alone is never a sink
+        (lambda: VisionDrop(tokens=24), 1),
+        (lambda: MMA(marker=[6]), 1),  # "assistant"
+    ],
+    ids=["var", "visiondrop", "mma"],
+)
+def test_a_method_on_the_shipped_model(
+    shapes: tuple[Any, Any], make: Callable[[], Any], new: int
+) -> None:
+    """It changes answers; a padded batch and cached steps give what one pass alone gives."""
+    model, processor = shapes
+    given = vqa.items(2, ["color", "relation"], seed=3)
+    inputs = vqa.read(processor, given).inputs
+    live, ids = inputs["attention_mask"], inputs["input_ids"]
+    assert not bool(live.all())
+    places = (live.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        plain = model(**inputs, position_ids=places).logits[:, -1]
+        with api.apply(model, make()):
+            whole = model(**inputs, position_ids=places).logits[:, -1]
+        assert float((whole - plain).abs().max()) > 1e-3
+        for row, item in enumerate(given):
+            with api.apply(model, make()):
+                alone = model(**vqa.read(processor, [item]).inputs).logits[0, -1]
+            assert torch.allclose(whole[row], alone, atol=1e-4)
+        prompt = {"input_ids": ids[:, :-new], "attention_mask": live[:, :-new]}
+        with api.apply(model, make()):
+            out = model(**{**inputs, **prompt}, position_ids=places[:, :-new], use_cache=True)
+            step = model(input_ids=ids[:, -new:], attention_mask=live,
+                         position_ids=places[:, -new:],
+                         past_key_values=out.past_key_values)  # fmt: skip
+        assert torch.allclose(step.logits[:, -1], whole, atol=1e-4)

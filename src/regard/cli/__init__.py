@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # transformers' own bars and hints would break into ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         app(args=argv, prog_name="regard", standalone_mode=True)
     except (RegardError, ValueError, OSError, ImportError, MemoryError) as error:

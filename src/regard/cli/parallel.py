@@ -43,12 +43,17 @@ def parallel(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls after one warm-up.")] = 5,
     backward: Annotated[bool, typer.Option(help="Also time gradients.")] = True,
-    peer: Annotated[bool, typer.Option(help="Also torch's own context_parallel.")] = True,
+    peer: Annotated[
+        bool, typer.Option(help="Also torch's context_parallel and diffusers' schemes.")
+    ] = True,
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which a silent rank counts as lost.")
     ] = 600,
     out: Annotated[
         Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the table and the bytes sent as a page here.")
     ] = None,
 ) -> None:
     """Five schemes of context parallelism on the processes that torchrun started.
@@ -59,9 +64,11 @@ def parallel(
     """
     with one_voice():
         from regard.bench import parallel as bench
+        from regard.bench import parallel_page
         from regard.core.parallel import started
 
-        check_output(out)
+        for path in (out, html):
+            check_output(path)
         names = [n.strip() for n in schemes.split(",") if n.strip()]
         pair = pair_of(heads)
         rows = count(tokens_per_rank)
@@ -94,7 +101,9 @@ def parallel(
         if first_rank():
             from rich.console import Console
 
-            Console().print(bench.table(result))
+            if html is not None:
+                write_text(html, parallel_page.html(result))
+            Console().print(parallel_page.table(result))
 
 
 def plan(

@@ -81,7 +81,7 @@ def _run(
     layered = {
         name: {
             f"{s.part} {s.layer}": by_layer.map(name, label=s.index)[0]
-            for s in session.sites
+            for s in sorted(session.sites, key=lambda s: (s.part, s.layer))
             if s.index in by_layer.labels
         }
         for name in by_layer.names

@@ -140,9 +140,9 @@ def _check(name: str, module: Any) -> None:
     kind = type(processor)
     if kind in STAND_IN and (kind is not SlicedAttnProcessor or _plain(module)):
         return
-    code = getattr(inspect.unwrap(kind.__call__), "__code__", None)
-    asks = code is not None and ASKS & set(code.co_names)
-    if not asks or any(word in kind.__name__ for word in OTHER):
+    # a user's own may hand on to the stock one that it is made from
+    asks = any(_names(c) & ASKS for c in kind.__mro__)
+    if not asks or any(word in c.__name__ for word in OTHER for c in kind.__mro__):
         raise ReachError(
             f"{name} runs the processor {kind.__name__}, which computes something else than one "
             "scaled_dot_product_attention, so regard cannot stand in for it: take it off first "
@@ -152,6 +152,12 @@ def _check(name: str, module: Any) -> None:
         raise ReachError(
             f"{name} runs context parallel, which regard does not follow: disable it for the look"
         )
+
+
+def _names(kind: type) -> set[str]:
+    """The names that the class's own `__call__` speaks of."""
+    code = getattr(inspect.unwrap(vars(kind).get("__call__", len)), "__code__", None)
+    return set() if code is None else set(code.co_names)
 
 
 def _plain(module: Any) -> bool:

@@ -12,6 +12,7 @@ not clipped, which could not be undone.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch import Tensor
 from regard.errors import InputError, ReachError
 
 from .call import Handler
+from .latents import encode_pixels
 from .session import Session
 
 Tick = Callable[[], None]
@@ -88,24 +90,7 @@ def encode_image(pipe: Any, image: Any) -> Tensor:
             "for this pipeline; resize it first"
         )
     pixels = pipe.image_processor.preprocess(image.convert("RGB"))
-    with torch.no_grad():
-        spread = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
-    shift, scale = _shift(pipe)
-    latents: Tensor = (spread.mode() - shift) * scale
-    return latents.to(pipe.unet.dtype)
-
-
-def decode(pipe: Any, latents: Tensor) -> list[Any]:
-    """The pictures of latents `[images, channels, height, width]`, as PIL images."""
-    shift, scale = _shift(pipe)
-    with torch.no_grad():
-        pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / scale + shift).sample
-    return list(pipe.image_processor.postprocess(pixels.detach(), output_type="pil"))
-
-
-def _shift(pipe: Any) -> tuple[float, float]:
-    config = pipe.vae.config
-    return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
+    return encode_pixels(pipe, pixels).to(pipe.unet.dtype)
 
 
 def encode_text(pipe: Any, prompt: str) -> Tensor:
@@ -193,6 +178,17 @@ def invert(
             if progress is not None:
                 progress()
     return Inverted(found, ddim.timesteps, prompt, steps)
+
+
+def fingerprint(pipe: Any, *tensors: Tensor) -> str:
+    """What is kept for later was made with: digits that change with these tensors and with the
+    weights at both ends of the pipeline (word embeddings, first and last convolution).
+    """
+    mark = hashlib.sha256()
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for tensor in (*tensors, table, pipe.unet.conv_in.weight, pipe.unet.conv_out.weight):
+        mark.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return mark.hexdigest()
 
 
 # -- null-text inversion --------------------------------------------------------------------------

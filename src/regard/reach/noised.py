@@ -9,6 +9,8 @@ from torch import Tensor
 
 from regard.errors import InputError, ReachError
 
+from .latents import encode_pixels
+
 
 def size_of(pipe: Any, image: Any) -> tuple[int, int]:
     """Height and width, in pixels, to which the image is brought: its own, rounded to whole tokens.
@@ -58,7 +60,8 @@ def denoise_once(
     height, width = size_of(pipe, image)
     transformer = pipe.transformer
     with torch.no_grad():
-        clean = _latents(pipe, image, (height, width))
+        pixels = pipe.image_processor.preprocess(image.convert("RGB"), height, width)
+        clean = encode_pixels(pipe, pixels)
         eps = torch.cat([_noise(clean, seed + n) for n in range(draws)])
         mixed = ((1 - noise) * clean + noise * eps).to(transformer.dtype)
         embeds, pooled = _encode(pipe, [text] * draws)
@@ -73,17 +76,6 @@ def denoise_once(
                 encoder_hidden_states=embeds,
                 pooled_projections=pooled,
             )
-
-
-def _latents(pipe: Any, image: Any, size: tuple[int, int]) -> Tensor:
-    pixels = pipe.image_processor.preprocess(image.convert("RGB"), *size)
-    pixels = pixels.to(pipe.vae.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixels).latent_dist.mode().float()
-    config = pipe.vae.config
-    shift = getattr(config, "shift_factor", None) or 0.0
-    found = (latents - shift) * config.scaling_factor
-    assert isinstance(found, Tensor)
-    return found
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:

@@ -88,7 +88,10 @@ def locate(phrases: Sequence[str], text: str) -> list[Phrase]:
         hit = re.compile(pattern, re.IGNORECASE).search(text, after.get(wanted, 0))
         if hit is None:
             more = "a second time " if wanted in after else ""
-            raise InputError(f"phrase {phrase!r} is not found {more}in prompt {text!r}")
+            raise InputError(
+                f"phrase {phrase!r} is not found {more}in prompt {text!r}: give words as they "
+                "stand there"
+            )
         after[wanted] = hit.end()
         found.append(Phrase(text[hit.start() : hit.end()], hit.start(), hit.end()))
     return found

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,15 +62,14 @@ def align(source: Sequence[int], target: Sequence[int]) -> list[int | None]:
     return found
 
 
-def word_columns(tokenizer: Any, prompt: str, words: str) -> list[int]:
-    """Columns of a word or phrase of a prompt; "circle (2)" is the second circle.
+def word_span(prompt: str, words: str) -> tuple[int, int]:
+    """First character and end of a word or phrase of a prompt; "circle (2)" is the second circle.
 
     Raises:
-        InputError: the prompt does not have it, has it more than once, or it is cut off.
+        InputError: the prompt does not have it, or has it more than once.
 
-    >>> from regard.zoo.tiny_diffusion import clip_tokenizer
-    >>> word_columns(clip_tokenizer(), "a red circle and a blue square", "blue square")
-    [6, 7]
+    >>> word_span("a carpet and a Car", "car")
+    (15, 18)
     """
     asked = re.fullmatch(r"(.+?)\s*\((\d+)\)", words.strip())
     name, number = (asked[1], int(asked[2])) if asked else (words.strip(), None)
@@ -83,12 +82,33 @@ def word_columns(tokenizer: Any, prompt: str, words: str) -> list[int]:
         raise InputError(
             f"{name!r} stands {len(spans)} times in {prompt!r}: say which, as '{name} (2)'"
         )
-    start, end = spans[(number or 1) - 1]
+    return spans[(number or 1) - 1]
+
+
+def word_columns(tokenizer: Any, prompt: str, words: str) -> list[int]:
+    """Columns of a word or phrase of a prompt; "circle (2)" is the second circle.
+
+    Raises:
+        InputError: the prompt does not have it, has it more than once, or it is cut off.
+
+    >>> from regard.zoo.tiny_diffusion import clip_tokenizer
+    >>> word_columns(clip_tokenizer(), "a red circle and a blue square", "blue square")
+    [6, 7]
+    """
+    return span_columns(tokenizer, prompt, *word_span(prompt, words))
+
+
+def span_columns(tokenizer: Any, prompt: str, start: int, end: int) -> list[int]:
+    """Columns of the characters `start` to `end` of a prompt.
+
+    Raises:
+        InputError: they are cut off.
+    """
     found = [n for n, (a, b) in enumerate(token_spans(tokenizer, prompt)) if a < end and b > start]
     if not found or found[-1] >= tokenizer.model_max_length - 1:
         raise InputError(
-            f"{words!r} lies behind the {tokenizer.model_max_length} tokens that the text encoder "
-            "reads: shorten the prompt"
+            f"{prompt[start:end]!r} lies behind the {tokenizer.model_max_length} tokens that the "
+            "text encoder reads: shorten the prompt"
         )
     return found
 
@@ -97,6 +117,13 @@ def token_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Tokens of a prompt with the special ones, without padding, cut at the encoder's length."""
     ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
     return [int(n) for n in ids]
+
+
+def of_row(call: Call, row: int, value: Tensor) -> Call:
+    """One row's queries and keys over other values `[1, heads, keys, dim]`."""
+    one = slice(row, row + 1)
+    bias = call.bias[one] if call.bias is not None and len(call.bias) > 1 else call.bias
+    return call.change(q=call.q[one], k=call.k[one], v=value, bias=bias, live=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +141,28 @@ class Columns:
     def of(self, source: Tensor, own: Tensor) -> Tensor:
         """The edited maps of explicit ones, `[..., columns]`."""
         return source @ self.take.to(source) + own * self.keep.to(own)
+
+    def over(self, call: Call, source: int, edit: int) -> Tensor:
+        """The edited maps over the edit's values, `[1, heads, queries, dim]`: no map is made.
+
+        Args:
+            call: cross-attention of a batch that holds both images.
+            source, edit: their rows.
+
+        Raises:
+            InputError: the columns are those of another tokenizer.
+        """
+        value = call.v[edit : edit + 1]
+        take, keep = self.take.to(value), self.keep.to(value)
+        if len(take) != call.k.shape[2]:
+            raise InputError(
+                f"the edit has {len(take)} columns and the text {call.k.shape[2]}: make it with "
+                "this pipeline's tokenizer"
+            )
+        out = of_row(call, source, take @ value).attend().out
+        if bool(keep.any()):
+            out = out + of_row(call, edit, keep[:, None] * value).attend().out
+        return out
 
     def scaled(self, tokenizer: Any, prompt: str, weights: Mapping[str, float]) -> Columns:
         """The same with the columns of some words of the edit multiplied, nothing renormalised."""
@@ -159,17 +208,7 @@ def swapped(tokenizer: Any, source: str, target: str) -> Columns:
 
 
 def _words(tokenizer: Any, prompt: str) -> list[list[int]]:
-    spans = token_spans(tokenizer, prompt)
-    found = []
-    for word in re.finditer(r"\S+", prompt):
-        own = [n for n, (a, b) in enumerate(spans) if a < word.end() and b > word.start()]
-        if not own or own[-1] >= tokenizer.model_max_length - 1:
-            raise InputError(
-                f"{word.group()!r} lies behind the {tokenizer.model_max_length} tokens that the "
-                "text encoder reads: shorten the prompt"
-            )
-        found.append(own)
-    return found
+    return [span_columns(tokenizer, prompt, *m.span()) for m in re.finditer(r"\S+", prompt)]
 
 
 def refined(tokenizer: Any, source: str, target: str) -> Columns:
@@ -275,18 +314,8 @@ class PromptToPrompt(Handler):
             self._look(call, state, source, edit, active)
         if not active:
             return None
-        take, keep = self.edit.take.to(call.v), self.edit.keep.to(call.v)
-        if take.shape[0] != call.k.shape[2]:
-            raise InputError(
-                f"the edit has {take.shape[0]} columns and the text {call.k.shape[2]}: make it "
-                "with this pipeline's tokenizer"
-            )
-        value = call.v[edit : edit + 1]
-        out = _rows(call, source, take @ value)
-        if bool(self.edit.keep.any()):
-            out = out + _rows(call, edit, keep[:, None] * value)
         whole = state.out.clone()
-        whole[edit] = out[0]
+        whole[edit] = self.edit.over(call, source, edit)[0]
         return State(whole, state.lse)
 
     def _look(self, call: Call, state: State, source: int, edit: int, active: bool) -> None:
@@ -313,11 +342,3 @@ class PromptToPrompt(Handler):
         self.mask = (maps / high > self.threshold).any(0)
         edit = torch.where(self.mask, latents[1], latents[0])
         return torch.stack([latents[0], edit])
-
-
-def _rows(call: Call, row: int, value: Tensor) -> Tensor:
-    """Output of one row's queries and keys over other values, `[1, heads, queries, dim]`."""
-    one = slice(row, row + 1)
-    bias = call.bias[one] if call.bias is not None and len(call.bias) > 1 else call.bias
-    alone = replace(call, q=call.q[one], k=call.k[one], v=value, bias=bias, live=None)
-    return alone.attend().out

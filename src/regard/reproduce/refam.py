@@ -16,6 +16,7 @@ from torch import Tensor
 from regard.core import State
 from regard.reach import Call, Handler, Session, Site
 from regard.reach.denoising import denoising
+from regard.report.contact import heat, marked, sheet
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.see.refam import Grounding, RefAM
 
@@ -33,6 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
 BASE = RefAM(gas="off", noun_phrase=False, spatial_bias=False, parser="rules")
 SHARE = 0.7  # of every query's attention that the planted key gets
 SEED = 0
+SHOWN = 6
 
 CLAIMS = (
     Claim(
@@ -148,7 +150,7 @@ def measure(setup: Setup) -> Measured:
     pipe = setup.model
     count, planted = (9, 2) if setup.quick else (300, 12)
     found: list[dict[str, Any]] = []
-    with setup.progress(count + planted, "RefAM") as step:
+    with setup.progress(count + planted + 1, "RefAM") as step:
         for n in range(count):
             found.append(setup.journal.get(f"scene {n}", partial(_scene, pipe, referred(n))))
             step()
@@ -156,6 +158,8 @@ def measure(setup: Setup) -> Measured:
         for n in range(planted):
             sinks.append(setup.journal.get(f"sink {n}", partial(_planted, pipe, referred(n))))
             step()
+        picture = _picture(pipe, [referred(n) for n in range(min(count, SHOWN))])
+        step()
     claims = {c.key: c for c in CLAIMS}
     return Measured(
         [
@@ -177,6 +181,7 @@ def measure(setup: Setup) -> Measured:
             "magnets": list(BASE.magnets),
             "share of the planted sink": SHARE,
         },
+        picture=picture,
     )
 
 
@@ -198,6 +203,31 @@ def _scene(pipe: Any, one: Referred) -> dict[str, Any]:
             arms["spread"] = _spread(got, one)
             arms["padding"] = got.padding
     return arms
+
+
+def _picture(pipe: Any, some: Sequence[Referred]) -> tuple[Any, str]:
+    """The first expressions, one a row, with the maps of the plain arm and of the full method."""
+    from PIL import Image
+
+    plain, *_, full = ARMS
+    rows = []
+    for one in some:
+        got = {n: replace(BASE, **ARMS[n]).ground(pipe, one.image, one.text) for n in (plain, full)}
+        rows.append(
+            [
+                one.image,
+                *(heat(got[n].heat, one.image.size) for n in (plain, full)),
+                marked(Image.fromarray(got[full].mask.numpy()), got[full].point),
+                Image.fromarray(one.masks[one.meant].numpy()),
+            ]
+        )
+    columns = ["image", plain, "RefAM", "its mask, point", "true mask"]
+    says = (
+        "One expression a row: the image, the map of all its words, that of RefAM "
+        f"({full.removeprefix('+ ')} and all before it), both dark where the words get most, "
+        "RefAM's mask with its point in red, and the true mask."
+    )
+    return sheet(rows, columns, [one.text for one in some]), says
 
 
 def _spread(got: Grounding, one: Referred) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +18,12 @@ from regard.core import State
 from regard.reach import Call, Session
 from regard.reach.denoising import denoising
 from regard.reach.expressions import words
+from regard.report.contact import heat, sheet
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.see.stable_semantics import ChunkMaps, Prompt, Recipe, chunks, seed_of
 from regard.see.stable_semantics_build import build, load
 from regard.see.stable_semantics_stats import TAUS, binarised, iou
-from regard.trials.scenes import read
+from regard.trials.scenes import Found, read
 from regard.zoo.scenes import Scene, scene
 
 TITLE = "StableSemantics"
@@ -31,6 +33,7 @@ STEPS, GUIDANCE = 15, 4.0
 GRID = 64
 SEED = 0
 KINDS = ("average", "finest", "last", "centre")
+SHOWN = 6
 
 CLAIMS = (
     Claim(
@@ -105,12 +108,14 @@ def measure(setup: Setup) -> Measured:
     count, images = (3, 2) if setup.quick else (100, 5)
     wanted = scenes(count)
     found = []
-    with setup.progress(count + 1, "StableSemantics") as step:
+    with setup.progress(count + 2, "StableSemantics") as step:
         for n, one in enumerate(wanted):
             make = lambda one=one: _caption(pipe, one, images)  # noqa: E731
             found.append(setup.journal.get(f"caption {n}", make))
             step()
         built = setup.journal.get("build", lambda: _built(pipe, wanted[:3]))
+        step()
+        picture = _picture(pipe, wanted[:SHOWN], images)
         step()
     claims = {c.key: c for c in CLAIMS}
     return Measured(
@@ -136,6 +141,7 @@ def measure(setup: Setup) -> Measured:
             "grid": GRID,
             "parser": "rules",
         },
+        picture=picture,
     )
 
 
@@ -155,30 +161,46 @@ def scenes(count: int) -> list[Scene]:
     return found
 
 
-def _caption(pipe: Any, one: Scene, images: int) -> list[dict[str, Any]]:
-    """For every image: areas under the curve, best overlap, centroids and small maps."""
-    caption = one.caption()
-    phrases = [c for c in chunks(caption, "rules") if c.root != "background"]
+def _spans(one: Scene) -> list[list[tuple[int, int]]]:
+    """For each thing of a scene the words of its chunk, by the characters of the caption."""
+    phrases = [c for c in chunks(one.caption(), "rules") if c.root != "background"]
     found = [next(c for c in phrases if t.color in c.text) for t in one.things]
-    spans = [
+    return [
         [(c.start + w.start, c.start + w.end) for w in words(c.text)
          if w.content and w.text not in ("left", "right")]
         for c in found
     ]  # fmt: skip
+
+
+def _drawn(pipe: Any, caption: str, images: int, *seen: ChunkMaps) -> list[Any]:
+    """So many images of a caption, from its own seeds, with these watching."""
+    noise = [torch.Generator().manual_seed(seed_of(caption, n, SEED)) for n in range(images)]
+    with Session(pipe, list(seen)), torch.no_grad():
+        made: list[Any] = pipe(
+            [caption] * images,
+            generator=noise,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+        ).images
+    return made
+
+
+def _of_color(things: Sequence[Found], color: str) -> Any:
+    """What the judge sees of a colour, boolean `[height, width]`; None where it sees none."""
+    own = [t.mask for t in things if t.color == color]
+    return np.logical_or.reduce(own) if own else None
+
+
+def _caption(pipe: Any, one: Scene, images: int) -> list[dict[str, Any]]:
+    """For every image: areas under the curve, best overlap, centroids and small maps."""
+    caption, spans = one.caption(), _spans(one)
     recipe = Recipe(grid=GRID, parser="rules")
     seen = {
         "average": ChunkMaps(spans, recipe),
         "finest": ChunkMaps(spans, Recipe(grid=GRID, parser="rules", finest=True)),
         "last": Last(spans, recipe),
     }
-    noise = [torch.Generator().manual_seed(seed_of(caption, n, SEED)) for n in range(images)]
-    with Session(pipe, list(seen.values())), torch.no_grad():
-        made = pipe(
-            [caption] * images,
-            generator=noise,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-        ).images
+    made = _drawn(pipe, caption, images, *seen.values())
     maps = {name: handler.maps() for name, handler in seen.items()}
     height, width = maps["average"].shape[-2:]
     y, x = torch.meshgrid(
@@ -190,10 +212,10 @@ def _caption(pipe: Any, one: Scene, images: int) -> list[dict[str, Any]]:
         things = read(image)[1]
         row: dict[str, Any] = {"auc": [], "iou": [], "relation": one.relation}
         for at, thing in enumerate(one.things):
-            own = [t.mask for t in things if t.color == thing.color]
-            if own:
-                mask = torch.from_numpy(sum(m.astype("float32") for m in own)) > 0
-                mask = F.interpolate(mask[None, None].float(), (height, width))[0, 0] > 0.5
+            own = _of_color(things, thing.color)
+            if own is not None:
+                mask = torch.from_numpy(own)[None, None].float()
+                mask = F.interpolate(mask, (height, width))[0, 0] > 0.5
                 row["auc"].append({k: auc(maps[k][n, at], mask) for k in KINDS})
                 row["iou"].append([iou(binarised(maps["average"][n, at], t), mask) for t in TAUS])
         small = F.adaptive_avg_pool2d(maps["average"][n], 8).flatten(1)
@@ -201,6 +223,35 @@ def _caption(pipe: Any, one: Scene, images: int) -> list[dict[str, Any]]:
         row["centroids"] = [_centroid(maps["average"][n, at]) for at in range(2)]
         out.append(row)
     return out
+
+
+def _picture(pipe: Any, some: Sequence[Scene], images: int) -> tuple[Any, str]:
+    """The first image of each caption, with the maps of its chunks and the judge's masks."""
+    from PIL import Image
+
+    rows = []
+    for one in some:
+        seen = ChunkMaps(_spans(one), Recipe(grid=GRID, parser="rules"))
+        image = _drawn(pipe, one.caption(), images, seen)[0]
+        things, nothing = read(image)[1], np.zeros((image.height, image.width), bool)
+        row = [image]
+        for thing, values in zip(one.things, seen.maps()[0]):
+            own = _of_color(things, thing.color)
+            shown = Image.fromarray(nothing if own is None else own)
+            row += [heat(values, image.size), shown]
+        rows.append(row)
+    columns = ["image", "first chunk", "its colour", "second chunk", "its colour"]
+    says = (
+        "One caption a row, the first of its images: each noun chunk's map, dark where it is "
+        "greatest, beside what the judge sees of the chunk's colour in that image, all black where "
+        "it sees none."
+    )
+    return sheet(rows, columns, [_phrase(one) for one in some]), says
+
+
+def _phrase(one: Scene) -> str:
+    """A caption without its background."""
+    return one.caption().split(" on a ")[0]
 
 
 def _centroid(values: Tensor) -> list[float]:

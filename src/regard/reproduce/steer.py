@@ -7,7 +7,7 @@ A LoRA expert of SmolLM2 that writes sentences of a novel is sampled on a grid o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import numpy
 import torch
 
 from regard.errors import InputError
+from regard.report.chart import Line, Panel, chart
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.steer.steer import ContrastiveExpertGuidance, clean
 
@@ -28,6 +29,11 @@ GAMMAS, ETAS = (0.0, 0.4, 0.8), (0.0, 0.3, 0.6, 1.0)
 SAMPLES, TOKENS, NEGATIVES, BATCH, SEED = 64, 32, 5, 32, 0
 CONTEXT = 12  # held-out sentences that the scorer reads first
 NUCLEUS = "nucleus"
+SHOWS = (
+    "Coherence against diversity, better upwards and to the right: a line a gamma, along it rising "
+    "eta, and as controls nucleus sampling and the held-out sentences, which nothing tells from "
+    "themselves (AUROC 0.5)."
+)
 
 _BIG = (
     "regard run steer --expert YOUR-LORA --base tiiuae/falcon-7b --negatives real.txt "
@@ -159,8 +165,9 @@ def measure(setup: Setup) -> Measured:
             cells[name] = setup.journal.get(name, make)
             step()
     real_scores = setup.journal.get("real", lambda: _score(have, have.held_out[CONTEXT:]))
+    claims = _settle(cells, have, real_scores)
     return Measured(
-        claims=_settle(cells, have, real_scores),
+        claims=claims,
         data=(
             f"{count} samples of at most {tokens} tokens a cell from a LoRA expert of SmolLM2-135M "
             f"(sentences of Northanger Abbey); {NEGATIVES} training sentences as negatives of each "
@@ -179,6 +186,7 @@ def measure(setup: Setup) -> Measured:
             "top_k": 10,
             "temperature": 1.0,
         },
+        picture=(picture(claims[0].values), SHOWS),
     )
 
 
@@ -189,6 +197,28 @@ def key(gamma: float, eta: float) -> str:
     'gamma 0.4, eta 1'
     """
     return f"gamma {gamma:g}, eta {eta:g}"
+
+
+def picture(values: dict[str, Any]) -> Any:
+    """Both measures of coherence over distinct-3, from the values of the claim "coherence"."""
+    cells = values["cells"]
+    names = ["eta 0", *(f"{e:g}" for e in ETAS[1:])]
+
+    def panel(y: str, of: Callable[[dict[str, Any]], float], real: float) -> Panel:
+        def line(name: str, keys: list[str], labels: Sequence[str] = (), corners: int = 24) -> Line:
+            points = [(cells[k]["distinct_3"], of(cells[k])) for k in keys]
+            return Line(name, points, labels, corners)
+
+        rows = [line(f"gamma {g:g}", [key(g, e) for e in ETAS], names) for g in GAMMAS]
+        nucleus = line("nucleus sampling", [NUCLEUS], corners=4)
+        held_out = Line("held-out sentences", [(values["real_distinct_3"], real)], corners=3)
+        return Panel("distinct-3", y, [*rows, nucleus, held_out])
+
+    likelihood = panel(
+        "log-likelihood per token, nats", lambda c: c["likelihood"], values["real_likelihood"]
+    )
+    apart = panel("1 - AUROC against held-out sentences", lambda c: 1 - c["auroc"], 0.5)
+    return chart([likelihood, apart])
 
 
 def _cell(

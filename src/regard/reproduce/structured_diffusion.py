@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from regard import api
@@ -19,7 +18,7 @@ from regard.reach.denoising import denoising
 from regard.report.contact import sheet
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.steer.structured_diffusion import StructuredDiffusion
-from regard.trials.scenes import judge, read
+from regard.trials.scenes import foreground, judge, overlap, read
 from regard.zoo.scenes import Scene, scene
 
 TITLE = "Training-Free Structured Diffusion Guidance for Compositional Text-to-Image Synthesis"
@@ -284,26 +283,15 @@ def _swapped(setup: Setup, count: int) -> dict[str, list[float]]:
     both = images(setup, list(zip(second, seeds)), lambda: _Keys(dict(zip(second, first))))
     found: dict[str, list[float]] = {"layout": [], "colours": []}
     for keys, values, mixed in zip(of_keys, of_values, both):
-        places = [_things(i) for i in (keys, values, mixed)]
-        if _overlap(places[0], places[1]) < 0.8:
-            like = _overlap(places[2], places[0]) - _overlap(places[2], places[1])
+        places = [foreground(i) for i in (keys, values, mixed)]
+        if overlap(places[0], places[1]) < 0.8:
+            like = overlap(places[2], places[0]) - overlap(places[2], places[1])
             found["layout"].append(0.5 if like == 0 else float(like > 0))
         colors = [{f.color for f in read(i)[1]} for i in (keys, values, mixed)]
         if colors[0] != colors[1] and colors[2]:
             like = _shared(colors[2], colors[1]) - _shared(colors[2], colors[0])
             found["colours"].append(0.5 if like == 0 else float(like > 0))
     return {n: v or [0.5] for n, v in found.items()}
-
-
-def _things(image: Any) -> np.ndarray[Any, Any]:
-    """Which pixels are not like the border."""
-    pixels = np.asarray(image.convert("RGB"), dtype=float)
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
-    return np.asarray(np.abs(pixels - ground).max(-1) > 60)
-
-
-def _overlap(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    return float((a & b).sum() / max(1, (a | b).sum()))
 
 
 def _shared(a: set[str], b: set[str]) -> float:

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from regard.errors import InputError
-from regard.reach.inversion import Inverted, decode, encode_text, invert, null_text, replay
+from regard.reach.inversion import Inverted, encode_text, invert, null_text, replay
+from regard.reach.latents import decode
 from regard.reach.prompt_to_prompt import PromptToPrompt, refined, word_columns
 from regard.report.contact import sheet
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.steer.swap_anything import Steps, soften, swap
-from regard.trials.scenes import read
+from regard.trials.scenes import foreground, overlap, read
 from regard.zoo.scenes import COLORS, Scene, Thing, scene
 
 TITLE = "SwapAnything: Enabling Arbitrary Object Swapping in Personalized Visual Editing"
@@ -157,9 +158,10 @@ def measure(setup: Setup) -> Measured:
         ),
         CLAIMS[1].settle(
             {"gap": gap, "low": low, "high": high},
-            here=f"{mean(column('psnr')):.1f} dB",
-            control=f"source's branch {mean(column('psnr source')):.1f}, maps alone "
-            f"{mean(column('psnr maps')):.1f} dB",
+            here=f"{mean(column('psnr')):.1f} dB, SSIM {mean(column('ssim')):.3f}",
+            control=f"source's branch {mean(column('psnr source')):.1f} dB, SSIM "
+            f"{mean(column('ssim source')):.3f}; maps alone {mean(column('psnr maps')):.1f} dB, "
+            f"SSIM {mean(column('ssim maps')):.3f}",
             interval=Interval("swap over maps alone in dB, bootstrap over scenes", low, high),
             note="LPIPS is left out: no package brings its weights",
         ),
@@ -270,13 +272,16 @@ def _scene(setup: Setup, one: Scene, color: str, size: Size) -> dict[str, float]
         "psnr": _psnr(full.image, picture, keep),
         "psnr source": _psnr(full.source, picture, keep),
         "psnr maps": _psnr(by_maps, picture, keep),
+        "ssim": _ssim(full.image, picture, keep),
+        "ssim source": _ssim(full.source, picture, keep),
+        "ssim maps": _ssim(by_maps, picture, keep),
         "found": _found(full.image, mask, color),
         "found maps": _found(by_maps, mask, color),
         "found paste": _found(Image.fromarray(pasted), mask, color),
         "style": looks(full.latents),
         "style off": looks(bare.latents),
-        "overlap": _overlap(full.image, mask, one),
-        "overlap scale": _overlap(scaled.image, mask, one),
+        "overlap": _fills(full.image, mask),
+        "overlap scale": _fills(scaled.image, mask),
         "error": full.error,
         "error again": again,
     }
@@ -301,6 +306,15 @@ def _psnr(image: Any, picture: Any, keep: torch.Tensor) -> float:
     return float(10 * math.log10(255**2 / max(float(((a - b) ** 2).mean()), 1e-3)))
 
 
+def _ssim(image: Any, picture: Any, keep: torch.Tensor) -> float:
+    """Structural similarity, the mean over the pixels of `keep`."""
+    from skimage.metrics import structural_similarity
+
+    a, b = (np.asarray(i.convert("RGB")) for i in (image, picture))
+    each = structural_similarity(a, b, channel_axis=-1, full=True)[1].mean(-1)
+    return float(each[keep.numpy()].mean())
+
+
 def _found(image: Any, mask: torch.Tensor, color: str) -> float:
     """Whether the judge sees a thing of this colour that lies mostly in the mask."""
     inside = mask.numpy() > 0.5
@@ -310,14 +324,11 @@ def _found(image: Any, mask: torch.Tensor, color: str) -> float:
     return 0.0
 
 
-def _overlap(image: Any, mask: torch.Tensor, one: Scene) -> float:
-    """Overlap (intersection over union) of what is not ground near the mask with the mask."""
+def _fills(image: Any, mask: torch.Tensor) -> float:
+    """Overlap (intersection over union) with the mask of what is not ground near it."""
     inside = mask.numpy() > 0.5
     near = soften(torch.from_numpy(inside)).numpy() > 0
-    pixels = np.asarray(image.convert("RGB"), dtype=float)
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
-    thing = (np.abs(pixels - ground).max(-1) > 60) & near
-    return float((thing & inside).sum() / max(1, (thing | inside).sum()))
+    return overlap(foreground(image) & near, inside)
 
 
 def _pictures(setup: Setup, one: Scene, color: str, size: Size) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Deviations:
 from __future__ import annotations
 
 import json
+import operator
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,8 +104,10 @@ class ACT(Handler):
             raise InputError(f"beta is the share kept on a sink, from 0 to 1, not {self.beta}")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise InputError(f"threshold lies between 0 and 1, not {self.threshold}")
-        if self.alpha <= 0 or self.keep_first < 0:
+        if not self.alpha > 0 or self.keep_first < 0:
             raise InputError("alpha is positive and keep_first not negative")
+        if min(self.skip_layers) < 0:
+            raise InputError(f"skip_layers are two numbers of layers, not {self.skip_layers}")
         if self.min_rows < 1:
             raise InputError(f"min_rows is at least 1, not {self.min_rows}")
         if self.mode not in ("prefill", "dynamic"):
@@ -130,9 +133,11 @@ class ACT(Handler):
                 f"({self._shape}); this one has {len(own)}: calibrate this model"
             )
         first, last = self.skip_layers
-        allowed = own[first : len(own) - last]
+        allowed = own[first : max(len(own) - last, 0)]
         if self._list is None:
             return allowed
+        if not any(self._list.values()):
+            warnings.warn("ACT: the head list names no head: nothing is changed", stacklevel=2)
         for layer in sorted(n for n, heads in self._list.items() if heads):
             if layer not in {s.layer for s in own}:
                 raise InputError(
@@ -414,6 +419,6 @@ def _read_heads(path: Path) -> tuple[dict[int, list[int]], dict[str, Any] | None
         data: Any = json.loads(path.read_text(encoding="utf-8"))
         shape = data.get("model") if "heads" in data else None
         heads = data.get("heads", data)
-        return {int(layer): [int(h) for h in own] for layer, own in heads.items()}, shape
+        return {int(layer): list(map(operator.index, own)) for layer, own in heads.items()}, shape
     except (ValueError, AttributeError, TypeError) as problem:
         raise InputError(f'{path} is no head list: {{"layer": [heads]}} is expected') from problem

@@ -23,7 +23,7 @@ from regard.progress import bar
 from regard.reach import Session, Site
 
 from .act import ACT
-from .label_scores import batches, label_tokens, margins, truth_of
+from .label_scores import batches, check_model, label_tokens, margins, truth_of
 
 Score = dict[str, float]
 BY = ("margin", "accuracy")
@@ -51,7 +51,8 @@ class HeadFilter:
     rule); 900 prompts a data set there.
 
     Raises:
-        InputError: settings out of range; in `fit`, no prompts or labels that do not fit.
+        InputError: settings out of range, a model that writes no text; in `fit`, no prompts, labels
+            that do not fit, or no layer left to try.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class HeadFilter:
             "skip_layers": tuple(skip_layers),
         }
         ACT(**self.settings)  # settings out of range are refused here
+        check_model(model, tokenizer)
         self.by, self.least, self.top_k = by, least, top_k
         self.batch_size, self.progress = batch_size, progress
         self.records = Path(records) if records is not None else None
@@ -126,7 +128,11 @@ class HeadFilter:
 
         shape, sites = shape_of(self.model)
         first, last = self.settings["skip_layers"]
-        layers = [s.layer for s in sites][first : len(sites) - last]
+        layers = [s.layer for s in sites][first : max(len(sites) - last, 0)]
+        if not layers:
+            raise InputError(
+                f"skip_layers={first, last} leaves none of the {len(sites)} layers: skip fewer"
+            )
         with torch.no_grad(), Session(self.model):
             stack = _stack(self.model, sites[0])
             states = [_Suffix(self.model, inputs, stack) for _, inputs in made]

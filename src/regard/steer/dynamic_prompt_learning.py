@@ -23,7 +23,6 @@ Deviations:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,9 +47,9 @@ from regard.reach.inversion import (
     Inverted,
     Tick,
     check,
-    decode,
     encode_image,
     encode_text,
+    fingerprint,
     fit_null,
     frozen,
     good_enough,
@@ -59,6 +58,7 @@ from regard.reach.inversion import (
     replay,
     schedule,
 )
+from regard.reach.latents import decode
 from regard.reach.prompt_to_prompt import (
     PromptToPrompt,
     align,
@@ -346,11 +346,7 @@ class DynamicPromptLearning:
 
     def _plan(self, pipe: Any, latents: Tensor, caption: str) -> dict[str, Any]:
         """What kept steps must have been made with."""
-        mark = hashlib.sha256()
-        table = pipe.text_encoder.get_input_embeddings().weight
-        for tensor in (latents, table, pipe.unet.conv_in.weight, pipe.unet.conv_out.weight):
-            mark.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        plan = {**asdict(self), "caption": caption, "made of": mark.hexdigest()}
+        plan = {**asdict(self), "caption": caption, "made of": fingerprint(pipe, latents)}
         found: dict[str, Any] = json.loads(json.dumps(plan))
         return found
 

@@ -11,6 +11,16 @@ from torch import Tensor
 from regard.errors import InputError
 
 
+def check_model(model: Any, tokenizer: Any) -> None:
+    """InputError for what is no causal language model with a tokenizer."""
+    if tokenizer is None or not callable(tokenizer) or not hasattr(model, "generate"):
+        raise InputError(f"{type(model).__name__} does not answer texts: name a language model")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(model).__name__} reads its prompt in an encoder: name a causal language model"
+        )
+
+
 def label_tokens(tokenizer: Any, labels: Sequence[str]) -> Tensor:
     """The token that stands for each label right after a prompt: the first of " label".
 

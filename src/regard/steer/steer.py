@@ -305,7 +305,9 @@ def sample(
     if eta and not pool:
         raise InputError("the pool of negatives is empty: give some, or eta=0")
     if eta and k > len(pool):
-        warnings.warn(f"only {len(pool)} of k={k} negatives are there: all are used", stacklevel=2)
+        warnings.warn(
+            f"STEER: only {len(pool)} of k={k} negatives are there: all are used", stacklevel=2
+        )
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(expert.device)
     chain = {"temperature": 1.0, "top_k": 10, "top_p": 1.0, **(sampler or {})}
     for first in range(start, count, batch):
@@ -317,6 +319,7 @@ def sample(
         guide = ContrastiveExpertGuidance(
             expert, base, texts, gamma, eta, tokenizer=tokenizer, k=k, alpha=alpha
         )
+        _check_room(expert, max(map(len, [*guide.negatives, ids[0]])), tokens)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed * 1_000_003 + first)
             out = expert.generate(
@@ -366,6 +369,16 @@ def _negatives(
             raise InputError("the negatives hold no token: give some words, or eta=0")
         ids.append(made)
     return ids
+
+
+def _check_room(model: Any, longest: int, tokens: int) -> None:
+    """Refuse texts that would outgrow the model before anything is sampled."""
+    room = _room(model)
+    if room is not None and longest + tokens > room:
+        raise InputError(
+            f"prompt and negatives have up to {longest} tokens and a sample {tokens}, but the "
+            f"expert has {room} positions: give fewer or shorter ones"
+        )
 
 
 def _vocabulary(model: Any) -> int:

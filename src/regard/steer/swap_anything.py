@@ -33,17 +33,15 @@ from regard.reach import Call, Handler, Session, Site
 from regard.reach.denoising import columns, denoising
 from regard.reach.inversion import (
     Inverted,
-    decode,
     encode_text,
     frozen,
-    invert,
-    null_text,
     predict,
     replay,
     schedule,
 )
+from regard.reach.latents import decode
 from regard.reach.picks import over
-from regard.reach.prompt_to_prompt import Columns, refined
+from regard.reach.prompt_to_prompt import Columns, of_row, refined
 
 DILATE, BLUR = 10 / 512, 25 / 512  # of the grid's side, as the paper's on 512 pixels
 SHARPNESS, LEVEL = 10.0, 0.4  # of the soft shape
@@ -141,7 +139,8 @@ class SwapAnything(Handler):
         if call.site.kind == "cross":
             if step >= self.steps.cross:
                 return None
-            new = torch.where(inside[:, None], state.out[target], self._words(call, rows))
+            words = self.edit.over(call, source, target)[0]
+            new = torch.where(inside[:, None], state.out[target], words)
         else:
             new = state.out[target]
             if step < self.steps.maps and len(inside) <= self.cells:
@@ -152,24 +151,13 @@ class SwapAnything(Handler):
         out[target] = new.to(out.dtype)
         return State(out, state.lse)
 
-    def _words(self, call: Call, rows: Sequence[int]) -> Tensor:
-        """The target's values under the source's map of every word that both prompts have."""
-        value = call.v[rows[1]][None]
-        take, keep = self.edit.take.to(value), self.edit.keep.to(value)
-        if take.shape[0] != call.k.shape[2]:
-            raise InputError("the columns are those of another tokenizer: use this pipeline's")
-        out = _of(call, rows[0], take @ value).attend().out
-        if bool(self.edit.keep.any()):
-            out = out + _of(call, rows[1], keep[:, None] * value).attend().out
-        return out[0]
-
     def _maps(self, call: Call, state: State, rows: Sequence[int], inside: Tensor) -> Tensor:
         """Rows outside the mask look at keys outside it as the source does, at keys inside as the
         target does, over the target's values; exact by partial States, not renormalised.
         """
         value = call.v[rows[1]][None]
-        of_source = over(_of(call, rows[0], value), ~inside[None])
-        of_target = over(_of(call, rows[1], value), inside[None])
+        of_source = over(of_row(call, rows[0], value), ~inside[None])
+        of_target = over(of_row(call, rows[1], value), inside[None])
         mixed = torch.zeros_like(of_source.out, dtype=state.lse.dtype)
         for part, row in ((of_source, rows[0]), (of_target, rows[1])):
             whole = State(state.out[row][None], state.lse[row][None])
@@ -191,13 +179,6 @@ class SwapAnything(Handler):
             weight = weight * min(1.0, step / self.steps.ramp)
         weight = weight.to(latents)
         return torch.stack([source, source * (1 - weight) + target * weight])
-
-
-def _of(call: Call, row: int, value: Tensor) -> Call:
-    """One row's queries and keys over other values."""
-    one = slice(row, row + 1)
-    bias = call.bias[one] if call.bias is not None and len(call.bias) > 1 else call.bias
-    return call.change(q=call.q[one], k=call.k[one], v=value, bias=bias, live=None)
 
 
 def restyled(target: Tensor, source: Tensor, inside: Tensor, style: str = "pooled") -> Tensor:
@@ -365,8 +346,7 @@ def _pull(
     with torch.enable_grad(), frozen(pipe.unet), Session(pipe.unet, [look]):
         predict(pipe, moved, time, embeds.detach())
         found = look.map()[0]
-        level = (found - found.min()) / (found.max() - found.min()).clamp_min(1e-9)
-        soft = torch.sigmoid(SHARPNESS * (level - LEVEL))
+        soft = torch.sigmoid(SHARPNESS * (_level(found) - LEVEL))
         size = (soft.shape[-2], soft.shape[-1])
         wanted = F.adaptive_avg_pool2d(mask[None, None].to(soft), size)[0, 0]
         (gradient,) = torch.autograd.grad((wanted - soft).abs().sum(), moved)
@@ -384,17 +364,18 @@ def object_mask(
     embeds = encode_text(pipe, inverted.prompt).detach()
     replay(pipe, inverted.latents[-1], [embeds] * inverted.steps, list(nulls), guidance=guidance,
            handlers=[look])  # fmt: skip
-    found = look.map()[0]
-    level = (found - found.min()) / (found.max() - found.min()).clamp_min(1e-9)
-    return (level >= threshold).float()
+    return (_level(look.map()[0]) >= threshold).float()
+
+
+def _level(found: Tensor) -> Tensor:
+    """A map from 0 to 1."""
+    return (found - found.min()) / (found.max() - found.min()).clamp_min(1e-9)
 
 
 __all__ = [
     "Steps",
     "SwapAnything",
     "Swapped",
-    "invert",
-    "null_text",
     "object_mask",
     "restyled",
     "soften",

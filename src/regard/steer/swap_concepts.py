@@ -2,22 +2,27 @@
 
 The word stands for the concept in prompts; only its input embedding is learnt, and the pipeline is
 never changed. What is learnt is one tensor of a safetensors file, in the form that diffusers'
-`load_textual_inversion` reads.
+`load_textual_inversion` reads. While it is learnt, a hidden file beside it holds what it takes to
+go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from regard import files
 from regard.errors import InputError
-from regard.reach.inversion import encode_image, frozen, predict
+from regard.reach.inversion import encode_image, fingerprint, frozen, predict
 
 TOKEN = "<concept>"
 
@@ -77,6 +82,7 @@ def learn(
     lr: float = 5e-3,
     batch: int = 4,
     seed: int = 0,
+    file: Path | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """The embedding under which the pipeline draws what these pictures show, `[dim]`.
@@ -84,6 +90,9 @@ def learn(
     Args:
         word: a word of one token to begin with, which stands for the concept in `prompt`.
         prompt: what the pictures are called; {} is the word.
+        file: keep the concept here, step by step, and go on from what is there; what was learnt
+            from other pictures or with other settings is not taken up.
+        progress: called after each step that is made.
 
     >>> from PIL import Image
     >>> from regard.zoo.tiny_diffusion import tiny_pipeline
@@ -92,21 +101,29 @@ def learn(
     torch.Size([32])
 
     Raises:
-        InputError: no picture, or a word of several tokens.
+        InputError: no picture, pictures of several sizes, or a word of several tokens.
     """
     if not images:
         raise InputError("a concept needs at least one picture")
+    if len({image.size for image in images}) > 1:
+        raise InputError("the pictures of a concept have one size: resize them first")
     token, device = word_id(pipe, word), pipe.unet.device
     make = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         latents = torch.cat([encode_image(pipe, image) for image in images])
+    settings = [word, prompt, steps, lr, batch, seed, fingerprint(pipe, latents)]
+    kept = _Kept(file, dumps(settings))
+    done = kept.finished()
+    if done is not None:
+        return done.to(device)
     start = pipe.text_encoder.get_input_embeddings().weight[token]
     vector = start.detach().clone().float().requires_grad_()
     adam = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0)
+    first = kept.resume(vector, adam, make)
     noise_of = pipe.scheduler
     last = noise_of.config.num_train_timesteps
     with frozen(pipe.unet, pipe.text_encoder), torch.enable_grad():
-        for _ in range(steps):
+        for _ in range(first, steps):
             rows = torch.randint(len(latents), (batch,), generator=make)
             clean = latents[rows.to(device)]
             noise = torch.randn(clean.shape, generator=make).to(clean)
@@ -119,25 +136,78 @@ def learn(
             loss = F.mse_loss(said.float(), wanted.float())
             (vector.grad,) = torch.autograd.grad(loss, vector)
             adam.step()
+            kept.write(vector, adam, make)
             if progress is not None:
                 progress()
+    kept.finish(vector.detach())
     return vector.detach()
 
 
-def save(path: Path, vector: Tensor, token: str = TOKEN) -> None:
+class _Kept:
+    """A concept on disk, finished or on the way, with what it was made with."""
+
+    def __init__(self, file: Path | None, plan: str) -> None:
+        self.file, self.plan = file, {"plan": plan}
+        self.part = None if file is None else file.with_name(f".{file.name}.unfinished")
+
+    def _read(self, path: Path | None) -> dict[str, Tensor] | None:
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as held:
+                if held.metadata() != self.plan:
+                    return None
+                return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None  # half a file is no file
+
+    def finished(self) -> Tensor | None:
+        held = self._read(self.file)
+        return None if held is None else held[TOKEN].flatten()
+
+    def resume(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> int:
+        """Put all three where the last run stopped; how many steps it had made."""
+        held = self._read(self.part)
+        if held is None:
+            return 0
+        with torch.no_grad():
+            vector.copy_(held["vector"])
+        names = ("step", "exp_avg", "exp_avg_sq")
+        adam.state[vector] = {n: held[n].to("cpu" if n == "step" else vector) for n in names}
+        make.set_state(held["noise"])
+        return int(held["step"])
+
+    def write(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> None:
+        if self.part is not None:
+            held = {**adam.state[vector], "vector": vector, "noise": make.get_state()}
+            plain = {n: t.detach().cpu().contiguous() for n, t in held.items()}
+            files.write_bytes(self.part, to_bytes(plain, self.plan))
+
+    def finish(self, vector: Tensor) -> None:
+        if self.file is not None and self.part is not None:
+            save(self.file, vector, self.plan)
+            self.part.unlink(missing_ok=True)
+
+
+def save(path: Path, vector: Tensor, about: dict[str, str] | None = None) -> None:
     """Write a concept whole or not at all."""
-    from safetensors.torch import save
-
-    from regard.files import write_bytes
-
-    write_bytes(path, save({token: vector[None].contiguous().cpu()}))
+    files.write_bytes(path, to_bytes({TOKEN: vector[None].contiguous().cpu()}, about))
 
 
 def load(path: Path) -> Tensor:
-    """The vector of a file that `save` wrote."""
-    from safetensors.torch import load_file
+    """The vector of a concept's file.
 
-    held = load_file(path)
-    if len(held) != 1:
-        raise InputError(f"{path} is no learnt concept: it holds {len(held)} tensors, not one")
-    return next(iter(held.values())).flatten()
+    Raises:
+        InputError: no such file, or one that holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as held:
+            names = list(held.keys())
+            if len(names) == 1:
+                found: Tensor = held.get_tensor(names[0]).flatten()
+                return found
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except SafetensorError as problem:
+        raise InputError(f"{path} is no learnt concept: {problem}") from None
+    raise InputError(f"{path} is no learnt concept: it holds {len(names)} tensors, not one")

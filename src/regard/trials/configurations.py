@@ -138,8 +138,8 @@ def read(
     (0, 0)
 
     Raises:
-        InputError: an unknown name or setting, one configuration twice, a budget out of range, both
-            kinds of budget.
+        InputError: an unknown name or setting, one configuration twice, one method twice in it, a
+            budget out of range, both kinds of budget.
     """
     if ratios and budget is not None:
         raise InputError("a budget is given as a ratio or as a number of rows: give one of them")
@@ -153,6 +153,11 @@ def read(
         if name == FULL:
             continue
         parts = tuple(_part(piece, name) for piece in name.split("+"))
+        methods = [part.method for part in parts]
+        for method in methods:
+            if methods.count(method) > 1:
+                # the second would reckon with attention that the first has changed
+                raise InputError(f"{name!r} applies {method} twice: name it once")
         free = any(p.takes_budget() for p in parts)
         every: list[float | None] = [*dict.fromkeys(ratios)] if free and ratios else [None]
         for share in every:

@@ -388,9 +388,3 @@ def check_room(model: Any, tokens: int) -> None:
         raise InputError(
             f"{tokens} tokens are needed, and the model has {room} positions: ask for less"
         )
-
-
-def check_model(model: Any, tokenizer: Any) -> None:
-    """InputError for what is no language model with a tokenizer."""
-    if tokenizer is None or not callable(tokenizer) or not hasattr(model, "generate"):
-        raise InputError(f"{type(model).__name__} does not answer texts: name a language model")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from regard.errors import InputError
-from regard.steer.label_scores import label_tokens, margins, truth_of
+from regard.steer.label_scores import check_model, label_tokens, margins, truth_of
 
-from .frame import Batch, Values, check_model, check_room, step
+from .frame import Batch, Values, check_room, step
 from .labels import TASKS, Example, Task, fill, read_examples, sentences
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError, nearest
+from regard.steer.label_scores import check_model
 
 from .configurations import FULL, Configuration
-from .frame import Journal, check_model
+from .frame import Journal
 
 EXTRA = (
     "regard trial lm-eval needs the package lm-eval, which is part of an extra: "

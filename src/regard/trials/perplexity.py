@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError
+from regard.steer.label_scores import check_model
 
-from .frame import Batch, Values, check_model, check_room, step
+from .frame import Batch, Values, check_room, step
 
 TASK = "text"
 

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError, nearest
+from regard.steer.label_scores import check_model
 
-from .frame import Batch, Floor, Values, check_model, check_room, step
+from .frame import Batch, Floor, Values, check_room, step
 from .ruler_tasks import TASKS, Puzzle
 
 __all__ = ["CEILING", "TASKS", "batches", "names", "recall"]

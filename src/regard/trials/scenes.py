@@ -32,6 +32,7 @@ from regard.zoo.scenes import (
 LEAST = 0.006  # share of the image that a thing covers at least
 FINE = 64  # smaller images are enlarged to about so many pixels a side
 FAR = 90.0  # RGB distance from which on a pixel has no name
+UNLIKE = 60.0  # difference in one channel from which on a pixel is not the ground
 _GRID = 24  # cells of an outline's side when regions are compared
 
 
@@ -140,6 +141,18 @@ def judge(image: Any, wanted: Scene) -> Verdict:
     )
 
 
+def foreground(image: Any) -> NDArray[np.bool_]:
+    """Which pixels of a PIL image are unlike its border, `[height, width]`: things of any colour.
+
+    >>> from PIL import Image
+    >>> foreground(Image.fromarray(scene(0).draw(64))).shape
+    (64, 64)
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=float)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.asarray(np.abs(pixels - np.median(border, 0)).max(-1) > UNLIKE)
+
+
 def own_accuracy(numbers: Sequence[int], side: int = 64, **settings: Any) -> dict[str, float | int]:
     """How often the judge is right on drawn scenes, for each thing it says.
 
@@ -155,7 +168,7 @@ def own_accuracy(numbers: Sequence[int], side: int = 64, **settings: Any) -> dic
         if verdicts[-1].binding:
             matched = _match(read(image)[1], drawn)
             for thing, mask in zip(matched, drawn.masks(side)):
-                overlaps.append(_overlap(thing.mask, mask))
+                overlaps.append(overlap(thing.mask, mask))
     result: dict[str, float | int] = {
         name: float(np.mean([getattr(v, name) for v in verdicts]))
         for name in Verdict.__dataclass_fields__
@@ -253,7 +266,7 @@ def _thing(region: NDArray[np.bool_], color: str) -> Found | None:
     top, bottom = int(rows.min()), int(rows.max()) + 1
     left, right = int(columns.min()), int(columns.max()) + 1
     cells = _sampled(region[top:bottom, left:right])
-    fits = [_overlap(cells, other) for other in _outlines()]
+    fits = [overlap(cells, other) for other in _outlines()]
     best = int(np.argmax(fits))
     side = min(region.shape)
     shape = SHAPES[best]
@@ -303,5 +316,10 @@ def _ideal(shape: str) -> NDArray[np.bool_]:
     return outline(shape, *np.meshgrid(at, at))
 
 
-def _overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+def overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """Intersection over union of two masks; 0 where both are empty.
+
+    >>> overlap(np.array([True, True, False]), np.array([False, True, True]))
+    0.3333333333333333
+    """
     return float((a & b).sum() / max(1, (a | b).sum()))

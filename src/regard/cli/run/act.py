@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, err, load, read_text, working, write_json
-from regard.cli.run.answer import prompt_ids
+from regard.cli.common import check_output, load, read_text, working
+from regard.cli.run import shown
+from regard.cli.run.answer import (
+    Chat,
+    Json,
+    Model,
+    Prompt,
+    Tokens,
+    divergence,
+    greedy_answer,
+    noted,
+    parting,
+    prompt_ids,
+)
 from regard.errors import InputError
 
 
 def act(
-    prompt: Annotated[str, typer.Option(help="The text itself, or @file, or @name.")],
-    model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = "smollm2-135m",
+    prompt: Prompt,
+    model: Model = "smollm2-135m",
     heads: Annotated[
         Path | None, typer.Option(help="Head list of `regard calibrate act`; all heads without.")
     ] = None,
@@ -32,15 +41,9 @@ def act(
         str,
         typer.Option(help="While answering: keep the sinks of the prompt (prefill), or dynamic."),
     ] = "prefill",
-    tokens: Annotated[
-        int, typer.Option("-n", "--tokens", min=1, help="Length of the answer.")
-    ] = 60,
-    chat: Annotated[
-        bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
-    ] = True,
-    json: Annotated[
-        Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
-    ] = None,
+    tokens: Tokens = 60,
+    chat: Chat = True,
+    json: Json = None,
 ) -> None:
     """ACT: shrink the later attention sinks while the model answers, no weight touched.
 
@@ -65,12 +68,11 @@ def act(
     content = read_text(prompt)
     loaded, tokenizer = load(model)
     ids = prompt_ids(content, loaded, tokenizer, tokens, chat)
+    inputs = {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
     with working("answering, plain"):
-        plain = _answer(loaded, ids, tokens, [])
-    with warnings.catch_warnings(record=True) as caught, working("answering, steered"):
-        warnings.simplefilter("always")
-        steered = _answer(loaded, ids, tokens, [method])
-    notes = [str(w.message) for w in caught if str(w.message).startswith("ACT: ")]
+        plain = greedy_answer(loaded, inputs, tokens, [])
+    with noted("ACT") as notes, working("answering, steered"):
+        steered = greedy_answer(loaded, inputs, tokens, [method])
     result = _result(tokenizer, ids, plain, steered, method)
     result["settings"] = {
         "model": model,
@@ -81,29 +83,7 @@ def act(
         "mode": mode,
     }
     result["notes"] = notes
-    write_json(result, json)
-    if json is None or str(json) != "-":
-        _show(result)
-    for note in notes:
-        err().print(f"note: {note}", markup=False, highlight=False)
-
-
-def _answer(model: Any, ids: Any, tokens: int, methods: list[Any]) -> tuple[list[int], Any]:
-    """The greedy answer, and the log-probabilities of its first token."""
-    import torch
-
-    from regard.api import apply
-
-    with torch.no_grad(), apply(model, *methods):
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    return out.sequences[0, ids.shape[1] :].tolist(), out.logits[0][0].double().log_softmax(-1)
+    shown.finish(result, json, _show)
 
 
 def _result(
@@ -115,9 +95,6 @@ def _result(
 ) -> dict[str, Any]:
     """Both answers, what changed, and where."""
     (a, p), (b, q) = plain, steered
-    apart = next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), None)
-    if apart is None and len(a) != len(b):
-        apart = min(len(a), len(b))
     pieces = [tokenizer.decode([n]) for n in ids[0].tolist()]
     layers = []
     for layer, sinks in method.found().items():
@@ -135,14 +112,8 @@ def _result(
         "plain": tokenizer.decode(a),
         "steered": tokenizer.decode(b),
         "prompt_tokens": len(pieces),
-        "first_difference": None
-        if apart is None
-        else {
-            "token": apart,
-            "plain": tokenizer.decode(a[apart : apart + 1]),
-            "steered": tokenizer.decode(b[apart : apart + 1]),
-        },
-        "kl": max(float((p.exp() * (p - q)).sum()), 0.0),
+        "first_difference": parting(tokenizer, plain=a, steered=b),
+        "kl": divergence(p, q),
         "layers": layers,
     }
 
@@ -154,29 +125,20 @@ def _show(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console()
-    answers = Table(box=box.SIMPLE_HEAD)
-    for name in ("plain", "steered"):
-        answers.add_column(name, ratio=1, overflow="fold")
-    answers.add_row(Text(result["plain"]), Text(result["steered"]))
-    console.print(answers)
-    apart = result["first_difference"]
-    if apart is None:
-        said = "The answers are the same."
-    else:
-        said = (
-            f"They part at token {apart['token'] + 1}: {apart['plain']!r} became "
-            f"{apart['steered']!r}."
-        )
+    shown.answers(console, {name: result[name] for name in ("plain", "steered")})
+    said = shown.parted(result["first_difference"])
     console.print(Text(f"{said} KL of the first token's distribution: {result['kl']:.4f} nats."))
+    if not result["layers"]:
+        return
     table = Table(box=box.SIMPLE_HEAD, title="Sinks of the prompt", title_justify="left")
     for name in ("layer", "heads with sinks", "sinks", "token at position (heads)"):
         table.add_column(name, justify="left" if name.startswith("token") else "right")
     for row in result["layers"]:
-        shown = [f"{s['token']!r} at {s['position']} ({s['heads']})" for s in row["sinks"][:4]]
+        first = [f"{s['token']!r} at {s['position']} ({s['heads']})" for s in row["sinks"][:4]]
         table.add_row(
             str(row["layer"]),
             f"{row['heads_with_sinks']} of {row['heads']}",
             str(len(row["sinks"])),
-            Text(", ".join(shown)),
+            Text(", ".join(first)),
         )
     console.print(table)

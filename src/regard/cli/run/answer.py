@@ -1,19 +1,46 @@
-"""What the methods that answer a prompt share: its token ids, and an answer with its times."""
+"""What the methods that answer a prompt share: its options and token ids, answers with and without
+methods, and how they differ.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+from regard.cli.common import read_text
 from regard.errors import InputError
+
+Prompt = Annotated[str, typer.Option(help="The text itself, or @file, or @name.")]
+Question = Annotated[str | None, typer.Option(help="What to ask about the text; put after it.")]
+Words = Annotated[int | None, typer.Option(min=1, help="Read only so many words of the prompt.")]
+Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
+Tokens = Annotated[int, typer.Option("-n", "--tokens", min=1, help="Length of the answer.")]
+Chat = Annotated[
+    bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
+]
+Json = Annotated[Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")]
+
+
+def prompt_text(prompt: str, question: str | None, words: int | None) -> str:
+    """The text, its first words if so many are asked for, and the question."""
+    content = read_text(prompt)
+    if words is not None:
+        content = " ".join(content.split(" ")[:words])
+    return content if question is None else f"{content.rstrip()}\n\n{question}"
 
 
 def prompt_ids(content: str, model: Any, tokenizer: Any, tokens: int, chat: bool) -> Any:
     """Token ids of the prompt, `[1, tokens]`."""
-    if tokenizer is None or not callable(tokenizer) or not hasattr(model, "generate"):
-        raise InputError(f"{type(model).__name__} does not answer texts: name a language model")
+    from regard.steer.label_scores import check_model
+
+    check_model(model, tokenizer)
     template = chat and bool(getattr(tokenizer, "chat_template", None))
     if template:
         content = tokenizer.apply_chat_template(
@@ -40,6 +67,11 @@ class Answer:
     tokens_per_second: float | None  # after the first token; None when there is no other
     prompt_bytes: int  # at the end of the prompt
     end_bytes: int
+
+    def as_dict(self, tokenizer: Any) -> dict[str, Any]:
+        """The answer as text, and the figures."""
+        text = tokenizer.decode(self.tokens)
+        return {"answer": text, **asdict(self), "tokens": len(self.tokens)}
 
 
 def timed_answer(
@@ -99,7 +131,62 @@ def held_bytes(cache: Any) -> int:
     return total
 
 
+def timed_pair(tokenizer: Any, full: Answer, name: str, short: Answer) -> dict[str, Any]:
+    """Both answers, the full one as "full" and the other by its name, and the ratio of speeds."""
+    rates = full.tokens_per_second, short.tokens_per_second
+    return {
+        "full": full.as_dict(tokenizer),
+        name: short.as_dict(tokenizer),
+        "speed_ratio": rates[1] / rates[0] if rates[0] and rates[1] else None,
+    }
+
+
+def greedy_answer(
+    model: Any, inputs: Mapping[str, Any], tokens: int, methods: list[Any]
+) -> tuple[list[int], Any]:
+    """The greedy answer, and the log-probabilities of its first token."""
+    import torch
+
+    from regard.api import apply
+
+    with torch.no_grad(), apply(model, *methods):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    start = inputs["input_ids"].shape[1]
+    return out.sequences[0, start:].tolist(), out.logits[0][0].double().log_softmax(-1)
+
+
+def divergence(p: Any, q: Any) -> float:
+    """Kullback-Leibler divergence of log-probabilities `p` from `q`, in nats."""
+    return max(float((p.exp() * (p - q)).nan_to_num().sum()), 0.0)
+
+
 def first_difference(a: list[int], b: list[int]) -> int | None:
     """Where two answers part, None where they are the same."""
     apart = next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), None)
     return min(len(a), len(b)) if apart is None and len(a) != len(b) else apart
+
+
+def parting(tokenizer: Any, **answers: list[int]) -> dict[str, Any] | None:
+    """Where two answers, given by name, part, and what each says there."""
+    apart = first_difference(*answers.values())
+    if apart is None:
+        return None
+    said = {name: tokenizer.decode(ids[apart : apart + 1]) for name, ids in answers.items()}
+    return {"token": apart, **said}
+
+
+@contextmanager
+def noted(method: str) -> Iterator[list[str]]:
+    """Collect what a method warns of, for the result's notes; other warnings are dropped."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield notes
+    said = [str(w.message) for w in caught]
+    notes += [text for text in said if text.startswith(f"{method}: ")]

@@ -76,12 +76,16 @@ def dynamic_prompt_learning(
       regard run dynamic-prompt-learning --image scene.png --caption "a red circle and a blue
       square" --reweight blue=2.0 --nouns circle --nouns square
     """
+    from regard.cli.run.vlm import read_images
+    from regard.zoo.pipelines import need_diffusers
+
     diffusion.check_prompt(caption)
     target, local = wanted(caption, edit, refine, reweight)
     weights = factors(reweight)
     check_output(json)
-    picture = read_image(image)
+    picture = read_images([image])[0]
     chosen = list(nouns) if nouns else found_nouns(caption)
+    need_diffusers()
     from regard.steer.dynamic_prompt_learning import DynamicPromptLearning
 
     method = DynamicPromptLearning(
@@ -187,23 +191,6 @@ def found_nouns(caption: str) -> list[str]:
         spans = [m.end() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", caption)]
         named.append(f"{word} ({spans.index(end) + 1})" if len(spans) > 1 else word)
     return list(dict.fromkeys(named))
-
-
-def read_image(path: Path) -> Any:
-    """A picture file as RGB.
-
-    Raises:
-        InputError: no such file, or not a picture.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path.expanduser()) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"there is no picture {path}") from None
-    except (UnidentifiedImageError, OSError):
-        raise InputError(f"{path} cannot be read as a picture: give a PNG or JPEG file") from None
 
 
 def _make(

@@ -4,24 +4,34 @@ one over all keys.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, err, load, read_text, working, write_json
-from regard.cli.run.answer import Answer, first_difference, prompt_ids, timed_answer
+from regard.cli.common import check_output, load, working
+from regard.cli.run import shown
+from regard.cli.run.answer import (
+    Answer,
+    Chat,
+    Json,
+    Model,
+    Prompt,
+    Question,
+    Tokens,
+    Words,
+    parting,
+    prompt_ids,
+    prompt_text,
+    timed_answer,
+    timed_pair,
+)
 from regard.errors import InputError
 
 
 def recycled(
-    prompt: Annotated[str, typer.Option(help="The text itself, or @file, or @name.")],
-    question: Annotated[
-        str | None, typer.Option(help="What to ask about the text; put after it.")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = "smollm2-135m",
+    prompt: Prompt,
+    question: Question = None,
+    model: Model = "smollm2-135m",
     budget: Annotated[int, typer.Option(help="Keys kept for each key head.")] = 1024,
     stride: Annotated[
         int | None, typer.Option(help="Every so many tokens read all keys (16 when left out).")
@@ -40,18 +50,10 @@ def recycled(
     evict: Annotated[
         str, typer.Option(help="Make room by the last full step (last_full), or by the current.")
     ] = "last_full",
-    tokens: Annotated[
-        int, typer.Option("-n", "--tokens", min=1, help="Length of the answer.")
-    ] = 60,
-    words: Annotated[
-        int | None, typer.Option(min=1, help="Read only so many words of the prompt.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
-    ] = True,
-    json: Annotated[
-        Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
-    ] = None,
+    tokens: Tokens = 60,
+    words: Words = None,
+    chat: Chat = True,
+    json: Json = None,
 ) -> None:
     """Recycled attention: read all keys now and then, and few in between; no token is lost.
 
@@ -80,11 +82,7 @@ def recycled(
         "evict": evict,
     }
     method = Recycled(**settings)
-    content = read_text(prompt)
-    if words is not None:
-        content = " ".join(content.split(" ")[:words])
-    if question is not None:
-        content = f"{content.rstrip()}\n\n{question}"
+    content = prompt_text(prompt, question, words)
     loaded, tokenizer = load(model)
     ids = prompt_ids(content, loaded, tokenizer, tokens, chat)
     with working("answering, all keys"):
@@ -104,29 +102,13 @@ def recycled(
             f"{budget}, so every key was read: give a smaller --budget or a longer text"
         )
     result["notes"] = notes
-    write_json(result, json)
-    if json is None or str(json) != "-":
-        _show(result)
-    for note in notes:
-        err().print(f"note: {note}", markup=False, highlight=False)
+    shown.finish(result, json, _show)
 
 
 def _result(
     tokenizer: Any, tokens: int, plain: Answer, short: Answer, method: Any
 ) -> dict[str, Any]:
     """Both answers with speed and bytes, where they part, and what the layers read."""
-    answers = {
-        name: {
-            "answer": tokenizer.decode(one.tokens),
-            "tokens": len(one.tokens),
-            "end_bytes": one.end_bytes,
-            "prefill_seconds": one.prefill_seconds,
-            "tokens_per_second": one.tokens_per_second,
-        }
-        for name, one in (("full", plain), ("recycled", short))
-    }
-    rates = plain.tokens_per_second, short.tokens_per_second
-    apart = first_difference(plain.tokens, short.tokens)
     layers = [
         {
             "layer": number,
@@ -139,16 +121,9 @@ def _result(
     ]
     steps = len(short.tokens) - 1
     return {
-        **answers,
+        **timed_pair(tokenizer, plain, "recycled", short),
         "prompt_tokens": tokens,
-        "speed_ratio": rates[1] / rates[0] if rates[0] and rates[1] else None,
-        "first_difference": None
-        if apart is None
-        else {
-            "token": apart,
-            "full": tokenizer.decode(plain.tokens[apart : apart + 1]),
-            "recycled": tokenizer.decode(short.tokens[apart : apart + 1]),
-        },
+        "first_difference": parting(tokenizer, full=plain.tokens, recycled=short.tokens),
         "entries_per_token": method.entries_per_token if steps else None,
         "full_entries_per_token": tokens + (steps + 1) / 2 if steps else None,
         "recovered": method.recovered,
@@ -157,45 +132,21 @@ def _result(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
     full, short = result["full"], result["recycled"]
-    answers = Table(box=box.SIMPLE_HEAD)
-    for name in ("all keys", "recycled"):
-        answers.add_column(name, ratio=1, overflow="fold")
-    answers.add_row(Text(full["answer"]), Text(short["answer"]))
-    console.print(answers)
-    apart = result["first_difference"]
-    if apart is None:
-        said = "The answers are the same."
-    else:
-        said = (
-            f"They part at token {apart['token'] + 1}: {apart['full']!r} became "
-            f"{apart['recycled']!r}."
-        )
+    shown.answers(console, {"all keys": full["answer"], "recycled": short["answer"]})
+    said = shown.parted(result["first_difference"])
     console.print(Text(f"{said} The prompt has {result['prompt_tokens']} tokens."))
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "all keys", "recycled", "recycled / all"):
-        table.add_column(name, justify="right" if name else "left")
-    if result["speed_ratio"] is not None:
-        shown = [f"{one['tokens_per_second']:.1f}" for one in (full, short)]
-        table.add_row("tokens/s after the first", *shown, f"{result['speed_ratio']:.2f}")
-    seconds = [one["prefill_seconds"] for one in (full, short)]
-    table.add_row(
-        "seconds to the first", *(f"{s:.2f}" for s in (*seconds, seconds[1] / seconds[0]))
-    )
+    rows = list(shown.speeds(full, short))
     if result["entries_per_token"] is not None:
-        read = [result["full_entries_per_token"], result["entries_per_token"]]
-        table.add_row("keys read a token", *(f"{r:.0f}" for r in read), f"{read[1] / read[0]:.3f}")
-    held = [one["end_bytes"] for one in (full, short)]
-    table.add_row(
-        "MiB held at the end", *(f"{h / 2**20:.2f}" for h in held), f"{held[1] / held[0]:.3f}"
-    )
-    console.print(table)
+        read = result["full_entries_per_token"], result["entries_per_token"]
+        rows.append(("keys read a token", read, "{:.0f}".format, 3))
+    held = [one["end_bytes"] / 2**20 for one in (full, short)]
+    rows.append(("MiB held at the end", held, "{:.2f}".format, 3))
+    shown.figures(console, ("all keys", "recycled", "recycled / all"), rows)
     _show_layers(result, console)
 
 

@@ -219,18 +219,19 @@ def _save(path: Path, masks: list[Any]) -> None:
 def _page(result: dict[str, Any], frames: list[Any], found: list[Any]) -> str:
     from PIL import Image
 
-    from regard.report.contact import figure, heat, page
+    from regard.report.contact import figure, heat, marked, page
 
     sections: dict[str, list[str]] = {}
     wide = max(128, min(512, frames[0].width))
     for n, (frame, g) in enumerate(zip(frames, found)):
         tall = max(1, round(wide * frame.height / frame.width))
         shown = frame.resize((wide, tall), Image.Resampling.NEAREST)
+        at = (round(g.point[0] * wide / frame.width), round(g.point[1] * tall / frame.height))
         dim = Image.blend(shown, Image.new("RGB", shown.size), 0.7)
         mask = Image.fromarray(g.mask.numpy().astype("uint8") * 255, "L").resize(shown.size)
         cut = Image.composite(shown, dim, mask)
         figures = [
-            figure(shown, f"point: column {g.point[0]}, row {g.point[1]}"),
+            figure(marked(shown, at), f"point: column {g.point[0]}, row {g.point[1]}"),
             figure(heat(g.heat, (wide, tall)), "heat: " + ", ".join(g.content)),
             figure(cut, "mask"),
         ]

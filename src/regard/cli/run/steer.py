@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json as jsonlib
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, err, load, read_text, working, write_json
+from regard.cli.common import check_output, err, load, read_text, working
+from regard.cli.run import shown
+from regard.cli.run.answer import noted
 from regard.errors import InputError
 from regard.files import write_text
 
@@ -82,9 +83,8 @@ def steer(
     }
     part = None if out is None else out.with_name(f".{out.name}.partial")
     done = _resume(part, settings, pool)
-    tuned, amateur, tokenizer = _models(expert, base, gamma)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with noted("STEER") as notes:
+        tuned, amateur, tokenizer = _models(expert, base, gamma)
         made = sample(
             tuned,
             tokenizer,
@@ -105,11 +105,8 @@ def steer(
     if out is not None and part is not None:
         write_text(out, "".join(map(_row, done)))
         part.unlink(missing_ok=True)
-    write_json({"settings": settings, "samples": done}, json)
-    if json is None or str(json) != "-":
-        _show(done, out)
-    for note in {str(w.message) for w in caught if "negatives are there" in str(w.message)}:
-        err().print(f"note: {note}", markup=False, highlight=False)
+    result = {"settings": settings, "samples": done, "notes": notes}
+    shown.finish(result, json, lambda made: _show(made["samples"], out))
 
 
 def _lines(path: Path | None) -> list[str]:

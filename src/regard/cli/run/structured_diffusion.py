@@ -16,8 +16,8 @@ from regard.cli.common import check_output, err, write_json
 def structured_diffusion(
     prompt: Annotated[str, typer.Argument(help="What the image should show.")],
     model: Annotated[
-        str, typer.Option(help="Folder or hub id of a StableDiffusionPipeline.")
-    ] = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        str, typer.Option(help="shapes-sd, or folder or hub id of a StableDiffusionPipeline.")
+    ] = "shapes-sd",
     seeds: Annotated[str, typer.Option(help="How many seeds, or which: 8, or 0,3,5-7.")] = "4",
     out: Annotated[
         Path, typer.Option(help="Folder for the images, the contact sheet and the page.")

@@ -57,7 +57,8 @@ def swap_anything(
 ) -> None:
     """Swap an object for another that you describe, or for one learnt from a few pictures.
 
-    The learnt concept and the inversion are kept beside the output, so a stopped run goes on.
+    A concept is kept beside the output while it is learnt: a stopped run goes on with it, and the
+    next one takes it up.
 
     [bold]Examples[/]
 
@@ -67,34 +68,37 @@ def swap_anything(
       regard run swap-anything --image scene.png --object circle --concept my_concept/
     """
     from regard.cli.run.vlm import read_images, save_picture
+    from regard.zoo.pipelines import need_diffusers
 
     for path in (out, json):
         check_output(path)
     targets = _targets(object_, target, concept, insert, mask)
     shares = _shares(keep)
+    need_diffusers()
+    from regard.reach.inversion import check
+
     picture = read_images([image])[0]
     given = None if mask is None else read_images([mask])[0].convert("L")
     pictures = _concept_pictures(concept)
     pipe = diffusion.load(model)
+    check(pipe)
     text = caption or ("nothing" if insert else " and ".join(f"a {o}" for o in object_))
-    results, now, first = [], picture, None
+    results, now = [], picture
     for n, (old, new) in enumerate(targets):
         now, told = _one(
-            pipe, now, text, old, new, given if n == 0 else None, pictures, concept, out, n,
+            pipe, now, text, old, new, given if n == 0 else None, pictures, concept, out,
             steps=steps, null_steps=null_steps, concept_steps=concept_steps, guidance=guidance,
             shares=shares, shape=shape, threshold=threshold, insert=insert,
         )  # fmt: skip
-        first = first or told.pop("reconstruction")
-        told.pop("reconstruction", None)
         text = told["target"]
         results.append(told)
     save_picture(now.resize(picture.size), out)
     err().print(f"picture: {out}", markup=False, highlight=False)
     write_json({"image": image.name, "model": model, "swaps": results}, json)
     if json is None or str(json) != "-":
-        for told in results:
+        for (old, new), told in zip(targets, results):
             print(
-                f"{told['object']} -> {told['target']}: {told['cells']} of {told['of']} latent "
+                f"{old} -> {new or told['concept']}: {told['cells']} of {told['of']} latent "
                 f"cells, error of the inversion {told['error']:.2g}"
                 + (" (mask guessed from attention)" if told["guessed"] else "")
             )
@@ -102,31 +106,29 @@ def swap_anything(
 
 def _one(
     pipe: Any, picture: Any, text: str, old: str, new: str | None, mask: Any, pictures: list[Any],
-    concept: Path | None, out: Path, number: int, *, steps: int, null_steps: int,
-    concept_steps: int, guidance: float, shares: list[float], shape: float, threshold: float,
-    insert: bool,
+    concept: Path | None, out: Path, *, steps: int, null_steps: int, concept_steps: int,
+    guidance: float, shares: list[float], shape: float, threshold: float, insert: bool,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     import numpy as np
     import torch
 
     from regard.progress import bar
     from regard.reach.inversion import invert, null_text
-    from regard.reach.prompt_to_prompt import word_columns
+    from regard.reach.prompt_to_prompt import span_columns, word_span
     from regard.steer import swap_concepts
     from regard.steer.swap_anything import Steps, object_mask, swap
 
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = _side(pipe)
     small = picture.convert("RGB").resize((side, side))
-    word = old.split()[-1]
     if insert:
-        target = f"a {new}"
-    elif new is None:
-        target = text
+        start, end, word, target = 2, 2, old, f"a {new}"
     else:
-        word_columns(pipe.tokenizer, text, old)
-        target = text.replace(old, new, 1)
-    embeds, shown = None, word_columns(pipe.tokenizer, target, word if new is None else new)
-    if pictures and concept is not None:
+        start, end = word_span(text, old)
+        word = text[start:end].split()[-1]
+        target = text if new is None else text[:start] + new + text[end:]
+    last = end if new is None else start + len(new)
+    embeds, shown = None, span_columns(pipe.tokenizer, target, start, last)
+    if concept is not None:
         vector = _vector(pipe, concept, pictures, word, out, concept_steps)
         embeds = swap_concepts.encode(pipe, target, word, vector).detach()
     with bar(2 * steps, "inverting the picture") as advance:
@@ -137,7 +139,12 @@ def _one(
     guessed = mask is None
     if mask is None:
         area = object_mask(
-            pipe, inverted, nulls, word_columns(pipe.tokenizer, text, old), threshold, guidance
+            pipe,
+            inverted,
+            nulls,
+            span_columns(pipe.tokenizer, text, start, end),
+            threshold,
+            guidance,
         )
     else:
         area = torch.from_numpy(np.asarray(mask.resize((side, side)), dtype=np.float32) / 255)
@@ -150,24 +157,32 @@ def _one(
     size = (inverted.latents[0].shape[-2], inverted.latents[0].shape[-1])
     cells = torch.nn.functional.adaptive_avg_pool2d(area[None, None].float(), size)[0, 0] > 0.5
     told = {
-        "object": old, "source": text, "target": target, "concept": bool(pictures),
+        "object": old, "source": text, "target": target, "concept": concept and concept.name,
         "error": made.error, "cells": int(cells.sum()), "of": cells.numel(), "guessed": guessed,
-        "steps": steps, "swaps": plan.__dict__, "reconstruction": made.source,
+        "steps": steps, "swaps": plan.__dict__,
     }  # fmt: skip
     return made.image, told
 
 
+def _side(pipe: Any) -> int:
+    """Pixels of a side of the pictures that the pipeline was made for."""
+    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+
+
 def _vector(pipe: Any, concept: Path, pictures: list[Any], word: str, out: Path, steps: int) -> Any:
-    """The learnt concept: from a file, from an earlier run, or learnt now."""
+    """The learnt concept: from its file, or from its pictures."""
+    from PIL import ImageOps
+
     from regard.progress import bar
     from regard.steer import swap_concepts
 
-    kept = concept if concept.is_file() else out.with_name(f"{concept.name}.safetensors")
-    if kept.is_file():
-        return swap_concepts.load(kept)
+    if not pictures:
+        return swap_concepts.load(concept)
+    kept = out.with_name(f"{concept.name}.safetensors")
+    side = _side(pipe)
+    small = [ImageOps.fit(picture, (side, side)) for picture in pictures]
     with bar(steps, f"learning {concept.name}") as advance:
-        vector = swap_concepts.learn(pipe, pictures, word, steps=steps, progress=advance)
-    swap_concepts.save(kept, vector)
+        vector = swap_concepts.learn(pipe, small, word, steps=steps, file=kept, progress=advance)
     err().print(f"concept: {kept}", markup=False, highlight=False)
     return vector
 
@@ -188,14 +203,21 @@ def _targets(
 
 
 def _concept_pictures(concept: Path | None) -> list[Any]:
+    """The pictures of a concept's folder; none where a learnt one is given."""
     from regard.cli.run.vlm import read_images
 
     if concept is None:
         return []
     if concept.is_file() and concept.suffix == ".safetensors":
-        return [None]
+        from regard.steer.swap_concepts import load
+
+        load(concept)  # a damaged one is said before any work
+        return []
     if not concept.is_dir():
-        raise InputError(f"there is no folder {concept}: name a folder of pictures of the concept")
+        raise InputError(
+            f"there is no folder {concept}: name a folder of pictures of the concept, or a learnt "
+            "one (.safetensors)"
+        )
     found = sorted(p for p in concept.iterdir() if p.suffix.lower() in PICTURES)
     if not found:
         raise InputError(f"{concept} holds no pictures ({', '.join(PICTURES)}): put some there")

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from regard.cli.common import load, working
+from regard.cli.run import shown
+from regard.cli.run.answer import divergence, first_difference
+from regard.cli.run.answer import greedy_answer as answer
 from regard.errors import InputError
 from regard.files import write_bytes
 
@@ -86,24 +89,6 @@ def prepare(
     return inputs.to(model.device)
 
 
-def answer(model: Any, inputs: Any, tokens: int, methods: list[Any]) -> tuple[list[int], Any]:
-    """The greedy answer, and the log-probabilities of its first token."""
-    import torch
-
-    from regard.api import apply
-
-    with torch.no_grad(), apply(model, *methods):
-        out = model.generate(
-            **inputs,
-            max_new_tokens=tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    start = inputs["input_ids"].shape[1]
-    return out.sequences[0, start:].tolist(), out.logits[0][0].double().log_softmax(-1)
-
-
 def prefill(model: Any, inputs: Any, methods: list[Any]) -> tuple[float, int]:
     """Seconds of one pass over the prompt, and the bytes of its keys and values; the second of two
     passes counts.
@@ -130,9 +115,7 @@ def compared(
 ) -> dict[str, Any]:
     """Both answers, where they part, and how far apart their first tokens are."""
     (a, p), (b, q) = plain, changed
-    apart = next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), None)
-    if apart is None and len(a) != len(b):
-        apart = min(len(a), len(b))
+    apart = first_difference(a, b)
 
     def said(ids: list[int]) -> str:
         return str(processor.tokenizer.decode(ids, skip_special_tokens=True))
@@ -141,7 +124,7 @@ def compared(
         "plain": said(a),
         name: said(b),
         "first_difference": None if apart is None else {"token": apart},
-        "kl": max(float((p.exp() * (p - q)).nan_to_num().sum()), 0.0),
+        "kl": divergence(p, q),
     }
 
 
@@ -215,21 +198,12 @@ def save_picture(picture: Any, path: Path) -> None:
 
 def show_answers(result: dict[str, Any], name: str) -> Any:
     """Print both answers; the console for what follows."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("plain", name):
-        table.add_column(column, ratio=1, overflow="fold")
-    table.add_row(Text(result["plain"]), Text(result[name]))
-    console.print(table)
-    apart = result["first_difference"]
-    said = "The answers are the same."
-    if apart is not None:
-        said = f"They part at token {apart['token'] + 1}."
+    shown.answers(console, {column: result[column] for column in ("plain", name)})
+    said = shown.parted(result["first_difference"])
     console.print(Text(f"{said} KL of the first token's distribution: {result['kl']:.4f} nats."))
     return console
 
