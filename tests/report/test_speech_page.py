@@ -121,3 +121,18 @@ def test_a_clip_without_times_or_pictures_still_makes_a_page() -> None:
     assert "encoder steps" in json.dumps(data_of(html))
     words = overview(bare)["words"]
     assert all(w["start"] is None and w["peak"] is None for w in words)
+
+
+def test_one_word_has_no_order_to_follow() -> None:
+    said = page.cards(overview(seen(words=1)))
+    assert said[0] == ("1 word", "in 1 token was heard.")
+    assert not any("follows the sound" in words for _, words in said)
+    assert any("follows the sound" in words for _, words in page.cards(view()))
+
+
+def test_the_sound_is_drawn_in_ink_so_that_it_turns_with_the_theme() -> None:
+    from regard.report.look import INKS
+
+    sound = page.listening_map(view()).data[0]
+    assert sound.colorscale[-1][1] == INKS["light"]["text"]
+    assert sound.colorscale[0][1].endswith(",0)")  # nothing heard is the page itself

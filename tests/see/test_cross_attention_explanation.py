@@ -44,13 +44,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*cells were out fewer.*")
 class Letters:
     """A tokenizer whose every id is a word of its own."""
 
-    all_special_ids = (0, 1, 2)
-
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         return "".join(f" w{int(n)}" for n in ids if int(n) > 2)
 
-    def encode(self, text: str) -> list[int]:
-        return [1, *(int(w[1:]) for w in text.split()), 2]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        words = [int(w[1:]) for w in text.split()]
+        return [1, *words, 2] if add_special_tokens else words
 
 
 def clip(frames: int = 23, margin: int | None = None) -> Clip:
@@ -298,3 +297,18 @@ def test_the_overview_is_plain_and_the_page_holds_it() -> None:
         assert words in page
     bare = render_page({**view, "deletion": None, "cells": None, "maps": None})
     assert "Taking out" not in bare
+
+
+def test_a_saliency_that_tells_nothing_has_no_reliability() -> None:
+    halves = torch.stack([torch.zeros(2, 5), torch.rand(2, 5)])
+    assert split_half(halves) == (0.0, 0.0)
+
+
+def test_a_step_that_leads_nowhere_is_refused_before_any_mask_is_drawn() -> None:
+    with pytest.raises(InputError, match="divides 100"):
+        made(step=7, masks=1)  # the masks would be refused too, later
+
+
+def test_only_the_words_of_a_given_transcript_are_explained() -> None:
+    found = made(transcript="  w9   w4 ", step=None)
+    assert found.forced.text == [9, 4] and found.pieces == [" w9", " w4"]

@@ -39,6 +39,20 @@ def speech2text(seed: int = 0) -> Any:
     return model
 
 
+def seamless(seed: int = 0) -> Any:
+    """A tiny SeamlessM4T: a conformer that shortens by three in front of a text decoder."""
+    from transformers import SeamlessM4TConfig, SeamlessM4TForSpeechToText
+
+    config = SeamlessM4TConfig(
+        vocab_size=128, hidden_size=32, decoder_layers=3, decoder_attention_heads=4,
+        decoder_ffn_dim=48, speech_encoder_layers=1, speech_encoder_attention_heads=4,
+        speech_encoder_intermediate_size=48, feature_projection_input_dim=8, adaptor_kernel_size=3,
+        adaptor_stride=3, conv_depthwise_kernel_size=3, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return SeamlessM4TForSpeechToText(config).eval()
+
+
 def case(family: str) -> tuple[Any, dict[str, Any]]:
     if family == "whisper":
         model = tiny("whisper")
@@ -47,7 +61,7 @@ def case(family: str) -> tuple[Any, dict[str, Any]]:
     mask = torch.ones(1, 41, dtype=torch.long)
     mask[0, 30:] = 0
     given = {"input_features": torch.randn(1, 41, 8, generator=random), "attention_mask": mask}
-    return speech2text(), given
+    return {"speech2text": speech2text, "seamless": seamless}[family](), given
 
 
 def explicit(model: Any, given: dict[str, Any], ids: list[int]) -> list[torch.Tensor]:
@@ -60,7 +74,7 @@ def explicit(model: Any, given: dict[str, Any], ids: list[int]) -> list[torch.Te
     return [a[0].double() for a in made.cross_attentions]
 
 
-@pytest.mark.parametrize("family", ["whisper", "speech2text"])
+@pytest.mark.parametrize("family", ["whisper", "speech2text", "seamless"])
 @pytest.mark.parametrize("block", [64, 3])
 def test_facts_equal_the_explicit_maps(
     family: str, block: int, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +122,7 @@ def test_the_alignment_rows_reach_one_step_further() -> None:
     assert seen.maps is None
 
 
-@pytest.mark.parametrize("family", ["whisper", "speech2text"])
+@pytest.mark.parametrize("family", ["whisper", "speech2text", "seamless"])
 @pytest.mark.parametrize("new", [1, 7])
 def test_under_generate_the_rows_are_those_of_forced_decoding(family: str, new: int) -> None:
     model, given = case(family)

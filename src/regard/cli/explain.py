@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, err, load, working, write_json
+from regard.cli.common import check_output, err, load, working
+from regard.cli.pages import check_outputs, command, deliver
+from regard.cli.see_speech import check_words, chosen
 from regard.errors import InputError
 
 MODEL = "whisper-tiny.en"
@@ -43,10 +43,10 @@ def explain(
     reference: Annotated[
         str | None, typer.Option(help="What was said, for the word errors of deletion.")
     ] = None,
-    language: Annotated[str, typer.Option(help="Language that is spoken, such as en.")] = "en",
-    task: Annotated[str, typer.Option(help="transcribe, or translate into English.")] = (
-        "transcribe"
-    ),
+    language: Annotated[
+        str | None, typer.Option(help="Language that is spoken; en when left out.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="transcribe, or translate into English.")] = None,
     step: Annotated[int, typer.Option(help="Percent between points of deletion; 0: none.")] = 5,
     gradients: Annotated[
         bool, typer.Option(help="Also gradient x input and integrated gradients (captum).")
@@ -69,10 +69,10 @@ def explain(
 
       regard explain @minutes --frames real --masks 300 --segments 120,240 --width 4
     """
-    for path in (html, json, resume):
-        check_output(path)
-    counts = segment_list(segments)
-    margin = margin_of(frames)
+    check_outputs(html, json)
+    check_output(resume)
+    check_words(transcript, task)
+    counts, margin = segment_list(segments), margin_of(frames)
     from regard.zoo import audio as sound
 
     clip = sound.read(audio)
@@ -95,28 +95,19 @@ def explain(
         antithetic=antithetic,
         margin=margin,
         step=step or None,
-        language=language,
-        task=task,
+        **chosen(loaded, language, task),
         seed=seed,
         batch=batch,
         state=resume,
     )
     made.notes[:0] = clip.notes
     extra = references(made) if gradients else None
-    command = "regard " + " ".join(shlex.quote(a) for a in sys.argv[1:])
-    meta = {"model": model, "clip": clip.name, "command": command}
+    meta = {"model": model, "clip": clip.name, "command": command()}
     with working("putting it together"):
         view = overview(made, references=extra, meta=meta)
-    if json is None or str(json) != "-":
-        _show(view)
-    else:
-        for note in view["notes"]:
-            err().print(f"note: {note}", markup=False, highlight=False)
-    write_json(view, json)
-    if html is not None:
-        from regard.report.explain import write_page
+    from regard.report.explain import write_page
 
-        err().print(f"report: {write_page(view, html)}", markup=False, highlight=False)
+    deliver(view, view["notes"], show=_show, write_page=write_page, json=json, html=html)
 
 
 def segment_list(given: str) -> list[int]:
@@ -148,6 +139,10 @@ def known_words(spoken: dict[str, Any]) -> list[tuple[str, float, float]] | None
     return [(str(w), float(a), float(b)) for w, (a, b) in zip(words, times)]
 
 
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _show(view: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
@@ -168,9 +163,9 @@ def _show(view: dict[str, Any]) -> None:
             for kind in ("pearson", "spearman"):
                 value = view[on][kind][key]
                 value = value[at] if at is not None else value
-                cells.append("-" if value is None else f"{value:.3f}")
+                cells.append(number(value))
                 if on == "input" and kind == "pearson":
-                    cells.append("-" if value is None else f"{value**2:.3f}")
+                    cells.append(number(value and value**2))
         table.add_row(name, *cells)
 
     for n in range(len(view["input"]["pearson"]["layers"])):
@@ -196,8 +191,8 @@ def _show(view: dict[str, Any]) -> None:
         console.print(Text(f"Deletion scores ({view['deletion']['counted']}): {scores}."))
     for name, value in (view["references"] or {}).items():
         console.print(
-            f"{name.replace('_', ' ')}: {value['attention']:.3f} with attention, "
-            f"{value['saliency']:.3f} with saliency."
+            f"{name.replace('_', ' ')}: {number(value['attention'])} with attention, "
+            f"{number(value['saliency'])} with saliency."
         )
     for note in view["notes"]:
         err().print(f"note: {note}", markup=False, highlight=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -13,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import parallel
-from regard.cli.common import check_output, count, err, load, numbers, read_text, write_json
+from regard.cli.common import count, err, load, numbers, read_text
+from regard.cli.pages import check_outputs, command, deliver
 from regard.errors import InputError
 
 FACTS = ("mean_received", "entropy", "distance", "waad", "influence", "thumbnail")
@@ -131,8 +131,7 @@ def _see(
 ) -> None:
     if compare and ranks is not None:
         raise InputError("--compare times one process: leave it out, or --context-parallel")
-    check_output(html)
-    check_output(json)
+    check_outputs(html, json)
     content = read_text(text)
     loaded, tokenizer = load(model)
     ids, notes = _tokens(content, loaded, tokenizer, limit)
@@ -142,23 +141,12 @@ def _see(
         seen, meta = parallel.see_shared(loaded, ids, names, wanted, ranks), {}
         if not parallel.first_rank():
             return
+    from regard.report import terminal, write_page
     from regard.see.overview import overview
 
-    command = "regard " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     pieces = [tokenizer.decode([n]) for n in ids[0].tolist()]
-    page = overview(seen, tokens=pieces, model_name=model, notes=notes, command=command, **meta)
-    if json is None or str(json) != "-":
-        from regard.report import terminal
-
-        terminal.show(page)
-    else:
-        for note in notes:
-            err().print(f"note: {note}", markup=False)
-    write_json(page, json)
-    if html is not None:
-        from regard.report import write_page
-
-        err().print(f"report: {write_page(page, html)}", markup=False, highlight=False)
+    page = overview(seen, tokens=pieces, model_name=model, notes=notes, command=command(), **meta)
+    deliver(page, notes, show=terminal.show, write_page=write_page, json=json, html=html)
 
 
 def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, list[str]]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from regard.cli.common import check_output, err, load, working, write_json
+from regard.cli.common import load, working
+from regard.cli.pages import check_outputs, command, deliver
 from regard.errors import InputError
 
 DEFAULT = "whisper-tiny.en"
@@ -31,12 +30,8 @@ def see_speech(
     Raises InputError for a file that is no audio, empty, silent or too long, a model without cross
     attention, a transcript that does not fit.
     """
-    check_output(html)
-    check_output(json)
-    if task not in (None, "transcribe", "translate"):
-        raise InputError(f"--task is transcribe or translate, not {task!r}")
-    if transcript is not None and not transcript.strip():
-        raise InputError("--transcript is empty: give the words, or leave it out")
+    check_outputs(html, json)
+    check_words(transcript, task)
     from regard.zoo import audio as sound
 
     clip = sound.read(given)
@@ -47,7 +42,7 @@ def see_speech(
 
     notes = list(clip.notes)
     tokens = None if transcript is None else _tokens(processor, transcript)
-    choices = _choices(loaded, language, task)
+    choices = chosen(loaded, language, task)
     started = time.perf_counter()
     with working("listening"), errors_only():
         seen = cross_attention(loaded, processor, clip, tokens, maps=True, **choices)
@@ -81,27 +76,33 @@ def see_speech(
             "clip": clip.name,
             "seconds": clip.seconds,
             "notes": notes,
-            "command": "regard " + " ".join(shlex.quote(a) for a in sys.argv[1:]),
+            "command": command(),
             "cost": _cost(loaded, seen, seconds, plain, clip),
         },
     )
-    if json is None or str(json) != "-":
-        _show(page)
-    else:
-        for note in notes:
-            err().print(f"note: {note}", markup=False)
-    write_json(page, json)
-    if html is not None:
-        from regard.report.speech import write_page
+    from regard.report.speech import write_page
 
-        err().print(f"report: {write_page(page, html)}", markup=False, highlight=False)
+    deliver(page, notes, show=_show, write_page=write_page, json=json, html=html)
 
 
 def _speaks_many(model: Any) -> bool:
     return bool(getattr(getattr(model, "generation_config", None), "is_multilingual", False))
 
 
-def _choices(model: Any, language: str | None, task: str | None) -> dict[str, Any]:
+def check_words(transcript: str | None, task: str | None) -> None:
+    """Refuse an empty transcript, and a task that no speech model has."""
+    if task not in (None, "transcribe", "translate"):
+        raise InputError(f"--task is transcribe or translate, not {task!r}")
+    if transcript is not None and not transcript.strip():
+        raise InputError("--transcript is empty: give the words, or leave it out")
+
+
+def chosen(model: Any, language: str | None, task: str | None) -> dict[str, Any]:
+    """The language and the task that were asked for, where the model has a choice.
+
+    Raises:
+        InputError: a model of one language, a language that it does not know.
+    """
     made = {k: v for k, v in (("language", language), ("task", task)) if v is not None}
     if made and not _speaks_many(model):
         raise InputError(

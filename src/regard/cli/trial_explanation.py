@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import check_output, load, write_json
-from regard.cli.explain import MODEL, margin_of, segment_list
+from regard.cli.explain import MODEL, margin_of, number, segment_list
+from regard.cli.see_speech import check_words, chosen
 from regard.errors import InputError
 
 
@@ -36,10 +38,10 @@ def explanation(
     baseline: Annotated[str, typer.Option(help="What stands in: mean of a mel bin, or zero.")] = (
         "mean"
     ),
-    language: Annotated[str, typer.Option(help="Language that is spoken, such as en.")] = "en",
-    task: Annotated[str, typer.Option(help="transcribe, or translate into English.")] = (
-        "transcribe"
-    ),
+    language: Annotated[
+        str | None, typer.Option(help="Language that is spoken; en when left out.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="transcribe, or translate into English.")] = None,
     step: Annotated[int, typer.Option(help="Percent between points of deletion; 0: none.")] = 5,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many utterances.")
@@ -65,11 +67,13 @@ def explanation(
       regard trial explanation --data @sentences --frames real --masks 120 --segments 120,240
     """
     check_output(json)
+    check_words(None, task)
     counts, margin = segment_list(segments), margin_of(frames)
     items = _items(data)[:limit]
+    loaded, processor = load(model)
     settings: dict[str, Any] = {
         **{"masks": masks, "state_masks": state_masks, "segments": counts, "width": width},
-        **{"margin": margin, "baseline": baseline, "language": language, "task": task},
+        **{"margin": margin, "baseline": baseline, **chosen(loaded, language, task)},
         **{"step": step or None, "seed": seed, "batch": batch},
     }
     from regard.progress import bar
@@ -80,21 +84,19 @@ def explanation(
     key = {"trial": "explanation", "model": model, "settings": settings, "source": source}
     beside = None if json is None or str(json) == "-" else json.with_name(f".{json.name}.partial")
     journal = Journal(beside, key)
-    loaded, processor = load(model)
     rows: list[dict[str, Any]] = []
     with bar(len(items), "utterances") as tick:
         for name, place in items:
-            clip = _read(name, place)
-
-            def one(clip: dict[str, Any] = clip) -> dict[str, Any]:
-                try:
-                    made = explain(loaded, processor, **clip, **settings, progress=False)
-                except InputError as problem:
-                    return {"problem": str(problem)}
-                return made.as_dict()
-
-            rows.append({"name": name, **journal.get(f"{name} {clip['audio'].shape}", one)})
+            try:
+                clip = _read(place)
+                make = partial(_row, explain, loaded, processor, clip, settings)
+                row = journal.get(f"{name} {clip['audio'].shape}", make)
+            except InputError as problem:  # the others are still worth the run
+                row = {"problem": str(problem)}
+            rows.append({"name": name, **row})
             tick()
+    if all("problem" in row for row in rows):
+        raise InputError(f"nothing could be explained: {rows[0]['name']}: {rows[0]['problem']}")
     result = {"model": model, "settings": settings, "utterances": rows, "means": means(rows)}
     write_json(result, json)
     if json is None or str(json) != "-":
@@ -119,14 +121,22 @@ def _items(data: str) -> list[tuple[str, Any]]:
     return [(p.name, p) for p in found]
 
 
-def _read(name: str, place: Any) -> dict[str, Any]:
+def _row(explain: Any, model: Any, processor: Any, clip: Any, settings: Any) -> dict[str, Any]:
+    found: dict[str, Any] = explain(model, processor, **clip, **settings, progress=False).as_dict()
+    return found
+
+
+def _read(place: Any) -> dict[str, Any]:
     """Sound, and what is known of it."""
     if not isinstance(place, Path):
         return {"audio": place.audio, "reference": place.text, "words": place.words}
     from regard.zoo import audio as sound
 
     beside = place.with_suffix(".txt")
-    said = beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+    try:
+        said = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+    except UnicodeDecodeError:
+        raise InputError(f"{beside.name} is not UTF-8 text: convert it, or remove it") from None
     return {"audio": sound.read(place).samples, "reference": said or None, "words": None}
 
 
@@ -170,9 +180,9 @@ def _show(result: dict[str, Any]) -> None:
             continue
         table.add_row(
             Text(row["name"]),
-            *(_number(row[on]["pearson"]["all"]) for on in ("input", "states")),
-            _number(row["reliability"]["pooled"][1]),
-            _number(row["deletion"]["scores"]["attention"] if row["deletion"] else None),
+            *(number(row[on]["pearson"]["all"]) for on in ("input", "states")),
+            number(row["reliability"]["pooled"][1]),
+            number(row["deletion"]["scores"]["attention"] if row["deletion"] else None),
             Text(row["transcript"]),
         )
     console.print(table)
@@ -185,7 +195,3 @@ def _show(result: dict[str, Any]) -> None:
             name, f"{value['mean']:.3f}", f"{low:.3f} to {high:.3f}", str(value["of"])
         )
     console.print(means_table)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

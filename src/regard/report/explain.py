@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from regard.report import figures
-from regard.report.look import INKS, finite, short
-from regard.report.page import Section, _heading, _slot, document
+from regard.report.look import INKS, centres, finite, short
+from regard.report.page import Section, _again, _facts, _heading, _notes, _slot, document
 from regard.report.page import write_page as _write
+from regard.report.sound import spectrogram
 
 View = Mapping[str, Any]
 SOLID = 0.8  # reliability from which on a correlation is worth reading closely
@@ -33,7 +34,7 @@ def render_page(view: View) -> str:
     ]
     title = "How much attention explains"
     data: dict[str, Any] = {"tokens": [], "views": [], "marks": {}}
-    return document(title, _header(title, view), _cards(view), sections, data, drawn)
+    return document(title, _header(title, view), _facts(cards(view)), sections, data, drawn)
 
 
 def _header(title: str, view: View) -> str:
@@ -95,24 +96,12 @@ def cards(view: View) -> list[tuple[str, str]]:
     return made
 
 
-def _cards(view: View) -> str:
-    items = "".join(
-        f"<li><strong>{escape(big)}</strong><span>{escape(words)}</span></li>"
-        for big, words in cards(view)
-    )
-    return f'<ul class="facts" aria-label="In short">{items}</ul>'
-
-
-def _centres(count: int, length: float) -> list[float]:
-    return [round((i + 0.5) * length / count, 4) for i in range(count)]
-
-
 def side_by_side(view: View, *, theme: str = "light") -> Any:
     """Draw the spectrogram over the maps of attention and of both saliencies, on one time axis.
 
     Raises ValueError when there are no maps.
     """
-    go = figures._plotly()
+    go = figures.plotly()
     maps = view.get("maps") or {}
     if not maps:
         raise ValueError("there are no maps to draw")
@@ -147,7 +136,7 @@ def side_by_side(view: View, *, theme: str = "light") -> Any:
         }
         notes.append(
             {
-                "text": figures.html.escape(name),
+                "text": escape(name),
                 "x": 0,
                 "xref": "paper",
                 "xanchor": "left",
@@ -158,21 +147,18 @@ def side_by_side(view: View, *, theme: str = "light") -> Any:
                 "font": {"size": 13, "color": ink["text"]},
             }
         )
+        place = "y" if n == 0 else f"y{n + 1}"
         traces.append(
-            go.Heatmap(
+            spectrogram(rows, length, theme, place)
+            if sound
+            else go.Heatmap(
                 z=[[short(v) for v in row] for row in rows],
-                x=_centres(len(rows[0]), length),
+                x=centres(len(rows[0]), length),
                 y=list(range(len(rows))),
-                yaxis="y" if n == 0 else f"y{n + 1}",
-                **(
-                    {"colorscale": "Greys", "showscale": False, "hoverinfo": "skip"}
-                    if sound
-                    else {
-                        "coloraxis": "coloraxis",
-                        "customdata": [[figures.html.escape(p)] * len(rows[0]) for p in pieces],
-                        "hovertemplate": "“%{customdata}” at %{x:.2f} s: %{z:.2f}<extra></extra>",
-                    }
-                ),
+                yaxis=place,
+                coloraxis="coloraxis",
+                customdata=[[escape(p)] * len(rows[0]) for p in pieces],
+                hovertemplate="“%{customdata}” at %{x:.2f} s: %{z:.2f}<extra></extra>",
             )
         )
         top -= high
@@ -210,16 +196,15 @@ def _maps_section(view: View, drawn: dict[str, Any]) -> Section:
 
 def spectral(view: View, *, theme: str = "light") -> Any:
     """Draw the saliency of the spectrogram, with a menu of the word pieces."""
-    go = figures._plotly()
+    go = figures.plotly()
     cells = view.get("cells") or {}
     if not cells:
         raise ValueError("there is no saliency of the spectrogram to draw")
-    ink = INKS[theme]
     length = float(view.get("seconds_per_step") or 1.0) * float(view["steps"])
     traces = [
         go.Heatmap(
             z=[[short(v, 2) for v in row] for row in rows],
-            x=_centres(len(rows[0]), length),
+            x=centres(len(rows[0]), length),
             y=list(range(len(rows))),
             coloraxis="coloraxis",
             visible=n == 0,
@@ -229,7 +214,7 @@ def spectral(view: View, *, theme: str = "light") -> Any:
     ]
     buttons = [
         {
-            "label": figures.html.escape(name),
+            "label": escape(name),
             "method": "restyle",
             "args": [{"visible": [i == n for i in range(len(cells))]}],
         }
@@ -242,21 +227,7 @@ def spectral(view: View, *, theme: str = "light") -> Any:
         "coloraxis": {"cmin": 0, "cmax": 1, "showscale": False},
         "xaxis": {**fixed, "range": [0, length], "title": {"text": "time (s)"}},
         "yaxis": {**fixed, "title": {"text": "mel bin"}},
-        "updatemenus": [
-            {
-                "buttons": buttons,
-                "type": "dropdown",
-                "x": 0,
-                "xanchor": "left",
-                "y": 1,
-                "yanchor": "bottom",
-                "pad": {"b": 10},
-                "bgcolor": "rgba(127,127,127,0.12)",
-                "bordercolor": ink["muted"],
-                "font": {"color": ink["muted"], "size": 12},
-                "showactive": False,
-            }
-        ],
+        "updatemenus": [figures._menu(buttons, theme, 10)],
     }
     return figures._figure(traces, layout, theme)
 
@@ -350,7 +321,7 @@ NAMES = {
 
 def curves(block: Mapping[str, Any], *, theme: str = "light") -> Any:
     """Draw error rates over the share of the input that was taken out, a line a map."""
-    go = figures._plotly()
+    go = figures.plotly()
     ink = INKS[theme]
     styles = {
         "saliency": {"color": ink["line"], "width": 2.6},
@@ -438,8 +409,6 @@ def _trust_section(view: View) -> Section:
     cells = "".join(
         f"<tr><th scope='row'>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows
     )
-    notes = "".join(f"<li>{escape(str(n))}</li>" for n in view.get("notes") or [])
-    command = (view.get("meta") or {}).get("command")
     body = (
         _heading(
             "trust",
@@ -448,8 +417,8 @@ def _trust_section(view: View) -> Section:
             "these agree bounds every correlation on this page.",
         )
         + f"<div class='scroll'><table><tbody>{cells}</tbody></table></div>"
-        + (f"<ul class='help'>{notes}</ul>" if notes else "")
-        + (f"<p class='help'><code>{escape(str(command))}</code></p>" if command else "")
+        + _notes(view.get("notes") or [])
+        + _again(view.get("meta") or {})
     )
     return "trust", "Trust", body
 

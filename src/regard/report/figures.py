@@ -19,6 +19,7 @@ from regard.report.look import (
     check_theme,
     finite,
     ordinal,
+    over,
     percent,
     short,
     template,
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-def _plotly() -> Any:
+def plotly() -> Any:
     """Import plotly late, and say how to get it."""
     try:
         import plotly.graph_objects as go
@@ -56,7 +57,7 @@ def _plotly() -> Any:
 
 
 def _figure(traces: list[Any], layout: dict[str, Any], theme: str) -> Figure:
-    go = _plotly()
+    go = plotly()
     base = {
         "template": template(theme),
         "margin": {"l": 44, "r": 12, "t": 12, "b": 40},
@@ -64,6 +65,17 @@ def _figure(traces: list[Any], layout: dict[str, Any], theme: str) -> Figure:
         "autosize": True,
     }
     return go.Figure(data=traces, layout={**base, **layout})
+
+
+def _menu(buttons: list[dict[str, Any]], theme: str, above: int) -> dict[str, Any]:
+    """A menu over the left end of a figure, so many pixels above it."""
+    muted = INKS[theme]["muted"]
+    return {
+        **{"buttons": buttons, "type": "dropdown", "showactive": False, "pad": {"b": above}},
+        **{"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
+        **{"bgcolor": "rgba(127,127,127,0.12)", "bordercolor": muted},
+        "font": {"color": muted, "size": 12},
+    }
 
 
 def _grid(rows: Any, name: str) -> list[list[float | int | None]]:
@@ -88,7 +100,7 @@ def _layer_by_head(
     coloraxis: dict[str, Any] | None = None,
     bar: dict[str, Any] | None = None,
 ) -> Figure:
-    go = _plotly()
+    go = plotly()
     z = _grid(rows, name)
     heads, count = len(z), len(z[0])
     names = [str(layer) for layer in (layers or range(count))]
@@ -107,17 +119,8 @@ def _layer_by_head(
         hovertemplate=hover + "<extra></extra>",
     )
     colorbar = {
-        "orientation": "h",
-        "x": 0,
-        "xanchor": "left",
-        "xpad": 0,
-        "y": 1,
-        "yanchor": "bottom",
-        "ypad": 10,
-        "lenmode": "pixels",
-        "len": 200,
-        "title": {"text": bar_title, "side": "top"},
-        **(bar or {}),
+        **{"orientation": "h", "x": 0, "xanchor": "left", "xpad": 0, "lenmode": "pixels"},
+        **{"y": 1, "yref": "container", "yanchor": "top", "ypad": 22, "len": 200, **(bar or {})},
     }
     fixed = {"type": "category", "fixedrange": True, "showgrid": False, "ticks": ""}
     steps = {"x": max(1, math.ceil(count / 15)), "y": max(1, math.ceil(heads / 16))}
@@ -125,6 +128,7 @@ def _layer_by_head(
         "height": min(max(17 * heads, 120), 560) + 106,
         # Plotly reserves twice the room a horizontal colour bar needs: fix the margins.
         "margin": {"l": 44, "r": 8, "t": 62, "b": 44, "autoexpand": False},
+        "annotations": [over(bar_title, theme, "left", 41)],
         "coloraxis": {"colorbar": colorbar, **(coloraxis or {})},
         "xaxis": {**fixed, "title": {"text": "layer"}, "dtick": steps["x"], "tickangle": 0},
         "yaxis": {**fixed, "title": {"text": "head"}, "dtick": steps["y"]},
@@ -184,7 +188,7 @@ def distance_map(heads: Block, *, theme: str = "light") -> Figure:
 
     Heads listed in `heads["local"]` and `heads["global"]` carry a ring or a dot.
     """
-    go = _plotly()
+    go = plotly()
     figure = _layer_by_head(
         heads.get("distance"),
         heads.get("layers"),
@@ -219,7 +223,7 @@ def distance_map(heads: Block, *, theme: str = "light") -> Figure:
 
 def received_by_position(by_position: Block, *, theme: str = "light") -> Figure:
     """Draw median, mean, 90th percentile and maximum of the attention received along the text."""
-    go = _plotly()
+    go = plotly()
     positions = list(by_position.get("position") or [])
     if not positions:
         raise ValueError("by_position is empty: watch the fact 'received' to draw it")
@@ -323,7 +327,7 @@ def rhythm(
     strongest marks are drawn, and the legend says so. Raises ValueError when the block holds
     neither WAAD nor FAI.
     """
-    go = _plotly()
+    go = plotly()
     positions = [int(p) for p in block.get("position") or []]
     ink = INKS[check_theme(theme)]
     window, horizon = block.get("window"), block.get("horizon")
@@ -484,7 +488,7 @@ def _cells(block: Block, log: bool) -> tuple[list[list[Any]], list[list[Any]], l
 def _thumbnail_trace(block: Block, log: bool) -> Any:
     colors, shares, labels = _cells(block, log)
     amount = "%{customdata:.2~%}" if log else "%{z:.2~%}"
-    return _plotly().Heatmap(
+    return plotly().Heatmap(
         z=colors,
         x=labels,
         y=labels,
@@ -547,7 +551,7 @@ def thumbnails(
         raise ValueError("no thumbnails to draw: choose at least one head")
     if columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}")
-    _plotly()
+    plotly()
     from plotly.subplots import make_subplots
 
     columns = min(columns, len(blocks))

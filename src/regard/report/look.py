@@ -72,6 +72,15 @@ def short(value: Any, digits: int = 3) -> float | int | None:
     return int(rounded) if rounded.is_integer() else rounded
 
 
+def centres(count: int, length: float) -> list[float]:
+    """The middles of `count` equal parts of an axis.
+
+    >>> centres(2, 1.0)
+    [0.25, 0.75]
+    """
+    return [round((i + 0.5) * length / count, 4) for i in range(count)]
+
+
 def percent(share: float) -> str:
     """Write a share as a percentage with as many digits as it deserves.
 
@@ -178,6 +187,22 @@ def template(theme: str = "light") -> dict[str, Any]:
                 "align": "left",
             },
         }
+    }
+
+
+def over(text: str, theme: str, side: str, pixels: int) -> dict[str, Any]:
+    """Words over the left or right end of a figure's axes, as a plotly annotation.
+
+    They name a colour bar: with a title of its own plotly would misplace those of the axes.
+    """
+    return {
+        **{
+            "text": text,
+            "showarrow": False,
+            "font": {"color": INKS[check_theme(theme)]["muted"], "size": 12},
+        },
+        **{"x": int(side == "right"), "xanchor": side, "xref": "paper"},
+        **{"y": 1, "yanchor": "bottom", "yref": "paper", "yshift": pixels},
     }
 
 

@@ -245,7 +245,10 @@
   /* Figures are stored in the light inks; the dark ones are swapped in by value. */
   function inked(value, isDark) {
     if (typeof value === "string") return isDark && data.inks[value] || value;
-    if (Array.isArray(value)) return value.length > 24 ? value : value.map((v) => inked(v, isDark));
+    if (Array.isArray(value)) { // long lists of numbers and words hold no inks
+      const plain = value.length > 24 && typeof value[0] !== "object";
+      return plain ? value : value.map((v) => inked(v, isDark));
+    }
     if (value && typeof value === "object") {
       return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, inked(v, isDark)]));
     }

@@ -93,7 +93,11 @@ def render_page(overview: Overview) -> str:
         _heads_section(overview, drawn),
         _rhythm_section(overview, tokens, drawn),
         _thumbnail_section(overview, drawn),
-        _cost_section(meta),
+        _costs(
+            cost_rows(meta),
+            "Exact facts of the model’s own attention, taken during one forward pass.",
+            meta,
+        ),
     ]
     data = {
         "tokens": tokens,
@@ -101,7 +105,7 @@ def render_page(overview: Overview) -> str:
         "marks": _marks(overview, len(tokens)),
     }
     title = str(meta.get("title") or "What the model looks at")
-    top = _headline(overview)
+    top = _facts(headline(overview))
     return document(title, _header(title, meta, len(tokens)), top, sections, data, drawn)
 
 
@@ -254,15 +258,13 @@ def _header(title: str, meta: Overview, count: int) -> str:
     )
 
 
-def _headline(overview: Overview) -> str:
-    facts = headline(overview)
-    if not facts:
-        return ""
+def _facts(facts: Iterable[tuple[str, str]]) -> str:
+    """The cards on top: each a short figure and the sentence it begins."""
     cards = "".join(
         f"<li><strong>{escape(big)}</strong><span>{escape(words)}</span></li>"
         for big, words in facts
     )
-    return f'<ul class="facts" aria-label="In short">{cards}</ul>'
+    return f'<ul class="facts" aria-label="In short">{cards}</ul>' if cards else ""
 
 
 Section = tuple[str, str, str] | None
@@ -466,20 +468,21 @@ def _thumbnail_section(overview: Overview, drawn: dict[str, Any]) -> Section:
     return "maps", "Maps", body
 
 
-def _cost_section(meta: Overview) -> Section:
-    rows = cost_rows(meta)
-    if not rows and not meta.get("command") and not meta.get("notes"):
+def _costs(rows: Iterable[tuple[str, str]], lead: str, meta: Overview) -> Section:
+    """What was measured, with the notes and the command of `meta`; None when there is nothing."""
+    cells = "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in rows)
+    if not cells and not meta.get("command") and not meta.get("notes"):
         return None
-    lead = "Exact facts of the model’s own attention, taken during one forward pass."
     body = _heading("cost", "What was measured, on what, at what cost", lead)
-    body += "<dl>" + "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in rows) + "</dl>"
-    body += _notes(meta.get("notes") or [])
-    if meta.get("command"):
-        body += (
-            "<h3>To make this page again</h3><pre tabindex='0'><code>"
-            f"{escape(str(meta['command']))}</code></pre>"
-        )
+    body += f"<dl>{cells}</dl>{_notes(meta.get('notes') or [])}{_again(meta)}"
     return "cost", "Cost", body
+
+
+def _again(meta: Overview) -> str:
+    if not meta.get("command"):
+        return ""
+    command = escape(str(meta["command"]))
+    return f"<h3>To make this page again</h3><pre tabindex='0'><code>{command}</code></pre>"
 
 
 def _notes(notes: Iterable[Any]) -> str:

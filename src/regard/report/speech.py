@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from regard.report import figures
-from regard.report.look import INKS, finite, percent, short
-from regard.report.page import Section, _heading, _notes, _slot, document
+from regard.report.look import INKS, centres, finite, over, percent, short
+from regard.report.page import Section, _costs, _facts, _heading, _slot, document
 from regard.report.page import write_page as _write
+from regard.report.sound import spectrogram
 
 View = Mapping[str, Any]
 
@@ -28,11 +29,11 @@ def render_page(view: View) -> str:
         _table_section(view),
         _heads_section(view, drawn),
         _single_section(view, drawn),
-        _cost_section(view),
+        _costs(_cost_rows(view), "Exact cross attention.", view.get("meta") or {}),
     ]
     title = "Where each word listens"
     data: dict[str, Any] = {"tokens": [], "views": [], "marks": {}}  # no text to colour here
-    return document(title, _header(title, view), _cards(view), sections, data, drawn)
+    return document(title, _header(title, view), _facts(cards(view)), sections, data, drawn)
 
 
 def _header(title: str, view: View) -> str:
@@ -54,9 +55,15 @@ def cards(view: View) -> list[tuple[str, str]]:
     """Up to four facts, each a short figure and the sentence it begins."""
     words = view.get("words") or []
     heads = view.get("heads") or {}
-    made = [(f"{len(words)} words", f"in {len(view.get('tokens') or [])} tokens were heard.")]
+    tokens = view.get("tokens") or []
+    made = [
+        (
+            _counted(len(words), "word"),
+            f"in {_counted(len(tokens), 'token')} {'was' if len(words) == 1 else 'were'} heard.",
+        )
+    ]
     best = best_head(heads)
-    if best:
+    if best and len(words) > 2:  # one or two words have no order to follow
         layer, head, value = best
         made.append(
             (
@@ -89,6 +96,10 @@ def cards(view: View) -> list[tuple[str, str]]:
     return made
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def best_head(heads: View) -> tuple[int, int, float] | None:
     """(layer, head, rank correlation) of the head that follows the sound best."""
     rows = heads.get("monotone") or []
@@ -104,20 +115,12 @@ def best_head(heads: View) -> tuple[int, int, float] | None:
     return layer, head, value
 
 
-def _cards(view: View) -> str:
-    items = "".join(
-        f"<li><strong>{escape(big)}</strong><span>{escape(words)}</span></li>"
-        for big, words in cards(view)
-    )
-    return f'<ul class="facts" aria-label="In short">{items}</ul>'
-
-
 def listening_map(view: View, *, theme: str = "light") -> Any:
     """Draw the spectrogram over the map of words and time, with the words' times as marks.
 
     A menu chooses between the mean over all heads, the alignment heads and each layer.
     """
-    go = figures._plotly()
+    go = figures.plotly()
     ink = INKS[theme]
     words = view.get("words") or []
     maps = view.get("maps") or {}
@@ -130,23 +133,13 @@ def listening_map(view: View, *, theme: str = "light") -> Any:
     traces: list[Any] = []
     spectrum = view.get("spectrogram")
     if spectrum:
-        traces.append(
-            go.Heatmap(
-                z=[[short(v) for v in row] for row in spectrum],
-                x=_centres(len(spectrum[0]), length),
-                y=list(range(len(spectrum))),
-                yaxis="y2",
-                colorscale="Greys",
-                showscale=False,
-                hoverinfo="skip",
-            )
-        )
+        traces.append(spectrogram(spectrum, length, theme, "y2"))
     first = len(traces)
     for at, (_, cells) in enumerate(maps.items()):
         traces.append(
             go.Heatmap(
                 z=[[short(v) for v in row] for row in cells],
-                x=_centres(len(cells[0]), length),
+                x=centres(len(cells[0]), length),
                 y=rows,
                 customdata=[[w["text"]] * len(cells[0]) for w in words],
                 coloraxis="coloraxis",
@@ -203,30 +196,26 @@ def listening_map(view: View, *, theme: str = "light") -> Any:
         }
         for at, name in enumerate(maps)
     ]
-    height = 150 + 24 * len(words) + 150
-    share = 150 / (height - 130) if spectrum else 0.0
+    above, below = 96, 106  # of the axes: menu and scale of colours; time and legend
+    inner = 170 + 24 * len(words)
+    share = 150 / inner if spectrum else 0.0
     fixed = {"fixedrange": True, "showgrid": False}
     layout = {
-        "height": height,
-        "margin": {"l": 8, "r": 8, "t": 78, "b": 50},
+        "height": above + inner + below,
+        "margin": {"l": 8, "r": 8, "t": above, "b": below},
         "coloraxis": {
             "cmin": 0, "cmax": top,
-            "colorbar": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1,
-                         "yanchor": "bottom", "ypad": 26, "lenmode": "pixels", "len": 200,
-                         "tickformat": ".0%",
-                         "title": {"text": "share of a word’s attention", "side": "top"}},
+            "colorbar": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "ypad": 0,
+                         "yanchor": "top", "yref": "container", "lenmode": "pixels", "len": 200,
+                         "tickformat": ".0%"},
         },
+        "annotations": [over("share of a word’s attention", theme, "right", 42)],
         "xaxis": {**fixed, "range": [0, length], "anchor": "y",
-                  "title": {"text": f"time ({unit})", "standoff": 26}},
+                  "title": {"text": f"time ({unit})", "standoff": 8}},
         "yaxis": {**fixed, "range": [len(words) - 0.5, -0.5], "tickvals": rows, "ticktext": labels,
                   "domain": [0, 1 - share - (0.02 if spectrum else 0)]},
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "yref": "paper"},
-        "updatemenus": [
-            {"buttons": buttons, "type": "dropdown", "x": 0, "xanchor": "left", "y": 1,
-             "yanchor": "bottom", "pad": {"b": 30}, "bgcolor": "rgba(127,127,127,0.12)",
-             "bordercolor": ink["muted"], "font": {"color": ink["muted"], "size": 12},
-             "showactive": False}
-        ],
+        "legend": {"orientation": "h", "x": 0, "y": 0, "yanchor": "bottom", "yref": "container"},
+        "updatemenus": [figures._menu(buttons, theme, 8)],
     }  # fmt: skip
     if spectrum:
         layout["yaxis2"] = {**fixed, "domain": [1 - share, 1], "showticklabels": False,
@@ -244,10 +233,6 @@ def _ceiling(maps: Mapping[str, Any]) -> float:
     """The share that gets the strongest colour: a few cells may exceed it."""
     values = sorted(v for row in next(iter(maps.values())) for v in row if finite(v) is not None)
     return max(1e-6, values[int(0.997 * (len(values) - 1))]) if values else 1.0
-
-
-def _centres(count: int, length: float) -> list[float]:
-    return [round((i + 0.5) * length / count, 4) for i in range(count)]
 
 
 def _short(text: str) -> str:
@@ -340,7 +325,6 @@ def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
             theme="light",
             coloraxis=axis,
         )
-        figure.update_layout(xaxis_title_standoff=22)
         slots += _slot(drawn, key, figure, f"Heat map, layer by head: {bar}.", caption)
     body = _heading(
         "heads", "What each head does", "Means over the words of this clip, one cell a head."
@@ -354,7 +338,7 @@ def _single_section(view: View, drawn: dict[str, Any]) -> Section:
         return None
     meta = view.get("meta") or {}
     total = int(meta.get("layers") or 0) * int(meta.get("heads") or 0)
-    go = figures._plotly()
+    go = figures.plotly()
     cells = ""
     for number, one in enumerate(maps):
         flat = sorted(v for row in one["cells"] for v in row)
@@ -392,15 +376,6 @@ def _single_section(view: View, drawn: dict[str, Any]) -> Section:
     return "single", "Single heads", body
 
 
-def _cost_section(view: View) -> Section:
-    meta = view.get("meta") or {}
-    rows = [(str(k), str(v)) for k, v in (meta.get("cost") or {}).items() if v not in (None, "")]
-    body = _heading("cost", "What was measured, on what, at what cost", "Exact cross attention.")
-    body += "<dl>" + "".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in rows) + "</dl>"
-    body += _notes(meta.get("notes") or [])
-    if meta.get("command"):
-        body += (
-            "<h3>To make this page again</h3><pre tabindex='0'><code>"
-            f"{escape(str(meta['command']))}</code></pre>"
-        )
-    return "cost", "Cost", body
+def _cost_rows(view: View) -> list[tuple[str, str]]:
+    found = (view.get("meta") or {}).get("cost") or {}
+    return [(str(k), str(v)) for k, v in found.items() if v not in (None, "")]

@@ -2,9 +2,9 @@
 
 Two real Whispers, tiny.en and base, and the shipped spoken sentences, whose words and word times
 are known. On one thread the full window of 30 s would take days, so the window is cut to the sound
-and a second behind it: how near that comes to the whole model is measured and told. Few and coarse
-masks are drawn; what they leave uncertain is measured as split-half reliability, and every rule on
-a correlation takes it into account.
+and a second behind it: how near that comes to the whole model is measured and told. The masks are
+coarse, and as few as make the saliency reliable; what they leave uncertain is measured as
+split-half reliability, and every rule on a correlation takes it into account.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from statistics import fmean, median
 from typing import Any
 
 from regard.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
-from regard.see.cross_attention_explanation import explain
+from regard.reproduce.speech_sheet import speech_sheet
+from regard.see.cross_attention_explanation import Explanation, explain, place_words
 from regard.zoo.sentences import Sentence, sentences
 
 TITLE = "Cross-Attention is Half Explanation in Speech-to-Text Models"
@@ -23,7 +24,7 @@ PAPER = "https://arxiv.org/abs/2509.18010"
 MODEL = None  # two models are compared; which, is part of the claims
 MODELS = ("whisper-tiny.en", "whisper-base")
 SMALL, LARGE = "tiny.en", "base"
-SEED, MASKS, STATE_MASKS, SEGMENTS, WIDTH = 0, 120, 160, (120, 240), 4
+SEED, MASKS, STATE_MASKS, SEGMENTS, WIDTH = 0, 180, 240, (120, 240), 4
 MARGIN, STEP, BATCH = 100, 20, 8
 RELIABLE = 0.8
 QUICK = 2  # utterances of a quick run
@@ -148,6 +149,8 @@ def measure(setup: Setup) -> Measured:
                 rows.append(setup.journal.get(f"{name} {sentence.name}", make))
                 step()
         found[name.removeprefix("whisper-")] = rows
+    right = (n for n, row in enumerate(found[SMALL]) if row["word_errors"] == 0)
+    example = setup.journal.get("example", partial(_example, chosen[next(right, 0)], masks))
     return Measured(
         settled(found),
         f"{len(chosen)} sentences spoken by eSpeak NG in nine voices, "
@@ -159,6 +162,7 @@ def measure(setup: Setup) -> Measured:
             **{"margin": MARGIN, "step": STEP},
             "utterances": len(chosen),
         },
+        speech_sheet(found, example),
     )
 
 
@@ -170,7 +174,17 @@ def _loaded(name: str) -> tuple[Any, Any]:
 
 def one(model: Any, processor: Any, sentence: Sentence, masks: int = MASKS) -> dict[str, Any]:
     """What is measured of one sentence."""
-    made = explain(
+    from regard.see.explain_deletion import word_errors, words_of
+
+    made = _explained(model, processor, sentence, masks, STEP)
+    said = word_errors(words_of(sentence.text), words_of(made.transcript))
+    return {**made.as_dict(), "text": sentence.text, "word_errors": said}
+
+
+def _explained(
+    model: Any, processor: Any, sentence: Sentence, masks: int, step: int | None
+) -> Explanation:
+    return explain(
         model,
         processor,
         sentence.audio,
@@ -181,14 +195,23 @@ def one(model: Any, processor: Any, sentence: Sentence, masks: int = MASKS) -> d
         width=WIDTH,
         batch=BATCH,
         margin=MARGIN,
-        step=STEP,
+        step=step,
         seed=SEED,
         progress=False,
     )
-    from regard.see.explain_deletion import word_errors, words_of
 
-    said = word_errors(words_of(sentence.text), words_of(made.transcript))
-    return {**made.as_dict(), "text": sentence.text, "word_errors": said}
+
+def _example(sentence: Sentence, masks: int) -> dict[str, Any]:
+    """The maps of one sentence for the picture, with the true word times."""
+    from regard.see.explain_overview import overview
+
+    model, processor = _loaded(MODELS[0])
+    made = _explained(model, processor, sentence, masks, None)
+    seen = overview(made)
+    kept = {name: seen[name] for name in ("pieces", "spectrogram", "maps", "seconds_per_step")}
+    steps = made.forced.clip.steps
+    placed = place_words(made.pieces, sentence.words, made.seconds, steps)
+    return {**kept, "model": SMALL, "words": sentence.words, "spans": placed}
 
 
 # -- from utterances to claims -------------------------------------------------------------------
