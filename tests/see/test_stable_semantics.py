@@ -222,6 +222,16 @@ def test_ray_is_named_where_it_is_missing(tmp_path: Path) -> None:
             disk.build_on_ray("x", PROMPTS, tmp_path, RECIPE, "auto", lambda name: None)
 
 
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is the extra 'ray', which is not part of 'all'")
+    disk.build_on_ray("sd", PROMPTS, tmp_path, RECIPE, "local", tiny_pipeline)
+    shards = sorted(p.name for p in (built / "data").iterdir())
+    assert shards == sorted(p.name for p in (tmp_path / "data").iterdir())
+    for name in shards:
+        assert (tmp_path / "data" / name).read_bytes() == (built / "data" / name).read_bytes()
+
+
 def row(caption: str, maps: dict[str, torch.Tensor]) -> dict[str, Any]:
     from PIL import Image
 

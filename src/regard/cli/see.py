@@ -16,6 +16,7 @@ from regard.cli.common import count, err, load, numbers, read_text
 from regard.cli.pages import check_outputs, command, deliver
 from regard.errors import InputError
 
+DEFAULT = "smollm2-135m"
 FACTS = ("mean_received", "entropy", "distance", "waad", "influence", "thumbnail")
 
 
@@ -30,8 +31,12 @@ def see(
         str | None, typer.Argument(help="With a picture: what to ask about it.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = "smollm2-135m",
+        str | None,
+        typer.Option(
+            help="A name of `regard models`, a folder or a hub id; smollm2-135m for text, "
+            "whisper-tiny.en for sound and shapes-vlm for pictures if not given."
+        ),
+    ] = None,
     max_tokens: Annotated[
         str, typer.Option(help="Look at the first so many tokens at most (2k = 2048).")
     ] = "4k",
@@ -88,21 +93,22 @@ def see(
     if is_audio(text):
         if layers or heads or context_parallel or facts != ",".join(FACTS):
             raise InputError("--layers, --heads, --facts and --context-parallel are for text")
-        from regard.cli.see_speech import DEFAULT, see_speech
+        from regard.cli import see_speech
 
-        name = DEFAULT if model == "smollm2-135m" else model
-        return see_speech(text, name, html=html, json=json, compare=compare, **spoken)
+        return see_speech.see_speech(
+            text, model or see_speech.DEFAULT, html=html, json=json, compare=compare, **spoken
+        )
     from regard.cli import see_image
 
     if see_image.is_picture(text):
         if layers or heads or compare or context_parallel or facts != ",".join(FACTS):
             raise InputError("--layers, --heads, --facts and --compare are for text")
-        name = see_image.DEFAULT if model == "smollm2-135m" else model
-        return see_image.see(text, question, name, html=html, json=json)
+        return see_image.see(text, question, model or see_image.DEFAULT, html=html, json=json)
     if question is not None:
         raise InputError("a second text is a question about a picture: name a picture first")
     if any(spoken.values()):
         raise InputError("--transcript, --language and --task are for sound: name a sound file")
+    model = model or DEFAULT
     if is_pipeline(model):
         if compare or context_parallel or facts != ",".join(FACTS):
             raise InputError("--compare, --facts and --context-parallel are for text models")

@@ -5,6 +5,7 @@ in Naturalistic Images" (Zawar et al., 2024), where true masks can be read off t
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ GRID = 64
 SEED = 0
 KINDS = ("average", "finest", "last", "centre")
 SHOWN = 6
+ROUNDS = 5  # of drawing with and without maps, for what they cost
 
 CLAIMS = (
     Claim(
@@ -108,12 +110,14 @@ def measure(setup: Setup) -> Measured:
     count, images = (3, 2) if setup.quick else (100, 5)
     wanted = scenes(count)
     found = []
-    with setup.progress(count + 2, "StableSemantics") as step:
+    with setup.progress(count + 3, "StableSemantics") as step:
         for n, one in enumerate(wanted):
             make = lambda one=one: _caption(pipe, one, images)  # noqa: E731
             found.append(setup.journal.get(f"caption {n}", make))
             step()
         built = setup.journal.get("build", lambda: _built(pipe, wanted[:3]))
+        step()
+        taken = setup.journal.get("time", lambda: _longer(pipe, wanted[0], images))
         step()
         picture = _picture(pipe, wanted[:SHOWN], images)
         step()
@@ -130,6 +134,8 @@ def measure(setup: Setup) -> Measured:
                 f"{'yes' if built['resumed'] else 'no'}; reloaded: "
                 f"{'yes' if built['reloaded'] else 'no'}",
                 control=f"{built['rows wanted']} rows, {built['maps wanted']} maps announced",
+                note=f"images with their maps take {sorted(taken)[ROUNDS // 2]:.2f} times as long "
+                f"as without ({min(taken):.2f} to {max(taken):.2f}, {ROUNDS} rounds by turns)",
             ),
             claims["scale"].unmeasured(),
         ],
@@ -366,6 +372,20 @@ def _chunks(claim: Claim) -> Claim:
         here=f"F1 {values['f1']:.3f} ({'plain rule' if spacy is None else 'spaCy'})",
         control=f"{rules:.3f} (plain rule)",
     )
+
+
+def _longer(pipe: Any, one: Scene, images: int) -> list[float]:
+    """How many times as long images take with their maps, each round by turns."""
+    found = []
+    for n in range(ROUNDS + 1):  # the first one warms up
+        seconds = []
+        for seen in ([], [ChunkMaps(_spans(one), Recipe(grid=GRID, parser="rules"))]):
+            start = time.perf_counter()
+            _drawn(pipe, one.caption(), images, *seen)
+            seconds.append(time.perf_counter() - start)
+        if n:
+            found.append(seconds[1] / seconds[0])
+    return found
 
 
 def _built(pipe: Any, wanted: Sequence[Scene]) -> dict[str, float]:

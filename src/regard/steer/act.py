@@ -201,7 +201,7 @@ class ACT(Handler):
         if call.heads is not None and call.heads.dim() > 1:
             raise InputError(
                 "ACT follows one list of heads, and the rows of this batch keep different heads "
-                "whole: run one sequence at a time"
+                "whole: run one sequence at a time (batch size 1)"
             )
         present = list(range(count)) if call.heads is None else call.heads.tolist()
         if self._list is None:
