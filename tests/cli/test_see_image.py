@@ -90,3 +90,8 @@ def test_mma_trains_and_goes_on_from_what_is_there(capsys: Any, tmp_path: Path) 
 def test_cards_are_shown(capsys: Any) -> None:
     code, out, _ = run(capsys, "zoo", "card", "shapes-sd")
     assert code == 0 and "binding" in out
+
+
+def test_a_text_model_reads_no_picture(capsys: Any, picture: Path) -> None:
+    code, _, err = run(capsys, "see", str(picture), "what is this?", "--model", "smollm2-135m")
+    assert code == 2 and "reads no pictures" in err

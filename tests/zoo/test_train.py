@@ -234,6 +234,17 @@ def test_pipelines_train_save_and_load(tmp_path: Path) -> None:
     pipe = load_pipeline(tmp_path / "dit")
     image = pipe("a red circle", num_inference_steps=1, max_sequence_length=8).images[0]
     assert image.size == (64, 64) and pipe.text_encoder_3 is None
+    more = {"start": tmp_path / "dit", "steps": 1, "batch": 2, "rate": 1e-9, "checked": 0}
+    record = diffusion.train_dit(tmp_path / "more", **more)
+    assert record["before"]["samples"] == 2 and record["before"]["rate"] != record["rate"]
+    assert "2 scenes in 1 steps" in (tmp_path / "more" / "README.md").read_text().split("; then")[0]
+    after = load_pipeline(tmp_path / "more").transformer.state_dict()
+    known = pipe.transformer.state_dict()
+    assert all(torch.allclose(t, known[n], atol=1e-6) for n, t in after.items())
+    with pytest.raises(InputError, match="leave --vae out"):
+        diffusion.train_dit(tmp_path / "x", vae=tmp_path / "vae", start=tmp_path / "dit")
+    with pytest.raises(InputError, match="holds no shapes-sd"):
+        diffusion.train_sd(tmp_path / "x", start=tmp_path / "dit")
     with pytest.raises(InputError, match="--vae DIR"):
         diffusion.train_sd(tmp_path / "x", steps=1)
 

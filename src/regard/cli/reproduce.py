@@ -16,8 +16,9 @@ def reproduce(
         str, typer.Argument(help="A method of `regard methods`, for example sink-emergence.")
     ],
     model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = "smollm2-135m",
+        str | None,
+        typer.Option(help="A name of `regard models`, a folder or a hub id; the method's own."),
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer samples: a look, not a result.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the result; ./reproductions by default.")
@@ -27,8 +28,7 @@ def reproduce(
     verdict.
 
     The rule that turns numbers into a verdict is part of each claim and older than the run; a
-    claim that
-    does not hold is reported as not reproduced.
+    claim that does not hold is reported as not reproduced.
 
     [bold]Example[/]
 

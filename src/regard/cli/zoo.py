@@ -33,7 +33,7 @@ def train(
         Path | None, typer.Option(help="Folder of shapes-tower, for what is built on it.")
     ] = None,
     start: Annotated[
-        Path | None, typer.Option(help="Folder of a trained shapes-vlm, to go on from there.")
+        Path | None, typer.Option(help="Folder of such a model, to go on from there.")
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Write the record as JSON here; - for stdout.")
@@ -42,8 +42,8 @@ def train(
     """Train a model by its recipe, boxed by the clock.
 
     Weights are saved every 90 seconds and at the end, always as a whole folder. A training that was
-    stopped begins anew: the rate follows the clock. A shapes-vlm that is whole can be trained on,
-    with --start.
+    stopped begins anew: the rate follows the clock. A shapes-sd, shapes-dit or shapes-vlm that is
+    whole can be trained on, with --start.
 
     [bold]Examples[/]
 

@@ -261,7 +261,7 @@ def run(
     slug: str,
     *,
     quick: bool = False,
-    model: Any = MODEL,
+    model: Any = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Result:
@@ -271,7 +271,7 @@ def run(
         slug: one of `available()`.
         quick: a much smaller run, to see that it works; its verdicts mean little, and its result
             goes to `<slug>.quick.json`.
-        model: a name for `regard.load`, or a pair (model, tokenizer).
+        model: a name for `regard.load`, or a pair (model, tokenizer); the method's own if None.
         out: the folder of the result; `reproductions` of the clone, or of the working folder.
         progress: show a bar on stderr where that is a terminal.
 
@@ -293,8 +293,8 @@ def run(
     loaded, tokenizer, name = None, None, "none"
     own = getattr(method, "MODEL", MODEL)
     if own is not None:
-        loaded, tokenizer, name = _model(own if model == MODEL else model)
-    elif model != MODEL:
+        loaded, tokenizer, name = _model(own if model is None else model)
+    elif model is not None:
         raise InputError(f"{slug} measures attention alone: leave the model out")
     source = fingerprint(slug)
     key = {"slug": slug, "model": name, "quick": quick, "source": source}

@@ -153,19 +153,28 @@ def table(result: Result) -> Table:
     from rich.text import Text
 
     made = Table(
-        title=Text(f"{result.slug} on {result.model}"), title_justify="left", show_lines=True
+        title=Text(f"{result.slug} on {result.model}"),
+        title_justify="left",
+        show_lines=True,
+        show_header=False,
     )
-    for name in ("claim", "paper", "here", "control", "interval", "verdict"):
-        made.add_column(name, overflow="fold")
+    made.add_column(width=max(map(len, VERDICTS)))
+    made.add_column(overflow="fold")
     for claim in result.claims:
-        made.add_row(*(Text(c) for c in _row(claim)), Text(claim.verdict, _COLORS[claim.verdict]))
+        said = Text(claim.statement, "bold")
+        for name, words in _facts(claim).items():
+            said.append(f"\n{name}: ", "not bold dim").append(words, "not bold")
+        made.add_row(Text(claim.verdict, _COLORS[claim.verdict]), said)
     if result.quick:
         made.caption = "a quick run: too small for its verdicts to mean much"
     return made
 
 
-def _row(claim: Claim) -> tuple[str, ...]:
+def _facts(claim: Claim) -> dict[str, str]:
+    """What a reader weighs, by name."""
     if claim.verdict == "needs scale":
         command = f"{claim.command}{'' if claim.built else ' (not built yet)'}"
-        return claim.statement, claim.paper, "-", command, "-"
-    return claim.statement, claim.paper, claim.here, claim.control, interval_text(claim.interval)
+        return {"paper": claim.paper, "measure it with": command}
+    facts = {"paper": claim.paper, "here": claim.here, "control": claim.control}
+    facts["interval"] = interval_text(claim.interval)
+    return {name: words for name, words in facts.items() if words and words != "-"}

@@ -10,6 +10,7 @@ import typer
 from regard.cli import diffusion
 from regard.cli.common import check_output, err, write_json
 from regard.errors import InputError
+from regard.files import write_bytes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -67,7 +68,8 @@ def swap_anything(
 
       regard run swap-anything --image scene.png --object circle --concept my_concept/
     """
-    from regard.cli.run.vlm import read_images, save_picture
+    from regard.cli.run.vlm import read_images
+    from regard.report.contact import png
     from regard.zoo.pipelines import need_diffusers
 
     for path in (out, json):
@@ -92,7 +94,7 @@ def swap_anything(
         )  # fmt: skip
         text = told["target"]
         results.append(told)
-    save_picture(now.resize(picture.size), out)
+    write_bytes(out, png(now.resize(picture.size)))
     err().print(f"picture: {out}", markup=False, highlight=False)
     write_json({"image": image.name, "model": model, "swaps": results}, json)
     if json is None or str(json) != "-":

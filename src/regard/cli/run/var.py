@@ -10,6 +10,7 @@ import typer
 
 from regard.cli.common import check_output, err, numbers, read_text, write_json
 from regard.errors import InputError
+from regard.files import write_bytes
 
 from . import vlm
 
@@ -104,7 +105,10 @@ def var(
         "notes": [str(w.message) for w in caught if str(w.message).startswith("VAR: ")],
     }
     if out is not None:
-        vlm.save_picture(_drawn(result, vlm.seen_by_model(processor, inputs, 0, pictures[0])), out)
+        from regard.report.contact import png
+
+        seen = vlm.seen_by_model(processor, inputs, 0, pictures[0])
+        write_bytes(out, png(_drawn(result, seen)))
     write_json(result, json)
     if json is None or str(json) != "-":
         _show(result)
@@ -157,6 +161,7 @@ def _drawn(result: dict[str, Any], picture: Any) -> Any:
     """The picture, its sinks (the redder, the more layers), and the attention on it."""
     import numpy as np
 
+    from regard.report.contact import sheet
     from regard.report.patches import over, paint
 
     count: dict[int, int] = {}
@@ -175,7 +180,8 @@ def _drawn(result: dict[str, Any], picture: Any) -> Any:
     maps = {n: np.reshape(v[: size[0] * size[1]], size) for n, v in result["attention"].items()}
     top = max(float(m.max()) for m in maps.values())
     panels += [(f"attention {n}", over(seen, m, (0.0, top))) for n, m in maps.items()]
-    return vlm.sheet(panels)
+    names, pictures = zip(*panels)
+    return sheet([pictures], names)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import check_output, read_text, write_json
+from regard.files import write_bytes
 
 from . import vlm
 
@@ -82,7 +83,10 @@ def visiondrop(
         "images": [[_told(cut) for cut in cuts] for cuts in method.kept()[0]],
     }
     if out is not None:
-        vlm.save_picture(_drawn(result, vlm.seen_by_model(processor, inputs, 0, pictures[0])), out)
+        from regard.report.contact import png
+
+        seen = vlm.seen_by_model(processor, inputs, 0, pictures[0])
+        write_bytes(out, png(_drawn(result, seen)))
     write_json(result, json)
     if json is None or str(json) != "-":
         _show(result)
@@ -96,6 +100,7 @@ def _told(cut: Any) -> dict[str, Any]:
 
 def _drawn(result: dict[str, Any], picture: Any) -> Any:
     """One panel a cut: kept patches as they are, merged ones tinted by their token."""
+    from regard.report.contact import sheet
     from regard.report.patches import GONE, Colour, paint
 
     size = vlm.drawable(result["grids"][0])
@@ -113,7 +118,8 @@ def _drawn(result: dict[str, Any], picture: Any) -> Any:
         where = "the encoder" if cut["before_layer"] == 0 else f"layer {cut['before_layer']}"
         title = f"{where}: {len(cut['tokens'])} tokens"
         panels.append((title, paint(picture, size, cells)))
-    return vlm.sheet(panels)
+    names, pictures = zip(*panels)
+    return sheet([pictures], names)
 
 
 def _show(result: dict[str, Any]) -> None:

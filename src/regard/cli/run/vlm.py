@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,8 @@ from regard.cli.run import shown
 from regard.cli.run.answer import divergence, first_difference
 from regard.cli.run.answer import greedy_answer as answer
 from regard.errors import InputError
-from regard.files import write_bytes
 
 LARGEST = 100_000_000  # pixels
-Colour = tuple[int, int, int, int]  # red, green, blue, alpha
 
 
 def read_images(paths: Sequence[Path]) -> list[Any]:
@@ -157,45 +154,6 @@ def drawable(grid: Sequence[int] | None) -> tuple[int, int]:
     return int(grid[0]), int(grid[1])
 
 
-def paint(picture: Any, grid: tuple[int, int], cells: Mapping[int, Colour]) -> Any:
-    """The picture, enlarged, with patches (row by row) coloured."""
-    from PIL import Image, ImageDraw
-
-    rows, columns = grid
-    cell = max(8, 384 // max(rows, columns))
-    base = picture.resize((columns * cell, rows * cell)).convert("RGBA")
-    layer = Image.new("RGBA", base.size)
-    brush = ImageDraw.Draw(layer)
-    for n, colour in cells.items():
-        if 0 <= n < rows * columns:
-            x, y = (n % columns) * cell, (n // columns) * cell
-            brush.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
-    return Image.alpha_composite(base, layer).convert("RGB")
-
-
-def sheet(panels: Sequence[tuple[str, Any]]) -> Any:
-    """Panels side by side, each under its title."""
-    from PIL import Image, ImageDraw
-
-    gap, head = 8, 18
-    wide = sum(p.width + gap for _, p in panels) + gap
-    high = max(p.height for _, p in panels) + head + gap
-    whole = Image.new("RGB", (wide, high), "white")
-    brush, x = ImageDraw.Draw(whole), gap
-    for title, panel in panels:
-        brush.text((x, 3), title, fill="black")
-        whole.paste(panel, (x, head))
-        x += panel.width + gap
-    return whole
-
-
-def save_picture(picture: Any, path: Path) -> None:
-    """A PNG, written whole or not at all."""
-    held = io.BytesIO()
-    picture.save(held, format="PNG")
-    write_bytes(path, held.getvalue())
-
-
 def show_answers(result: dict[str, Any], name: str) -> Any:
     """Print both answers; the console for what follows."""
     from rich.console import Console
@@ -213,13 +171,10 @@ __all__ = [
     "compared",
     "drawable",
     "load_vlm",
-    "paint",
     "prefill",
     "prepare",
     "read_images",
-    "save_picture",
     "seen_by_model",
-    "sheet",
     "show_answers",
     "working",
 ]

@@ -23,8 +23,8 @@ RECIPES = {
 }
 TAKES: dict[str, tuple[str, ...]] = {
     "shapes-decoder": ("vae",),
-    "shapes-sd": ("vae",),
-    "shapes-dit": ("vae",),
+    "shapes-sd": ("vae", "start"),
+    "shapes-dit": ("vae", "start"),
     "shapes-vlm": ("tower", "start"),
     "smol-vlm": ("tower",),
 }

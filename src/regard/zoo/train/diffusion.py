@@ -9,7 +9,7 @@ are never drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.errors import InputError
+from regard.zoo.pipelines import load_pipeline
 from regard.zoo.tiny_diffusion import clip_tokenizer
 
 from . import captions
 from .drawing import Drawn, sample
-from .loop import finish, half, save_folder, train
+from .loop import earlier, finish, half, save_folder, train
 
 SIDE, LATENT, CHANNELS, LENGTH = 64, 16, 8, 32
 TRAINED_STEPS = 1000
@@ -151,16 +152,20 @@ def train_sd(
     device: str = "cpu",
     seed: int = 0,
     vae: Path | None = None,
+    start: Path | None = None,
     batch: int = 512,
     rate: float = 1e-3,
     steps: int | None = None,
     checked: int = 200,
 ) -> dict[str, Any]:
-    """Train `shapes-sd`: v-prediction on SD's noise schedule, the text encoder with the UNet."""
-    coder = _coder(vae, device)
+    """Train `shapes-sd`: v-prediction on SD's noise schedule, the text encoder with the UNet.
+
+    On the autoencoder `vae`, or on from `start`, the folder of such a pipeline.
+    """
     torch.manual_seed(seed)
     make = torch.Generator(device).manual_seed(seed)
-    pipe = sd_pipeline(coder)
+    pipe, before = _begun("shapes-sd", sd_pipeline, vae, start, device)
+    coder = pipe.vae
     unet, encoder = pipe.unet.to(device), pipe.text_encoder.to(device)
     unet.to(memory_format=torch.channels_last)
     noise = pipe.scheduler.alphas_cumprod.to(device)
@@ -183,7 +188,7 @@ def train_sd(
     record = train("shapes-sd", loss_of, [{"params": list(_parameters(unet, encoder))}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
-    record |= {"seed": seed, "batch": batch, "rate": rate}
+    record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _finish(pipe, out, record, device, checked)
 
 
@@ -194,16 +199,20 @@ def train_dit(
     device: str = "cpu",
     seed: int = 0,
     vae: Path | None = None,
+    start: Path | None = None,
     batch: int = 384,
     rate: float = 1e-3,
     steps: int | None = None,
     checked: int = 200,
 ) -> dict[str, Any]:
-    """Train `shapes-dit`: rectified flow, captions with filler words and parts of scenes."""
-    coder = _coder(vae, device)
+    """Train `shapes-dit`: rectified flow, captions with filler words and parts of scenes.
+
+    On the autoencoder `vae`, or on from `start`, the folder of such a pipeline.
+    """
     torch.manual_seed(seed)
     make = torch.Generator(device).manual_seed(seed)
-    pipe = dit_pipeline(coder)
+    pipe, before = _begun("shapes-dit", dit_pipeline, vae, start, device)
+    coder = pipe.vae
     model = pipe.transformer.to(device)
     encoders = [pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)]
     ids_of = _ids(pipe.tokenizer, device)
@@ -233,7 +242,7 @@ def train_dit(
     record = train("shapes-dit", loss_of, [{"params": list(_parameters(model, *encoders))}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
-    record |= {"seed": seed, "batch": batch, "rate": rate}
+    record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _finish(pipe, out, record, device, checked)
 
 
@@ -364,6 +373,29 @@ def _ids(tokenizer: Any, device: str) -> Any:
     return ids
 
 
+def _begun(
+    name: str,
+    assemble: Callable[[Any], Any],
+    vae: Path | None,
+    start: Path | None,
+    device: str,
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline to train, with its autoencoder frozen on the device; and, where it was trained
+    before, what its record says of that.
+    """
+    if start is None:
+        return assemble(_coder(vae, device)), {}
+    if vae is not None:
+        raise InputError("the pipeline of --start has an autoencoder: leave --vae out")
+    before = {"before": earlier(Path(start), name)}
+    pipe = load_pipeline(start)
+    pipe.vae.to(device).eval().requires_grad_(False)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not pipe.vae:
+            part.train()
+    return pipe, before
+
+
 def _coder(vae: Path | None, device: str) -> Any:
     from diffusers import AutoencoderKL
 
@@ -432,8 +464,7 @@ def card(record: dict[str, Any]) -> str:
             f"(64 x 64 pixels) by `regard zoo train {s['name']}`. For showing and testing methods; "
             "it knows shapes, colours and places, and nothing else.",
             "",
-            f"Training: {s['samples']:,} scenes in {s['steps']:,} steps of {s['batch']}, "
-            f"{s['seconds']:.0f} s on {s['device']}, rate {s['rate']}, seed {s['seed']}.",
+            f"Training: {'; then '.join(_trainings(s))}.",
             "",
             f"Images of {STEPS} steps, guidance {GUIDANCE:g}, judged by colour and outline; shares "
             "that are right:",
@@ -445,6 +476,16 @@ def card(record: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _trainings(record: dict[str, Any]) -> list[str]:
+    """What each training saw, the first one first."""
+    s = record
+    return [
+        *(_trainings(s["before"]) if "before" in s else []),
+        f"{s['samples']:,} scenes in {s['steps']:,} steps of {s['batch']}, {s['seconds']:.0f} s on "
+        f"{s['device']}, rate {s['rate']}, seed {s['seed']}",
+    ]
 
 
 def _of_decoder(record: dict[str, Any]) -> list[str]:

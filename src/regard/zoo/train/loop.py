@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.errors import InputError
 from regard.versions import versions
 
 POINTS = 60  # of the loss curve that is kept
@@ -167,6 +168,28 @@ def train(
     if save is not None:
         save()
     return record
+
+
+TOLD = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "questions", "before")
+
+
+def earlier(folder: Path, name: str) -> dict[str, Any]:
+    """What the record of a trained `name` says, for a training that goes on from its folder.
+
+    Raises:
+        InputError: the folder holds no such model with its record.
+    """
+    try:
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        trained = record["name"] == name
+    except (OSError, ValueError, KeyError, TypeError):
+        trained = False
+    if not trained:
+        raise InputError(
+            f"{folder} holds no {name} with its training.json: --start takes a folder that "
+            f"`regard zoo train {name} --out DIR` made"
+        )
+    return {n: record[n] for n in TOLD if n in record}
 
 
 def half(device: str) -> Any:

@@ -9,7 +9,6 @@ rank adapter, of which only what was trained here is kept.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from regard.zoo.scenes import COLORS, SHAPES, SIZES
 
 from . import questions
 from .drawing import Drawn, sample
-from .loop import finish, half, save_folder, train, write_record
+from .loop import earlier, finish, half, save_folder, train, write_record
 from .questions import KINDS, LATER, SLOTS
 
 SIDE = zoo.SIDE
@@ -436,17 +435,6 @@ def _tower(folder: Path | None) -> Any:
 
 def _trained(folder: Path) -> tuple[Any, zoo.Words, dict[str, Any]]:
     """A `shapes-vlm` to go on from, and what its record says of the training before."""
-    try:
-        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        trained = record["name"] == "shapes-vlm"
-    except (OSError, ValueError, KeyError, TypeError):
-        trained = False
-    if not trained:
-        raise InputError(
-            f"{folder} holds no shapes-vlm with its training.json: --start takes a folder that "
-            "`regard zoo train shapes-vlm --out DIR` made"
-        )
+    record = earlier(folder, "shapes-vlm")
     model, _ = load(folder)
-    words = zoo.shapes_words(model.config.vision_config.patch_size)
-    told = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "questions", "before")
-    return model.train(), words, {n: record[n] for n in told if n in record}
+    return model.train(), zoo.shapes_words(model.config.vision_config.patch_size), record
