@@ -173,15 +173,19 @@ class ACT(Handler):
             return None
         of_key = torch.tensor(local, device=call.q.device) // (call.q.shape[1] // call.k.shape[1])
         few = _select(call, local)
-        part = State(state.out[:, local], state.lse[:, local])
+        every = len(local) == call.q.shape[1]
+        part = state if every else State(state.out[:, local], state.lse[:, local])
         where = _positions(call, of_key)
         if call.q.shape[2] > 1 or call.phase == "prefill" or self.mode == "dynamic":
             self._measure(few, part.lse, of_key, where, names)
         sinks = self._look_up(call, where, names)
         if not bool(sinks.any()):
             return None
+        new = calibrate(few, part, sinks, self.beta, of_key)
+        if every:
+            return new
         out = state.out.clone()
-        out[:, local] = calibrate(few, part, sinks, self.beta, of_key).out
+        out[:, local] = new.out
         return State(out, state.lse)
 
     def found(self) -> dict[int, Tensor]:

@@ -121,11 +121,9 @@ def _on_gpu(
 def _by_tiles(facts: Sequence[Fact], tiles: Tiles, live: Tensor | None, view: View) -> list[Sums]:
     """The facts from one pass over the tiles."""
     sums = [f.begin(view) for f in facts]
-    room = tiles.empty()
+    room = tiles.empty() if any(f.log_p for f in facts) else None
     for tile in tiles:
-        tile.p = torch.exp(tile.scores, out=room[: tile.scores.numel()].view(tile.scores.shape))
-        if tile.allowed is not None:
-            tile.p.mul_(tile.allowed)
+        tile.exponentiate(room)
         tile.live = None if live is None else live[tile.batch, tile.rows]
         for fact, total in zip(facts, sums):
             fact.add(total, tile, view)

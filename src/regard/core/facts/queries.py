@@ -24,6 +24,7 @@ class Entropy(Fact):
 
     name: ClassVar[str] = "entropy"
     title: ClassVar[str] = "entropy"
+    log_p: ClassVar[bool] = True
 
     def begin(self, view: View) -> Sums:
         return {"sum": view.zeros(view.queries)}

@@ -58,9 +58,19 @@ class Tile:
             self.rows.stop - 1 + shift - self.cols.start,
         )
 
+    def exponentiate(self, room: Tensor | None = None) -> None:
+        """Make `p` of the scores: in `room`, or, which is faster, written over them."""
+        size = self.scores.shape
+        out = self.scores if room is None else room[: self.scores.numel()].view(size)
+        self.p = torch.exp(self.scores, out=out)
+        if self.allowed is not None:
+            self.p.mul_(self.allowed)
+
     @property
     def p_log_p(self) -> Tensor:
         """`p * log p`, written over the scores, which nothing else needs once there is p."""
+        if self.p is self.scores:
+            raise RuntimeError("the scores are gone: a fact that reads p_log_p sets log_p = True")
         if self._p_log_p is None:
             self._p_log_p = self.scores.mul_(self.p)
         return self._p_log_p

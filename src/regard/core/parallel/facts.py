@@ -92,11 +92,9 @@ def _add(
     span = (own.start, own.stop, other.start, other.stop)
     view = _view(q, k, tiles.groups, tiles.work, *span)
     parts = [_part(fact, total, piece) for fact, total in zip(facts, sums)]
-    room = tiles.empty()
+    room = tiles.empty() if any(f.log_p for f in facts) else None
     for tile in tiles:
-        tile.p = torch.exp(tile.scores, out=room[: tile.scores.numel()].view(tile.scores.shape))
-        if tile.allowed is not None:
-            tile.p.mul_(tile.allowed)
+        tile.exponentiate(room)
         for fact, part in zip(facts, parts):
             fact.add(part, tile, view)
 
