@@ -24,11 +24,13 @@ from regard.bench.record import (
     environment,
     judged,
     load,
+    machine_md,
     median,
     ratios,
     resume,
     show_progress,
     spread,
+    targets_md,
     write_text,
 )
 from regard.bench.timer import peak, seconds
@@ -142,7 +144,7 @@ def judge(result: Result) -> list[dict[str, str]]:
 
 def markdown(result: Result, source: str) -> str:
     """The page as text; the same result gives the same text."""
-    s, e = result.settings, result.environment
+    s = result.settings
     lines = [
         "# What ACT costs",
         "",
@@ -154,12 +156,7 @@ def markdown(result: Result, source: str) -> str:
         f"that ACT may change; the fifth is drawn at random ({s['heads few']} of "
         f"{s['heads all']}). Sinks by alpha / N with alpha = {s['alpha']:g}, beta = {s['beta']:g}.",
         "",
-        "## Targets, stated before the run",
-        "",
-        "| target | measured | verdict |",
-        "| --- | --- | --- |",
-        *(f"| {t['rule']} | {t['measured']} | {t['verdict']} |" for t in judge(result)),
-        "",
+        *targets_md(judge(result)),
         "## Time",
         "",
         "| | seconds | range | times the plain model | range | keys that are sinks |",
@@ -180,10 +177,7 @@ def markdown(result: Result, source: str) -> str:
         "",
         f"Medians of {rounds} rounds. The memory target is the growth of a process of its own in "
         f"one call: finding the sinks of one head of {LONG} tokens and changing it.",
-        "",
-        f"Machine: {e.get('cpu')}, {e.get('threads')} of {e.get('cores')} cores, torch "
-        f"{e.get('torch')}, transformers {e.get('transformers')}.",
-        "",
+        *machine_md(result),
     ]
     return "\n".join(lines)
 

@@ -19,11 +19,13 @@ from regard.bench.record import (
     environment,
     judged,
     load,
+    machine_md,
     median,
     ratios,
     resume,
     show_progress,
     spread,
+    targets_md,
     write_text,
 )
 from regard.bench.timer import seconds
@@ -220,7 +222,7 @@ def judge(result: Result) -> list[dict[str, str]]:
 
 def markdown(result: Result, source: str) -> str:
     """The page as text; the same result gives the same text."""
-    s, e = result.settings, result.environment
+    s = result.settings
     stock = result.cells["stock"].values
     count = done(result)
     lines = [
@@ -233,12 +235,7 @@ def markdown(result: Result, source: str) -> str:
         f"one process, up to {s['context']} tokens of context. Stock transformers runs its own "
         f"{s['attention']} attention and cache.",
         "",
-        "## Targets, stated before the run",
-        "",
-        "| target | measured | verdict |",
-        "| --- | --- | --- |",
-        *(f"| {t['rule']} | {t['measured']} | {t['verdict']} |" for t in judge(result)),
-        "",
+        *targets_md(judge(result)),
         "## Time and memory",
         "",
         "| | tokens/s | range | times stock | range | MB after the prompt | share of stock | MB at "
@@ -273,13 +270,7 @@ def markdown(result: Result, source: str) -> str:
             f"Recycled keeps every row, so it holds more; a written token reads {entries:.0f} keys "
             f"in each key head on average, where stock reads all."
         )
-    lines += [
-        "",
-        f"Machine: {e.get('cpu')}, {e.get('threads')} of {e.get('cores')} cores, torch "
-        f"{e.get('torch')}, transformers {e.get('transformers')}.",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *machine_md(result)])
 
 
 def page(source: str | Path, target: str | Path) -> Path:

@@ -243,6 +243,29 @@ def judged(
     return said
 
 
+def targets_md(said: list[dict[str, str]]) -> list[str]:
+    """The lines of a page about targets, from what `judged` says."""
+    return [
+        "## Targets, stated before the run",
+        "",
+        "| target | measured | verdict |",
+        "| --- | --- | --- |",
+        *(f"| {t['rule']} | {t['measured']} | {t['verdict']} |" for t in said),
+        "",
+    ]
+
+
+def machine_md(result: Result) -> list[str]:
+    """The last lines of a page: where it was measured."""
+    e = result.environment
+    return [
+        "",
+        f"Machine: {e.get('cpu')}, {e.get('threads')} of {e.get('cores')} cores, torch "
+        f"{e.get('torch')}, transformers {e.get('transformers')}.",
+        "",
+    ]
+
+
 def _cpu() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

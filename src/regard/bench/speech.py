@@ -1,7 +1,7 @@
 """What cross-attention facts cost: half a minute of sound, transcribed plainly and with the facts.
 
 `python -m regard.bench.speech --json benchmarks/results/speech.json` measures, and goes on where it
-was interrupted.
+was interrupted; `--page docs/bench-speech.md` writes the page from the file alone.
 
 Memory was first compared at the peak of the whole call. That peak is the encoder's, and hid what
 the plain model's decoder takes while it showed what ours takes (27 MB more at 400 tokens than at
@@ -25,18 +25,32 @@ from regard.bench.record import (
     Result,
     environment,
     judged,
+    load,
+    machine_md,
     median,
     ratios,
     resume,
     show_progress,
     spread,
+    targets_md,
 )
 from regard.bench.timer import peak, seconds
 from regard.errors import InputError
+from regard.files import write_text
 
 SECONDS = 30.0
 LENGTHS = (50, 400)  # generated tokens between which memory is compared
 MB = 1e6
+ROWS = {
+    "look": "facts and word times of a transcript",
+    "live": "facts while `generate` writes",
+    "stamps": "transformers' own token time stamps",
+}
+KEPT = {
+    "plain": "plain transcription",
+    "facts": "with facts",
+    "rows": "with the row of every token kept",
+}
 TARGETS: list[dict[str, Any]] = [
     {"row": "look", "most": 1.2, "rule": "facts and words: at most 1.2 times plain transcription"},
     {"row": "live", "most": 1.2, "rule": "facts under generate: at most 1.2 times the same"},
@@ -197,15 +211,60 @@ def judge(result: Result) -> list[dict[str, str]]:
     return judged(result, measured)
 
 
+def markdown(result: Result, source: str) -> str:
+    """The page as text; the same result gives the same text."""
+    s = result.settings
+    lines = [
+        "# What cross-attention facts of speech cost",
+        "",
+        f"<!-- Generated from {source} by `python -m regard.bench.speech`; do not edit. -->",
+        "",
+        f"{s['model']} ({s['dtype']}) transcribes {s['seconds']:g} s of sound into {s['tokens']} "
+        "tokens, plainly and in the other ways by turns in one process.",
+        "",
+        *targets_md(judge(result)),
+        "## Time and memory",
+        "",
+        "| | times plain transcription | range |",
+        "| --- | ---: | ---: |",
+    ]
+    for row, name in ROWS.items():
+        of = ratios(result, row)
+        if of:
+            found = spread(of)
+            lines.append(
+                f"| {name} | {found['median']:.2f} | {found['low']:.2f} to {found['high']:.2f} |"
+            )
+    memory = result.get("memory")
+    if memory is not None:
+        lines += ["", "| | " + " | ".join(f"{n} tokens" for n in LENGTHS) + " |"]
+        lines += ["| --- |" + " ---: |" * len(LENGTHS)]
+        for name, words in KEPT.items():
+            peaks = [memory.values["peak"][f"{name} {n}"] / MB for n in LENGTHS]
+            lines.append(f"| {words} | " + " | ".join(f"{x:.1f} MB" for x in peaks) + " |")
+        lines += ["", f"Memory: {memory.values['how']}, the middle of three."]
+    return "\n".join([*lines, *machine_md(result)])
+
+
+def page(source: str | Path, target: str | Path) -> Path:
+    """Write the Markdown page of a saved result."""
+    write_text(Path(target), markdown(load(source), Path(source).as_posix()))
+    return Path(target)
+
+
 def main() -> None:
     """The command line of this bench."""
     import argparse
 
     parser = argparse.ArgumentParser(description="What cross-attention facts of speech cost.")
     parser.add_argument("--json", type=Path, help="write and resume the result here")
+    parser.add_argument("--page", type=Path, help="only write the page of that result here")
     parser.add_argument("--model", default="whisper-tiny.en")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    if given.page is not None:
+        page(given.json, given.page)
+        return
     result = run(given.model, rounds=given.rounds, out=given.json)
     for target in judge(result):
         print(f"{target['verdict']}: {target['rule']} ({target['measured']})")
