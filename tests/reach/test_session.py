@@ -128,6 +128,11 @@ def test_refusals() -> None:
     old = BloomModel(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(ReachError, match=r"BloomModel computes attention by itself"):
         Session(old)
+    from transformers import MambaConfig, MambaModel
+
+    small = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ReachError, match=r"MambaModel .* or has none"):
+        Session(MambaModel(small))
     model = tiny("llama")
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:

@@ -84,9 +84,9 @@ def sites(model: Any) -> list[Site]:
             found.append(replace(site, layer=site.layer * turns + turn))
     if not found:
         raise ReachError(
-            f"{type(model).__name__} computes attention by itself and never asks transformers' "
-            "AttentionInterface, so regard cannot reach it: use a model class of transformers 5 "
-            "that does"
+            f"{type(model).__name__} computes attention by itself or has none, and never asks "
+            "transformers' AttentionInterface, so regard cannot reach it: use a model class of "
+            "transformers 5 that does"
         )
     return found
 
