@@ -11,6 +11,7 @@ import regard
 from regard.core import Mask, attend
 from regard.core.facts import FACTS, measure
 from regard.core.kernels import reference
+from regard.errors import InputError
 from regard.zoo.tiny import inputs, tiny
 
 from .core.cases import close, masks, tensors
@@ -79,3 +80,15 @@ def test_watching_a_model_gives_what_it_gives_on_a_cpu(family: str) -> None:
     for name in names:
         for layer in seen[name]:
             close(again[name][layer].cpu(), seen[name][layer], 1e-3, f"{name} {layer}")
+
+
+def test_weights_that_are_not_finite_are_told_when_a_result_is_read() -> None:
+    model: Any = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    model = model.to("cuda")
+    given = {n: t.to("cuda") for n, t in inputs("llama", model, padding=3).items()}
+    with torch.no_grad(), regard.watch(model, facts=["received"]) as seen:
+        model(**given)
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn are not finite"):
+        seen["received"]

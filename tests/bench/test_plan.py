@@ -211,6 +211,14 @@ def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(code or 0), said.out, said.err
 
 
+@pytest.mark.parametrize(
+    ("schemes", "says"), [(["usp"], "choose --ulysses among 1$"), (["ring"], "leave it out")]
+)
+def test_a_degree_that_no_rank_can_follow(schemes: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        parallel.run(schemes, ulysses=3)
+
+
 def test_the_command_plans(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = ask(capsys, "plan", "--ranks", "96", "--tokens", "1M", "--json", "-")
     assert code == 0

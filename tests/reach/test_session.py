@@ -200,6 +200,19 @@ def test_weights_that_are_not_finite() -> None:
             model(IDS)
 
 
+def test_totals_that_a_gpu_left_unread_are_read_with_the_result() -> None:
+    model = tiny("llama")
+    seen = Collector([Received()])
+    with torch.no_grad(), Session(model, [seen]):
+        model(IDS)
+    record = seen.records[1]
+    record.total = torch.tensor(1.0)
+    assert seen.value(record, seen.facts[0]) is not None
+    record.total = torch.tensor(float("nan"))
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn are not finite"):
+        seen.value(record, seen.facts[0])
+
+
 def test_attaching_twice() -> None:
     session = Session(tiny("llama")).attach()
     with pytest.raises(RuntimeError, match="attached already"):

@@ -78,9 +78,14 @@ def run(
         lengths: document lengths that add up to all tokens; drawn like a corpus when None.
         ulysses: ranks of a group of usp and loongtrain; their defaults when None.
         out: JSON that rank 0 writes after every cell; a run that was cut off goes on from it.
+
+    Raises:
+        InputError: an unknown scheme, mask or dtype, heads or documents that do not fit, a ulysses
+            degree that does not divide the ranks.
     """
     check(schemes, mask, heads, dtype)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
+    _check_degree(ulysses, ranks, schemes)
     comm = Comm(Shape("ring", 1, ranks), timeout)
     tokens = tokens_per_rank * ranks
     packed = "document" in mask or mask in ("share_question", "causal_blockwise")
@@ -136,6 +141,21 @@ def check(schemes: Sequence[str], mask: str, heads: tuple[int, int], dtype: str)
         raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(TYPES)}")
     if min(heads) < 1 or heads[0] % heads[1]:
         raise InputError(f"{heads[0]} query heads are not a multiple of {heads[1]} key heads")
+
+
+def _check_degree(ulysses: int | None, ranks: int, schemes: Sequence[str]) -> None:
+    """A degree that somebody asks for must be possible; what heads forbid is a scheme's outcome."""
+    if ulysses is None:
+        return
+    if not {"usp", "loongtrain"} & set(schemes):
+        raise InputError(
+            f"--ulysses {ulysses} is for usp and loongtrain, and neither is measured: leave it out"
+        )
+    if ulysses < 1 or ranks % ulysses:
+        raise InputError(
+            f"{ranks} ranks do not divide in groups of {ulysses}: choose --ulysses among "
+            f"{', '.join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)}"
+        )
 
 
 class _Data:

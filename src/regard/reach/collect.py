@@ -26,6 +26,7 @@ class Record:
     end: int  # position after the last query
     trace: Tensor  # one number of every cached key: tells when a cache was reordered
     causal: bool  # no query of the first call sees a later key
+    total: Tensor | None = None  # of all q and k, on a GPU: not finite where one of them is not
 
 
 class Collector(Handler):
@@ -70,11 +71,8 @@ class Collector(Handler):
 
     def after(self, call: Call, state: State) -> State | None:
         total = call.q.sum(dtype=torch.float32) + call.k.sum(dtype=torch.float32)
-        if not bool(torch.isfinite(total)):
-            raise InputError(
-                f"the attention scores of {call.site.name} are not finite: the weights or the "
-                "inputs hold NaN or inf"
-            )
+        if not total.is_cuda:  # to ask a GPU now would hold up its queue in every layer
+            _must_be_finite(total, call.site)
         if call.heads is not None or call.positions is not None:
             raise ReachError(
                 f"the heads of {call.site.name} look at different keys under another method, and "
@@ -114,7 +112,10 @@ class Collector(Handler):
         if record is None:
             end = call.query_offset + queries
             causal = call.site.kind == "self" and not _looks_ahead(call)
-            self.records[call.site.index] = Record(call.site, sums, queries, end, trace, causal)
+            unread = total if total.is_cuda else None
+            self.records[call.site.index] = Record(
+                call.site, sums, queries, end, trace, causal, unread
+            )
             return None
         view = View(
             q.shape[0],
@@ -132,6 +133,7 @@ class Collector(Handler):
             call.query_offset + queries,
             trace,
         )
+        record.total = None if record.total is None else record.total + total
         return None
 
     def _facts(self, site: Site) -> list[Fact]:
@@ -174,9 +176,23 @@ class Collector(Handler):
         return record
 
     def value(self, record: Record, fact: Fact) -> Any:
-        """The result of one fact at one site; None where the fact does not apply."""
+        """The result of one fact at one site; None where the fact does not apply.
+
+        Raises:
+            InputError: queries or keys on a GPU were not finite; elsewhere the call itself raises.
+        """
+        if record.total is not None:
+            _must_be_finite(record.total, record.site)
         facts = self._facts(record.site)
         return fact.finish(record.sums[facts.index(fact)]) if fact in facts else None
+
+
+def _must_be_finite(total: Tensor, site: Site) -> None:
+    if not bool(torch.isfinite(total)):
+        raise InputError(
+            f"the attention scores of {site.name} are not finite: the weights or the inputs hold "
+            "NaN or inf"
+        )
 
 
 def _looks_ahead(call: Call) -> bool:

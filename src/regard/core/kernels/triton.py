@@ -1,12 +1,15 @@
 """Sums over the columns and rows of the attention matrix, in one Triton program a block of keys.
 
 The lse of every query is known, so a column is a plain sum: nothing is rescaled on the way. The
-keys of a program stay where they are while the queries that may see them pass by. Row sums (entropy
-and distance) are added up in memory, one number a query and block, so their last digits may differ
-from run to run. Half the products of an attention call, whatever the number of sums.
+keys of a program stay where they are while the queries that may see them pass by; blocks that see
+each other whole go without a mask. Row sums (entropy and distance) are added up in memory, one
+number a query and block, so their last digits may differ from run to run. Half the products of an
+attention call, whatever the number of sums.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -18,6 +21,10 @@ try:
     import triton.language as tl
 
     INSTALLED = True
+    # scores count in log 2, as the hardware's exponential does; a score of -FAR has no weight
+    LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+    LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+    FAR: tl.constexpr = tl.constexpr(1e30)
 except ImportError:
     INSTALLED = False
 
@@ -113,7 +120,7 @@ def sums(
             *(*q.stride(), *k.stride(), *lse.stride(), *w.stride()),
             0 if valid is None or len(hidden) == 1 else hidden.stride(0),
             *(queries, keys, heads // k.shape[1], keys - queries),
-            *(band.before or 0, band.after or 0, float(scale)),
+            *(band.before or 0, band.after or 0, float(scale) / math.log(2)),
             DIM=dim,
             PADDED=padded,
             KEYS=block_k,
@@ -125,6 +132,7 @@ def sums(
             ENTROPY=entropy,
             DISTANCE=distance,
             num_warps=warps,
+            **_limit(q, distance),
         )
     return {"received": out, **named}
 
@@ -139,9 +147,17 @@ def _sizes(dim: int, item: int) -> tuple[int, int, int, int]:
     if item == 4:
         block = 64 if padded <= 64 else 32
         return padded, block, block, 4
-    if padded <= 64:
-        return padded, 128, 128, 4  # the fastest of eight tried on an H100
     return (padded, 128, 64, 4) if padded <= 128 else (padded, 64, 64, 4)
+
+
+def _limit(q: Tensor, distance: bool) -> dict[str, int]:
+    """Registers a thread, so that a Hopper multiprocessor holds three programs and one multiplies
+    while others exponentiate. Chosen from the compiled code: on older GPUs, and with distances,
+    too many numbers would go out to memory. Not timed on a GPU yet.
+    """
+    if INTERPRETED or q.element_size() > 2 or distance:
+        return {}
+    return {"maxnreg": 168} if torch.cuda.get_device_capability(q.device)[0] == 9 else {}
 
 
 def _split(mask: Mask | None) -> tuple[Band, Tensor | None] | None:
@@ -194,7 +210,7 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     shift,
     before,
     after,
-    scale,
+    scale,  # in units of log 2, as all scores here
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     KEYS: tl.constexpr,
@@ -217,43 +233,59 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     weights += b * w_b + h * w_h
     row_of = (b * tl.num_programs(1) + h) * queries
     real = j < keys
-    at_k = k + j.to(tl.int64)[:, None] * k_t + d[None, :] * k_d
-    block_k = tl.load(at_k, mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+    at_k = k + j.to(tl.int64)[None, :] * k_t + d[:, None] * k_d
+    block_k = tl.load(at_k, mask=real[None, :] & (d < DIM)[:, None], other=0.0)
     if HIDDEN:
         real = real & (tl.load(hidden + b * v_b + j, mask=real, other=0) != 0)
-    # the queries that may see any key of the block: first >= ..., last < ...
+    # the queries that may see any key of the block: start <= ... < stop
     start, stop = 0, queries
     if AFTER:
         start = tl.maximum(first - after - shift, 0) // QUERIES * QUERIES
     if BEFORE:
         stop = tl.minimum(first + KEYS + before - shift, queries)
-    total = tl.zeros((KEYS,), dtype=tl.float32)
-    for low in range(start, stop, QUERIES):
-        i = low + tl.arange(0, QUERIES)
-        wide = i.to(tl.int64)
-        at_q = q + wide[None, :] * q_t + d[:, None] * q_d
-        block_q = tl.load(at_q, mask=(i < queries)[None, :] & (d < DIM)[:, None], other=0.0)
-        row = tl.load(lse + wide * l_t, mask=i < queries, other=float("inf"))
-        row = tl.where(row == -float("inf"), float("inf"), row)  # a query without keys: p = 0
-        s = tl.dot(block_k, block_q, input_precision="ieee") * scale - row[None, :]
-        away = i[None, :] + shift - j[:, None]
-        if BEFORE:
-            s = tl.where(away <= before, s, -float("inf"))
-        if AFTER:
-            s = tl.where(away >= -after, s, -float("inf"))
-        if HIDDEN or ENTROPY or DISTANCE:  # keys behind the end count for no row
-            s = tl.where(real[:, None], s, -float("inf"))
-        p = tl.exp(s)
-        if ENTROPY:
-            part = tl.sum(tl.where(p > 0, -p * s, 0.0), 0)
-            tl.atomic_add(entropy + row_of + wide, part, mask=i < queries, sem="relaxed")
-        if DISTANCE:
-            part = tl.sum(p * tl.abs(away).to(tl.float32), 0)
-            tl.atomic_add(distance + row_of + wide, part, mask=i < queries, sem="relaxed")
-        if WEIGHTED:
-            p *= tl.load(weights + wide * w_t, mask=i < queries, other=0.0)[None, :]
-        total += tl.sum(p, 1)
-    tl.store(out + (b * tl.num_programs(1) + h) * keys + j, total, mask=j < keys)
+    # of them those that see all its keys, in whole blocks: low <= ... < high
+    low, high = start, stop
+    if AFTER:
+        low += tl.maximum(tl.cdiv(first + KEYS - 1 - after - shift - start, QUERIES), 0) * QUERIES
+    if BEFORE:
+        high = tl.minimum(first + before - shift + 1, queries)
+    high = low + tl.maximum(high - low, 0) // QUERIES * QUERIES
+    high = tl.where(first + KEYS > keys, low, high)
+    if HIDDEN:
+        high = low
+    # one sum a cell of the tile: no thread waits for another one before the end
+    total = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
+    for part in tl.static_range(3):  # before, inside and after those; only inside needs no mask
+        begin = start if part == 0 else (low if part == 1 else tl.maximum(high, low))
+        end = tl.minimum(low, stop) if part == 0 else (high if part == 1 else stop)
+        for at in range(begin, end, QUERIES):
+            i = at + tl.arange(0, QUERIES)
+            wide = i.to(tl.int64)
+            at_q = q + wide[:, None] * q_t + d[None, :] * q_d
+            block_q = tl.load(at_q, mask=(i < queries)[:, None] & (d < DIM)[None, :], other=0.0)
+            row = tl.load(lse + wide * l_t, mask=i < queries, other=-float("inf"))
+            row = tl.where(row == -float("inf"), FAR, row * LOG2_E)  # without keys p = 0
+            s = tl.dot(block_q, block_k, input_precision="ieee") * scale - row[:, None]
+            if part != 1:
+                away = i[:, None] + shift - j[None, :]
+                if BEFORE:
+                    s = tl.where(away <= before, s, -FAR)
+                if AFTER:
+                    s = tl.where(away >= -after, s, -FAR)
+                s = tl.where(real[None, :], s, -FAR)
+            p = tl.exp2(s)
+            if ENTROPY:
+                amount = tl.sum(p * s, 1) * -LN_2
+                tl.atomic_add(entropy + row_of + wide, amount, mask=i < queries, sem="relaxed")
+            if DISTANCE:
+                gap = (i + shift).to(tl.float32)[:, None] - j.to(tl.float32)[None, :]
+                amount = tl.sum(p * tl.abs(gap), 1)
+                tl.atomic_add(distance + row_of + wide, amount, mask=i < queries, sem="relaxed")
+            if WEIGHTED:
+                p *= tl.load(weights + wide * w_t, mask=i < queries, other=0.0)[:, None]
+            total += p
+    column = out + (b * tl.num_programs(1) + h) * keys + j
+    tl.store(column, tl.sum(total, 0), mask=j < keys)
 
 
 INTERPRETED = False
