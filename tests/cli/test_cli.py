@@ -106,6 +106,9 @@ WRONG = {
     "unknown method": (["reproduce", "sink-emergance"], "Did you mean 'sink-emergence'"),
     "method to come": (["reproduce", "mosaic"], "cannot be reproduced yet"),
     "bench lengths": (["bench", "see", "--lengths", "1k,two"], "is not a length"),
+    "bench act tokens": (["bench", "act", "--tokens", "x"], "is not a length"),
+    "bench decode context": (["bench", "decode", "--context", "10"], "at least 16 tokens"),
+    "bench speech model": (["bench", "speech", "--model", "tiny:llama"], "no cross attention"),
 }
 
 
@@ -175,6 +178,9 @@ def test_help_of_every_verb(capsys: Any) -> None:
         ["reproduce"],
         ["bench"],
         ["bench", "see"],
+        ["bench", "act"],
+        ["bench", "decode"],
+        ["bench", "speech"],
     ):
         code, out, _ = run(capsys, *args, "--help")
         assert code == 0 and "Usage" in out

@@ -1,7 +1,6 @@
 """What ACT costs: a whole prefill with a fifth of the heads and with all, and one long head.
 
-`python -m regard.bench.act --json benchmarks/results/act.json` measures, and goes on where it was
-interrupted; `--page docs/bench-act.md` writes the page from the file alone.
+`regard bench act --out benchmarks/results/act.json` measures, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ def markdown(result: Result, source: str) -> str:
     lines = [
         "# What ACT costs",
         "",
-        f"<!-- Generated from {source} by `python -m regard.bench.act`; do not edit. -->",
+        f"<!-- Generated from {source} by `regard bench act`; do not edit. -->",
         "",
         f"Prefill of {s['tokens']} tokens through {s['model']} ({s['layers']} layers of "
         f"{s['heads']} heads, {s['dtype']}, logits of every token), the plain model on torch's "
@@ -221,26 +220,3 @@ def _apart() -> dict[str, Any]:
 
 def _words(taken: dict[str, float]) -> str:
     return ", ".join(f"{n} {t:.2f} s ({t / taken['plain']:.2f})" for n, t in taken.items())
-
-
-def main() -> None:
-    """The command line of this bench."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description="What ACT costs.")
-    parser.add_argument("--json", type=Path, help="write and resume the result here")
-    parser.add_argument("--page", type=Path, help="only write the page of that result here")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    if given.page is not None:
-        page(given.json or Path("benchmarks/results/act.json"), given.page)
-        return
-    result = run(given.model, tokens=given.tokens, rounds=given.rounds, out=given.json)
-    for target in judge(result):
-        print(f"{target['verdict']}: {target['rule']} ({target['measured']})")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """What a long context costs while a model writes: stock transformers, Recycled and Task-KV in turn.
 
-`python -m regard.bench.decode --json benchmarks/results/decode.json` measures, and goes on where it
-was interrupted; `--page docs/bench-decode.md` writes the page from the file alone.
+`regard bench decode --out benchmarks/results/decode.json` measures, and goes on where it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def markdown(result: Result, source: str) -> str:
     lines = [
         "# Writing after a long context",
         "",
-        f"<!-- Generated from {source} by `python -m regard.bench.decode`; do not edit. -->",
+        f"<!-- Generated from {source} by `regard bench decode`; do not edit. -->",
         "",
         f"{s['model']} ({s['dtype']}) reads {s['prompt']} tokens and then writes, greedily with "
         f"`model.generate`, {s['tokens a round']} tokens in every way in turn, {count} rounds in "
@@ -283,32 +283,3 @@ def _words(taken: dict[str, float]) -> str:
     return ", ".join(
         f"{n} {BLOCK / t:.1f} tokens/s ({taken['stock'] / t:.2f})" for n, t in taken.items()
     )
-
-
-def _length(given: str) -> int:
-    """ "8k" or "8192" as an int."""
-    text = given.strip().lower()
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
-
-
-def main() -> None:
-    """The command line of this bench."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description="What a long context costs while writing.")
-    parser.add_argument("--json", type=Path, help="write and resume the result here")
-    parser.add_argument("--page", type=Path, help="only write the page of that result here")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--context", type=_length, default=8192, help="8192 or 8k")
-    parser.add_argument("--rounds", type=int, default=5, help=f"of {BLOCK} tokens in each way")
-    given = parser.parse_args()
-    if given.page is not None:
-        page(given.json or Path("benchmarks/results/decode.json"), given.page)
-        return
-    result = run(given.model, context=given.context, rounds=given.rounds, out=given.json)
-    for target in judge(result):
-        print(f"{target['verdict']}: {target['rule']} ({target['measured']})")
-
-
-if __name__ == "__main__":
-    main()

@@ -341,9 +341,3 @@ def page(source: str | Path, target: str | Path) -> Path:
     """Write the Markdown page of a saved result."""
     write_text(Path(target), markdown(load(source), Path(source).as_posix()))
     return Path(target)
-
-
-if __name__ == "__main__":
-    import sys
-
-    page(sys.argv[1], sys.argv[2])

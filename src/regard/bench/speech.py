@@ -1,7 +1,7 @@
 """What cross-attention facts cost: half a minute of sound, transcribed plainly and with the facts.
 
-`python -m regard.bench.speech --json benchmarks/results/speech.json` measures, and goes on where it
-was interrupted; `--page docs/bench-speech.md` writes the page from the file alone.
+`regard bench speech --out benchmarks/results/speech.json` measures, and goes on where it was
+interrupted.
 
 Memory was first compared at the peak of the whole call. That peak is the encoder's, and hid what
 the plain model's decoder takes while it showed what ours takes (27 MB more at 400 tokens than at
@@ -217,7 +217,7 @@ def markdown(result: Result, source: str) -> str:
     lines = [
         "# What cross-attention facts of speech cost",
         "",
-        f"<!-- Generated from {source} by `python -m regard.bench.speech`; do not edit. -->",
+        f"<!-- Generated from {source} by `regard bench speech`; do not edit. -->",
         "",
         f"{s['model']} ({s['dtype']}) transcribes {s['seconds']:g} s of sound into {s['tokens']} "
         "tokens, plainly and in the other ways by turns in one process.",
@@ -250,26 +250,3 @@ def page(source: str | Path, target: str | Path) -> Path:
     """Write the Markdown page of a saved result."""
     write_text(Path(target), markdown(load(source), Path(source).as_posix()))
     return Path(target)
-
-
-def main() -> None:
-    """The command line of this bench."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description="What cross-attention facts of speech cost.")
-    parser.add_argument("--json", type=Path, help="write and resume the result here")
-    parser.add_argument("--page", type=Path, help="only write the page of that result here")
-    parser.add_argument("--model", default="whisper-tiny.en")
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    if given.page is not None:
-        page(given.json, given.page)
-        return
-    result = run(given.model, rounds=given.rounds, out=given.json)
-    for target in judge(result):
-        print(f"{target['verdict']}: {target['rule']} ({target['measured']})")
-    print(f"transformers' own time stamps: {spread(ratios(result, 'stamps'))['median']:.2f} times")
-
-
-if __name__ == "__main__":
-    main()

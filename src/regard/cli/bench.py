@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from regard.cli import bench_costs, parallel
 from regard.cli.common import check_output, count, write_json
-from regard.cli.parallel import app_commands, pair_of
+from regard.cli.parallel import pair_of
 from regard.errors import InputError
 
 app = typer.Typer(help="Measure what things cost, in one run and one table.", no_args_is_help=True)
@@ -65,7 +66,8 @@ def see(
 
 masks_app = typer.Typer(help="The named masks.", no_args_is_help=True)
 app.add_typer(masks_app, name="masks")
-app_commands(app)
+parallel.app_commands(app)
+bench_costs.app_commands(app)
 
 Masks = Annotated[
     str,

@@ -1,0 +1,87 @@
+"""regard bench act, decode and speech: what a method costs beside the plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.common import check_output, count
+
+Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often each way has its turn.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
+]
+Page = Annotated[Path | None, typer.Option(help="Write the tables as a Markdown page.")]
+
+
+def app_commands(app: typer.Typer) -> None:
+    """Add these commands to those of `regard bench`."""
+    for command in (act, decode, speech):
+        app.command(command.__name__)(command)
+
+
+def act(
+    model: Model = "smollm2-135m",
+    tokens: Annotated[str, typer.Option(help="Length of the prompt: 4096 or 4k.")] = "4k",
+    rounds: Rounds = 5,
+    out: Out = None,
+    page: Page = None,
+) -> None:
+    """What ACT costs: a prefill with a fifth of the heads and with all, and one long head.
+
+    [bold]Example[/]
+
+      regard bench act --out act.json
+    """
+    from regard.bench import act as bench
+
+    _measure(bench, out, page, model, tokens=count(tokens), rounds=rounds)
+
+
+def decode(
+    model: Model = "smollm2-135m",
+    context: Annotated[str, typer.Option(help="Tokens of context: 8192 or 8k.")] = "8k",
+    rounds: Rounds = 5,
+    out: Out = None,
+    page: Page = None,
+) -> None:
+    """Writing after a long context: stock transformers, Recycled Attention and Task-KV by turns.
+
+    [bold]Example[/]
+
+      regard bench decode --context 4k --out decode.json
+    """
+    from regard.bench import decode as bench
+
+    _measure(bench, out, page, model, context=count(context), rounds=rounds)
+
+
+def speech(
+    model: Model = "whisper-tiny.en", rounds: Rounds = 5, out: Out = None, page: Page = None
+) -> None:
+    """What facts of cross attention cost while a speech model transcribes.
+
+    [bold]Example[/]
+
+      regard bench speech --out speech.json
+    """
+    from regard.bench import speech as bench
+
+    _measure(bench, out, page, model, rounds=rounds)
+
+
+def _measure(bench: Any, out: Path | None, page: Path | None, model: str, **settings: Any) -> None:
+    from rich.console import Console
+
+    for path in (out, page):
+        check_output(path)
+    result = bench.run(model, out=out, **settings)
+    if page is not None:
+        from regard.files import write_text
+
+        write_text(page, bench.markdown(result, str(out or "a run")))
+    for said in bench.judge(result):
+        Console().print(f"{said['verdict']}: {said['rule']} ({said['measured']})", highlight=False)
