@@ -20,6 +20,7 @@ from regard.zoo.shipped import MODELS, PIPELINES, shipped
 from regard.zoo.train import captions, diffusion, loop, questions, recipe
 from regard.zoo.train import vlm as train
 from regard.zoo.train.drawing import sample
+from regard.zoo.train.guides import Guides
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -149,6 +150,35 @@ def test_the_tower_and_a_model_on_it_train_save_and_load(tmp_path: Path) -> None
     with pytest.raises(InputError, match="--tower DIR"):
         train.train_vlm(tmp_path / "x", steps=1)
     goes_on(tmp_path, record, model)
+
+
+def test_guides_find_the_things_that_are_named() -> None:
+    model, words = assembled.assemble_shapes(
+        assembled.tower(width=32, layers=2), hidden=32, layers=3
+    )
+    guides = Guides(model.model.language_model, words.table)
+    drawn = sample(40, generator=random(1), things=(1, 2, 3))
+    kinds = ("existence", "relation", "color", "caption")
+    asked = [questions.ask(drawn, kind, random(2)) for kind in kinds]
+    packed = train.Packed(words, "cpu")
+    given = packed(asked, 64)
+    rows, at, thing, there = guides.names(drawn, given["ids"])
+    spelt = words.processor.tokenizer.convert_ids_to_tokens
+    for row, place, n, known in zip(*(t.tolist() for t in (rows, at, thing, there))):
+        named = tuple(spelt(given["ids"][row, place - 1 : place + 1].tolist()))
+        things = [(t.color, t.shape) for t in drawn.scene(row).things]
+        assert things.count(named) == int(known)
+        assert not known or things[n] == named
+    assert there.any() and not there.all()
+    assert len(guides.states) == 0
+    train.answer_logits(model, given, train.features_of(model, drawn.images(64)))
+    loss = guides.loss(drawn, given)
+    loss.backward()
+    assert loss.isfinite() and guides.pair.weight.grad.abs().sum() > 0
+    guides.close()
+    guides.states.clear()
+    train.answer_logits(model, given, train.features_of(model, drawn.images(64)))
+    assert not guides.states
 
 
 def goes_on(place: Path, first: dict[str, Any], model: Any) -> None:

@@ -170,7 +170,8 @@ def train(
     return record
 
 
-TOLD = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "questions", "before")
+TOLD = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "questions", "guided",
+        "remark", "before")  # fmt: skip
 
 
 def earlier(folder: Path, name: str) -> dict[str, Any]:
@@ -193,8 +194,10 @@ def earlier(folder: Path, name: str) -> dict[str, Any]:
 
 
 def half(device: str) -> Any:
-    """bfloat16 on a GPU, float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=str(device).startswith("cuda"))
+    """bfloat16 on a GPU and on CPUs that multiply in it, float32 elsewhere."""
+    kind = torch.device(device).type
+    fast = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
 def save_folder(target: Path, write: Callable[[Path], Any]) -> None:

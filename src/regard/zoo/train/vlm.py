@@ -1,10 +1,11 @@
 """Recipes of the vision tower, of `shapes-vlm` and of `smol-vlm`: LLaVA's layout on drawn scenes.
 
 First the tower learns to say of every patch what it shows and where it is; then the language model
-learns to answer. Some questions about one image stand in one row: each sees the image and itself
-only, at the positions it would have alone, which is what answering them one by one gives.
-`shapes-vlm` has a small Llama body of its own; `smol-vlm` has SmolLM2-135M's, frozen, with a low
-rank adapter, of which only what was trained here is kept.
+learns to answer, that of `shapes-vlm` told on its way where the named things are (`guides`). Some
+questions about one image stand in one row: each sees the image and itself only, at the positions it
+would have alone, which is what answering them one by one gives. `shapes-vlm` has a small Llama body
+of its own; `smol-vlm` has SmolLM2-135M's, frozen, with a low rank adapter, of which only what was
+trained here is kept.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from regard.zoo.scenes import COLORS, SHAPES, SIZES
 
 from . import questions
 from .drawing import Drawn, sample
+from .guides import Guides
 from .loop import earlier, finish, half, save_folder, train, write_record
 from .questions import KINDS, LATER, SLOTS
 
 SIDE = zoo.SIDE
 SCENES: dict[str, Any] = {"things": (1, 2, 3), "textures": 0.1, "digits": 0.25}
 IGNORED = -100
+GUIDED = 0.5  # weight of the guides' loss beside that of the answers
 
 
 def train_tower(
@@ -219,9 +222,10 @@ def train_vlm(
         {"params": [p for p in model.parameters() if id(p) not in own]},
         {"params": vision, "scale": 0.1},
     ]
+    guides = Guides(model.model.language_model, words.table).to(device)
     return _train("shapes-vlm", model, words, groups, out, minutes=minutes, device=device,
                   seed=seed, batch=batch, rate=rate, steps=steps, checked=checked,
-                  before=before)  # fmt: skip
+                  before=before, guides=guides)  # fmt: skip
 
 
 def train_smol(
@@ -267,6 +271,7 @@ def _train(
     steps: int | None,
     checked: int,
     before: dict[str, Any] | None = None,
+    guides: Guides | None = None,
 ) -> dict[str, Any]:
     slots = SLOTS if before is None else LATER
     make = torch.Generator(device).manual_seed(seed)
@@ -279,13 +284,20 @@ def _train(
             features = features_of(model, drawn.images(SIDE))
             given = packed(asked, features.shape[1])
             logits, targets, _ = answer_logits(model, given, features)
-        return F.cross_entropy(logits, targets)
+        loss = F.cross_entropy(logits, targets)
+        return loss if guides is None else loss + GUIDED * guides.loss(drawn, given)
+
+    if guides is not None:
+        groups = [*groups, {"params": list(guides.parameters())}]
 
     record = train(name, loss_of, groups, samples=batch * len(slots), minutes=minutes, rate=rate,
                    steps=steps, device=device, decay=0.9995,
                    save=partial(save_folder, out, save))  # fmt: skip
     model.eval()
     record |= {"seed": seed, "batch": batch, "rate": rate, "questions": len(slots)}
+    if guides is not None:
+        guides.close()
+        record["guided"] = GUIDED
     if before is not None:
         record["before"] = before
     record["quality"] = accuracy(model, packed, checked, device)
@@ -418,7 +430,9 @@ def _trainings(record: dict[str, Any]) -> list[str]:
         *earlier,
         f"{s['samples']:,} questions, {s['questions']} an image, in {s['steps']:,} steps of "
         f"{s['batch']} images, {s['seconds']:.0f} s on {s['device']}, rate {s['rate']}, seed "
-        f"{s['seed']}",
+        f"{s['seed']}"
+        + (", told on the way where named things are" if "guided" in s else "")
+        + (f" ({s['remark']})" if "remark" in s else ""),
     ]
 
 
