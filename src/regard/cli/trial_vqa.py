@@ -13,8 +13,12 @@ from regard.errors import InputError
 
 def vqa(
     model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = "shapes-vlm",
+        str | None,
+        typer.Option(
+            help="A name of `regard models`, a folder or a hub id; shapes-vlm if not given, or "
+            "smol-vlm, which has attention sinks, where VAR is asked for."
+        ),
+    ] = None,
     with_: Annotated[
         str,
         typer.Option(
@@ -42,7 +46,7 @@ def vqa(
 
     [bold]Examples[/]
 
-      regard trial vqa --model smol-vlm --with var:tau=12,visiondrop:tokens=16
+      regard trial vqa --with var:tau=12,visiondrop:tokens=16
 
       regard trial vqa --with visiondrop:tokens=16,visiondrop:tokens=16,score=text --kinds all
     """
@@ -53,6 +57,9 @@ def vqa(
 
     check_output(json)
     configurations = read(with_)
+    if model is None:
+        sinks = any(part.method == "var" for one in configurations for part in one.parts)
+        model = "smol-vlm" if sinks else "shapes-vlm"
     wanted = trial.KINDS if kinds == "all" else tuple(k.strip() for k in kinds.split(","))
     given = trial.items(questions, wanted, seed=seed, held_out=True if held_out else None)
     loaded, processor = load(model)
@@ -88,16 +95,16 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title="answers that are right (95 % interval)")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{result['model']}: right answers, 95 % interval")
     names = list(next(iter(result["configurations"].values())))
-    table.add_column("configuration", overflow="fold")
+    table.add_column("configuration", overflow="fold", min_width=13)
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", min_width=9)
     for key, found in result["configurations"].items():
         cells = []
         for name in names:
             low, high = found[name]["interval"]
-            cells.append(f"{found[name]['right']:.2f} ({low:.2f}-{high:.2f})")
+            cells.append(f"{found[name]['right']:.2f}\n{low:.2f}-{high:.2f}")
         table.add_row(key, *cells)
     Console().print(table)
     counts = next(iter(result["configurations"].values()))

@@ -20,7 +20,9 @@ RATIOS = {"general": 0.8, "hallucination": 0.5, "vision-centric": 0.9}
 def var(
     prompt: Annotated[str, typer.Option(help="The question itself, or @file.")],
     image: Annotated[list[Path], typer.Option(help="A picture; may be given several times.")],
-    model: Annotated[str, typer.Option(help="A folder, a hub id or a name of `regard models`.")],
+    model: Annotated[
+        str, typer.Option(help="A folder, a hub id or a name of `regard models`.")
+    ] = "smol-vlm",
     preset: Annotated[
         str,
         typer.Option(
@@ -60,6 +62,8 @@ def var(
     the last token of the prompt gives the picture, before and after.
 
     [bold]Examples[/]
+
+      regard run var --image photo.png --prompt "What is left of the red circle?" --out sinks.png
 
       regard run var --model llava-hf/llava-1.5-7b-hf --image a.png --prompt "What is this?"
 

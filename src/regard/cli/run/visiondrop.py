@@ -16,7 +16,9 @@ from . import vlm
 def visiondrop(
     prompt: Annotated[str, typer.Option(help="The question itself, or @file.")],
     image: Annotated[list[Path], typer.Option(help="A picture; may be given several times.")],
-    model: Annotated[str, typer.Option(help="A folder, a hub id or a name of `regard models`.")],
+    model: Annotated[
+        str, typer.Option(help="A folder, a hub id or a name of `regard models`.")
+    ] = "shapes-vlm",
     tokens: Annotated[
         float, typer.Option(help="Tokens of a picture, averaged over the layers; below 1 a share.")
     ] = 0.25,
@@ -42,6 +44,8 @@ def visiondrop(
     the bytes of its keys and values.
 
     [bold]Examples[/]
+
+      regard run visiondrop --image photo.png --prompt "What color is the circle?" --tokens 32 --out kept.png
 
       regard run visiondrop --model llava-hf/llava-1.5-7b-hf --image a.png --prompt "What is this?" --tokens 64
 
