@@ -44,6 +44,7 @@ from regard.core.parallel import (
     sent,
     shape,
 )
+from regard.core.parallel.schemes import divisors
 from regard.core.patterns import PATTERNS, documents
 from regard.errors import InputError, nearest
 
@@ -154,7 +155,7 @@ def _check_degree(ulysses: int | None, ranks: int, schemes: Sequence[str]) -> No
     if ulysses < 1 or ranks % ulysses:
         raise InputError(
             f"{ranks} ranks do not divide in groups of {ulysses}: choose --ulysses among "
-            f"{', '.join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)}"
+            f"{', '.join(map(str, divisors(ranks)))}"
         )
 
 

@@ -25,9 +25,7 @@ def see(
     lengths: Annotated[
         str, typer.Option(help="Lengths in tokens, for example 1k,2k,4k,8k.")
     ] = "1k,2k,4k",
-    model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = "smollm2-135m",
+    model: bench_costs.Model = "smollm2-135m",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repetitions of each cell.")] = 3,
     peer: Annotated[
         str | None, typer.Option(help="Also a peer library: nnsight or transformer_lens.")
@@ -35,9 +33,7 @@ def see(
     peer_python: Annotated[
         Path | None, typer.Option(help="The Python that has the peer installed.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
-    ] = None,
+    out: bench_costs.Out = None,
 ) -> None:
     """What watching costs: the fused model alone, with each fact, the eager route, and a peer.
 
@@ -165,10 +161,8 @@ def facts(
         bool, typer.Option("--model/--no-model", help="Also a whole model of SmolLM2's shape.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
-    ] = None,
-    page: Annotated[Path | None, typer.Option(help="Write the table as a Markdown page.")] = None,
+    out: bench_costs.Out = None,
+    page: bench_costs.Page = None,
 ) -> None:
     """What exact facts cost beside fused attention, for one call and for a whole model.
 
@@ -194,16 +188,11 @@ def facts(
         model=model,
         out=out,
     )
-    if page is not None:
-        from regard.files import write_text
-
-        write_text(page, bench.markdown(result, str(out or "a run")))
     table = Table(*bench.rows(result)[0])
     for line in bench.rows(result)[1:]:
         table.add_row(*line)
     Console().print(table)
-    for said in bench.judge(result):
-        Console().print(f"{said['verdict']}: {said['rule']} ({said['measured']})", highlight=False)
+    bench_costs.finish(bench, result, out, page)
 
 
 @app.command("add")

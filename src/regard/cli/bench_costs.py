@@ -74,11 +74,15 @@ def speech(
 
 
 def _measure(bench: Any, out: Path | None, page: Path | None, model: str, **settings: Any) -> None:
-    from rich.console import Console
-
     for path in (out, page):
         check_output(path)
-    result = bench.run(model, out=out, **settings)
+    finish(bench, bench.run(model, out=out, **settings), out, page)
+
+
+def finish(bench: Any, result: Any, out: Path | None, page: Path | None) -> None:
+    """Write the page that was asked for, and say what became of every target."""
+    from rich.console import Console
+
     if page is not None:
         from regard.files import write_text
 

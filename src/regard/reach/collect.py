@@ -72,7 +72,7 @@ class Collector(Handler):
     def after(self, call: Call, state: State) -> State | None:
         total = call.q.sum(dtype=torch.float32) + call.k.sum(dtype=torch.float32)
         if not total.is_cuda:  # to ask a GPU now would hold up its queue in every layer
-            _must_be_finite(total, call.site)
+            must_be_finite(total, call.site)
         if call.heads is not None or call.positions is not None:
             raise ReachError(
                 f"the heads of {call.site.name} look at different keys under another method, and "
@@ -182,12 +182,13 @@ class Collector(Handler):
             InputError: queries or keys on a GPU were not finite; elsewhere the call itself raises.
         """
         if record.total is not None:
-            _must_be_finite(record.total, record.site)
+            must_be_finite(record.total, record.site)
         facts = self._facts(record.site)
         return fact.finish(record.sums[facts.index(fact)]) if fact in facts else None
 
 
-def _must_be_finite(total: Tensor, site: Site) -> None:
+def must_be_finite(total: Tensor, site: Site) -> None:
+    """Refuse a call whose queries and keys do not add up to a finite number."""
     if not bool(torch.isfinite(total)):
         raise InputError(
             f"the attention scores of {site.name} are not finite: the weights or the inputs hold "

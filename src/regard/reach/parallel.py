@@ -22,7 +22,7 @@ from regard.core.parallel.facts import check
 from regard.errors import InputError, ReachError
 
 from .call import Call, Handler
-from .collect import Collector, Record
+from .collect import Collector, Record, must_be_finite
 from .session import Session
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest output; 0.1 for the others
@@ -91,11 +91,7 @@ class SharedCollector(Collector):
     def after(self, call: Call, state: State) -> State | None:
         assert isinstance(call, SharedCall) and call.run is not None
         found = call.run.comm.sum(call.q.sum(dtype=torch.float32) + call.k.sum())
-        if not bool(torch.isfinite(found)):  # the same on every rank, so that all stop
-            raise InputError(
-                f"the attention scores of {call.site.name} are not finite: the weights or the "
-                "inputs hold NaN or inf"
-            )
+        must_be_finite(found, call.site)  # the same on every rank, so that all stop
         options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
         sums = measure(call.run, call.q, call.k, state.lse, self.facts, mask=call.whole, **options)
         tokens = call.run.tokens

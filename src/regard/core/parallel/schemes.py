@@ -97,12 +97,12 @@ def shape(
         if degree < 1 or ranks % degree:
             raise ValueError(
                 f"{ranks} ranks do not divide in groups of {degree}: choose a ulysses degree "
-                f"among {_divisors(ranks)}"
+                f"among {divisors(ranks)}"
             )
         ring = ranks // degree
         windows = 1
         if name == "loongtrain":
-            windows = max(d for d in _divisors(ring) if d * d <= ring)
+            windows = max(d for d in divisors(ring) if d * d <= ring)
         found = Shape(name, degree, ring, windows)
     if heads is not None:
         found.check_heads(*heads)
@@ -116,11 +116,12 @@ def _degree(ranks: int, least: int, heads: tuple[int, int] | None) -> int:
         return heads[0] % u == 0 and (heads[1] % u == 0 or u % heads[1] == 0)
 
     return max(
-        u for u in _divisors(ranks) if u == 1 or (u <= NODE and ranks // u >= least and fits(u))
+        u for u in divisors(ranks) if u == 1 or (u <= NODE and ranks // u >= least and fits(u))
     )
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """Every size of equal groups that `n` ranks can form."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

@@ -70,15 +70,9 @@ class Guides(nn.Module):
         rows, at, thing, there = self.names(drawn, given["ids"])
         told = self.place(self.states["place"][rows, at].float())
         parts = [PLACES + 1, PLACES + 1, len(SIZES) + 1]
-        wanted = [
-            torch.where(
-                there, (drawn.x[rows, thing] * PLACES).long().clamp(0, PLACES - 1), NOWHERE
-            ),
-            torch.where(
-                there, (drawn.y[rows, thing] * PLACES).long().clamp(0, PLACES - 1), NOWHERE
-            ),
-            torch.where(there, drawn.size[rows, thing], len(SIZES)),
-        ]
+        cells = [(v[rows, thing] * PLACES).long().clamp(0, PLACES - 1) for v in (drawn.x, drawn.y)]
+        wanted = [torch.where(there, cell, NOWHERE) for cell in cells]
+        wanted.append(torch.where(there, drawn.size[rows, thing], len(SIZES)))
         total: Tensor = sum(map(F.cross_entropy, told.split(parts, 1), wanted), told.new_zeros(()))
         # two names in turn, of things that are there, in one question and its answer
         turn = given["turns"][rows, at]
