@@ -72,9 +72,7 @@ docs: env ## regenerate the pages that are made from code and results
 	@$(BIN)/python -m regard.bench.page
 	@$(BIN)/python -m regard.bench.kernels_page
 	@$(BIN)/python -m regard.bench.parallel docs/bench-parallel.md benchmarks/results/parallel-*.json
-	@for name in act decode speech; do \
-		$(BIN)/python -c "from regard.bench.$$name import page; page('benchmarks/results/$$name.json', 'docs/bench-$$name.md')" || exit 1; done
-	@$(BIN)/python -c "from regard.bench.facts import page; page('benchmarks/results/facts-h100.json', 'docs/bench-facts-h100.md')"
+	@$(BIN)/python -m regard.bench.pages
 	@$(BIN)/python -m regard.trials.page docs/trials.md benchmarks/results/quality-*.json
 
 clean: ## remove the environment and everything built

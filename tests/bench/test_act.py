@@ -10,7 +10,7 @@ import torch
 from transformers import BatchEncoding
 
 from regard import zoo
-from regard.bench import act
+from regard.bench import act, pages
 from regard.bench.record import load
 from regard.errors import InputError
 
@@ -39,7 +39,7 @@ def test_a_run_goes_on_and_makes_a_page(tmp_path: Path) -> None:
     assert result.settings["heads all"] == 12 and result.settings["heads few"] == 2
     assert len(act.ratios(result, "few")) == len(act.ratios(result, "all")) == 3
     assert 0 < result.cells["all"].values["sinks"] < 0.5
-    act.page(path, tmp_path / "page.md")
+    pages.page("act", path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert text == act.markdown(load(path), path.as_posix())
     assert "Medians of 3 rounds" in text and "90 MB | met" in text

@@ -10,7 +10,7 @@ import torch
 from transformers import BatchEncoding, DynamicCache
 
 from regard import zoo
-from regard.bench import decode
+from regard.bench import decode, pages
 from regard.bench.record import load
 from regard.errors import InputError
 from regard.shrink.recycled import Recycled
@@ -60,7 +60,7 @@ def test_a_run_goes_on_and_makes_a_page(tmp_path: Path) -> None:
     decode.run("tiny", rounds=2, **given)
     assert not said, "nothing is left to do"
 
-    decode.page(path, tmp_path / "page.md")
+    pages.page("decode", path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert text == decode.markdown(load(path), path.as_posix())
     assert "Medians of 2 rounds" in text and "| stock transformers, sdpa |" in text

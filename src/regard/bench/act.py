@@ -22,7 +22,6 @@ from regard.bench.record import (
     Result,
     environment,
     judged,
-    load,
     machine_md,
     median,
     ratios,
@@ -30,7 +29,6 @@ from regard.bench.record import (
     show_progress,
     spread,
     targets_md,
-    write_text,
 )
 from regard.bench.timer import peak, seconds
 from regard.errors import InputError
@@ -179,12 +177,6 @@ def markdown(result: Result, source: str) -> str:
         *machine_md(result),
     ]
     return "\n".join(lines)
-
-
-def page(source: str | Path, target: str | Path) -> Path:
-    """Write the Markdown page of a saved result."""
-    write_text(Path(target), markdown(load(source), Path(source).as_posix()))
-    return Path(target)
 
 
 def long_head(tokens: int = LONG, dim: int = 64) -> dict[str, Any]:

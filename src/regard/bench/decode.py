@@ -18,7 +18,6 @@ from regard.bench.record import (
     Result,
     environment,
     judged,
-    load,
     machine_md,
     median,
     ratios,
@@ -26,7 +25,6 @@ from regard.bench.record import (
     show_progress,
     spread,
     targets_md,
-    write_text,
 )
 from regard.bench.timer import seconds
 from regard.errors import InputError
@@ -271,12 +269,6 @@ def markdown(result: Result, source: str) -> str:
             f"in each key head on average, where stock reads all."
         )
     return "\n".join([*lines, *machine_md(result)])
-
-
-def page(source: str | Path, target: str | Path) -> Path:
-    """Write the Markdown page of a saved result."""
-    write_text(Path(target), markdown(load(source), Path(source).as_posix()))
-    return Path(target)
 
 
 def _words(taken: dict[str, float]) -> str:

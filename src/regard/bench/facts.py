@@ -22,12 +22,10 @@ from regard.bench.record import (
     Result,
     device_name,
     environment,
-    load,
     outcome_of,
     resume,
     show_progress,
     spread,
-    write_text,
 )
 from regard.core import Mask, attend
 from regard.core.facts import FACTS, measure
@@ -335,9 +333,3 @@ def markdown(result: Result, source: str) -> str:
             "",
         ]
     )
-
-
-def page(source: str | Path, target: str | Path) -> Path:
-    """Write the Markdown page of a saved result."""
-    write_text(Path(target), markdown(load(source), Path(source).as_posix()))
-    return Path(target)

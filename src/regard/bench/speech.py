@@ -25,7 +25,6 @@ from regard.bench.record import (
     Result,
     environment,
     judged,
-    load,
     machine_md,
     median,
     ratios,
@@ -36,7 +35,6 @@ from regard.bench.record import (
 )
 from regard.bench.timer import peak, seconds
 from regard.errors import InputError
-from regard.files import write_text
 
 SECONDS = 30.0
 LENGTHS = (50, 400)  # generated tokens between which memory is compared
@@ -244,9 +242,3 @@ def markdown(result: Result, source: str) -> str:
             lines.append(f"| {words} | " + " | ".join(f"{x:.1f} MB" for x in peaks) + " |")
         lines += ["", f"Memory: {memory.values['how']}, the middle of three."]
     return "\n".join([*lines, *machine_md(result)])
-
-
-def page(source: str | Path, target: str | Path) -> Path:
-    """Write the Markdown page of a saved result."""
-    write_text(Path(target), markdown(load(source), Path(source).as_posix()))
-    return Path(target)

@@ -1,0 +1,26 @@
+"""The pages of the benches that `regard bench act`, `decode`, `speech` and `facts` run, from their
+committed results: `python -m regard.bench.pages`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from regard.bench.record import load
+from regard.files import write_text
+
+RESULTS = {"act": "act", "decode": "decode", "speech": "speech", "facts-h100": "facts"}
+"""Committed results, and the modules that measured them."""
+
+
+def page(bench: str, source: str | Path, target: str | Path) -> Path:
+    """Write the Markdown page of a saved result of `regard.bench.<bench>`."""
+    markdown = import_module(f"regard.bench.{bench}").markdown
+    write_text(Path(target), markdown(load(source), Path(source).as_posix()))
+    return Path(target)
+
+
+if __name__ == "__main__":
+    for name, bench in RESULTS.items():
+        page(bench, f"benchmarks/results/{name}.json", f"docs/bench-{name}.md")
