@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from regard import zoo
 from regard.errors import InputError
@@ -17,7 +18,7 @@ from regard.zoo import vlm as assembled
 from regard.zoo.pipelines import load_pipeline
 from regard.zoo.scenes import is_held_out
 from regard.zoo.shipped import MODELS, PIPELINES, shipped
-from regard.zoo.train import captions, diffusion, loop, questions, recipe
+from regard.zoo.train import captions, coder, diffusion, loop, questions, reading, recipe
 from regard.zoo.train import vlm as train
 from regard.zoo.train.drawing import sample
 from regard.zoo.train.guides import Guides
@@ -254,9 +255,9 @@ def test_packed_questions_equal_single_ones() -> None:
 
 
 def test_pipelines_train_save_and_load(tmp_path: Path) -> None:
-    diffusion.train_vae(tmp_path / "vae", steps=1, batch=2, checked=2)
-    diffusion.train_decoder(tmp_path / "more", vae=tmp_path / "vae", steps=1, batch=2, checked=2)
-    a, b = (diffusion._coder(tmp_path / n, "cpu") for n in ("vae", "more"))
+    coder.train_vae(tmp_path / "vae", steps=1, batch=2, checked=2)
+    coder.train_decoder(tmp_path / "more", vae=tmp_path / "vae", steps=1, batch=2, checked=2)
+    a, b = (coder.load_coder(tmp_path / n, "cpu") for n in ("vae", "more"))
     x = torch.zeros(1, 3, 64, 64)
     assert torch.equal(a.encode(x).latent_dist.mean, b.encode(x).latent_dist.mean)
     made: Any = {"vae": tmp_path / "vae", "steps": 1, "batch": 2, "checked": 0}
@@ -271,12 +272,90 @@ def test_pipelines_train_save_and_load(tmp_path: Path) -> None:
     after = load_pipeline(tmp_path / "more").transformer.state_dict()
     known = pipe.transformer.state_dict()
     assert all(torch.allclose(t, known[n], atol=1e-6) for n, t in after.items())
-    with pytest.raises(InputError, match="leave --vae out"):
-        diffusion.train_dit(tmp_path / "x", vae=tmp_path / "vae", start=tmp_path / "dit")
+    with pytest.raises(InputError, match="holds no shapes-vae"):
+        coder.train_vae(tmp_path / "x", start=tmp_path / "dit")
     with pytest.raises(InputError, match="holds no shapes-sd"):
         diffusion.train_sd(tmp_path / "x", start=tmp_path / "dit")
     with pytest.raises(InputError, match="--vae DIR"):
         diffusion.train_sd(tmp_path / "x", steps=1)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_moves_onto_another_autoencoder(name: str) -> None:
+    """Onto one whose latents are turned, it says the same, turned; noise goes with it."""
+    folder = shipped(name)
+    assert folder is not None
+    pipe, same = load_pipeline(folder), load_pipeline(folder)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=random()))
+    other = load_pipeline(folder).vae
+    weight, bias = other.quant_conv.weight, other.quant_conv.bias
+    with torch.no_grad():
+        weight[:8] = (turn @ weight[:8].flatten(1)).view_as(weight[:8])
+        bias[:8] = turn @ bias[:8]
+    diffusion.move(pipe, other)
+    assert pipe.vae is other
+    latents = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(1))
+    turned = torch.einsum("oi,bihw->bohw", turn, latents)
+    text, t = torch.randn(2, 32, 128), torch.tensor([300, 700])
+    with torch.no_grad():
+        if name == "shapes-sd":
+            told = same.unet(latents, t, text).sample, pipe.unet(turned, t, text).sample
+        else:
+            pooled = torch.randn(2, 128)
+            told = tuple(
+                p.transformer(x, text, pooled, t).sample
+                for p, x in ((same, latents), (pipe, turned))
+            )
+    assert torch.allclose(torch.einsum("oi,bihw->bohw", turn, told[0]), told[1], atol=0.03)
+
+
+def test_places_are_labelled_by_the_thing_they_lie_in() -> None:
+    drawn = sample(64, generator=random(), things=(1, 2, 3))
+    inside, shape, color, middle = reading.labels(drawn, 64)
+    masks = drawn.masks(64) > 0.99
+    for row in range(64):
+        for n in range(int(drawn.count[row])):
+            own = masks[row, n] & inside[row]  # corners of squares stick out of the circle
+            assert own.sum() > 0.8 * masks[row, n].sum()
+            assert (shape[row][own] == 1 + drawn.shape[row, n]).all()
+            assert (color[row][own] == 1 + drawn.color[row, n]).all()
+            at = torch.stack([drawn.x[row, n], drawn.y[row, n]]) * 64 - 0.5
+            y, x = own.nonzero()[0]
+            off = (torch.stack([x, y]) - at) / 64 / drawn.radius[row, n]
+            assert torch.allclose(middle[row, :2, y, x], off, atol=1e-5)
+        nothing = ~masks[row].any(0) & ~inside[row]
+        assert not shape[row][nothing].any() and not color[row][nothing].any()
+
+
+def test_latents_that_say_what_is_there_are_read_with_a_lower_loss() -> None:
+    drawn = sample(32, generator=random())
+    _, shape, color, _ = reading.labels(drawn, 16)
+    told = torch.cat([F.one_hot(shape, 8), F.one_hot(color, 7)], -1).permute(0, 3, 1, 2).float()
+    losses = []
+    for states in (told, torch.zeros_like(told)):
+        torch.manual_seed(0)
+        heads = reading.Reading(15)
+        adam = torch.optim.Adam(heads.parameters(), 3e-3)
+        for _ in range(150):
+            loss = heads.loss(states, drawn)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        losses.append(loss.item())
+    assert losses[0] < 0.5 * losses[1]
+
+
+def test_half_precision_leaves_attention_whole_on_cpus() -> None:
+    q = torch.randn(2, 2, 5, 8, requires_grad=True)
+    with loop.half("cpu"):
+        kind = (q @ q.transpose(-1, -2)).dtype
+        low = q.to(kind)
+        out = F.scaled_dot_product_attention(low, low, low, is_causal=True)
+    wide = low.float()
+    wanted = F.scaled_dot_product_attention(wide, wide, wide, is_causal=True)
+    assert torch.allclose(out.float(), wanted, atol=1e-6)
+    out.float().sum().backward()
+    assert q.grad is not None and q.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", [*PIPELINES, *MODELS])

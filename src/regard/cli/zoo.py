@@ -42,8 +42,9 @@ def train(
     """Train a model by its recipe, boxed by the clock.
 
     Weights are saved every 90 seconds and at the end, always as a whole folder. A training that was
-    stopped begins anew: the rate follows the clock. A shapes-sd, shapes-dit or shapes-vlm that is
-    whole can be trained on, with --start.
+    stopped begins anew: the rate follows the clock. A shapes-vae, shapes-sd, shapes-dit or
+    shapes-vlm that is whole can be trained on, with --start; a pipeline with --start and --vae is
+    moved onto that autoencoder first.
 
     [bold]Examples[/]
 

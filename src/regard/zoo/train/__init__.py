@@ -13,8 +13,8 @@ from typing import Any
 from regard.errors import InputError, nearest
 
 RECIPES = {
-    "shapes-vae": "regard.zoo.train.diffusion:train_vae",
-    "shapes-decoder": "regard.zoo.train.diffusion:train_decoder",
+    "shapes-vae": "regard.zoo.train.coder:train_vae",
+    "shapes-decoder": "regard.zoo.train.coder:train_decoder",
     "shapes-sd": "regard.zoo.train.diffusion:train_sd",
     "shapes-dit": "regard.zoo.train.diffusion:train_dit",
     "shapes-tower": "regard.zoo.train.vlm:train_tower",
@@ -22,6 +22,7 @@ RECIPES = {
     "smol-vlm": "regard.zoo.train.vlm:train_smol",
 }
 TAKES: dict[str, tuple[str, ...]] = {
+    "shapes-vae": ("start",),
     "shapes-decoder": ("vae",),
     "shapes-sd": ("vae", "start"),
     "shapes-dit": ("vae", "start"),

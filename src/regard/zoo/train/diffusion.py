@@ -9,7 +9,8 @@ are never drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,125 +25,16 @@ from regard.zoo.pipelines import load_pipeline
 from regard.zoo.tiny_diffusion import clip_tokenizer
 
 from . import captions
-from .drawing import Drawn, sample
-from .loop import earlier, finish, half, save_folder, train
+from .coder import CHANNELS, LATENT, judged, latents_of, load_coder, table
+from .drawing import sample
+from .loop import earlier, finish, half, placed, save_folder, train
+from .reading import Reading
 
-SIDE, LATENT, CHANNELS, LENGTH = 64, 16, 8, 32
+LENGTH = 32
 TRAINED_STEPS = 1000
 STEPS, GUIDANCE = 25, 4.0  # of the images that are judged
-BLANKS = (0, 32, 256)  # empty T5 tokens in shapes-dit; the stock pipeline puts 256
-
-
-def autoencoder(shift: float | None = None) -> Any:
-    """The untrained autoencoder, factor 4."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=CHANNELS,
-        sample_size=SIDE,
-        shift_factor=0.0 if shift is None else shift,
-    )
-
-
-def train_vae(
-    out: Path,
-    *,
-    minutes: float = 1.0,
-    device: str = "cpu",
-    seed: int = 0,
-    batch: int = 128,
-    rate: float = 2e-3,
-    steps: int | None = None,
-    checked: int = 200,
-) -> dict[str, Any]:
-    """Train the autoencoder that both pipelines use; its scaling factor is measured at the end."""
-    torch.manual_seed(seed)
-    make = torch.Generator(device).manual_seed(seed)
-    vae = autoencoder().to(device)
-    vae.to(memory_format=torch.channels_last)
-
-    def loss_of(step: int) -> Tensor:
-        drawn = sample(batch, device=device, generator=make, things=(1, 2, 3), textures=0.2)
-        images = 2 * drawn.images(SIDE) - 1
-        with half(device):
-            told = vae.encode(images).latent_dist
-            again = vae.decode(told.sample()).sample.float()
-        return _apart(again, images) + 1e-6 * told.kl().float().mean()
-
-    record = train("shapes-vae", loss_of, [{"params": list(vae.parameters())}], samples=batch,
-                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
-    vae.eval()
-    with torch.no_grad():
-        drawn = sample(512, device=device, generator=make, things=(1, 2, 3))
-        means = torch.cat([vae.encode(2 * x - 1).latent_dist.mean
-                           for x in drawn.images(SIDE).split(128)])  # fmt: skip
-        vae.register_to_config(scaling_factor=float(1 / means.std()))
-    record |= {"seed": seed, "batch": batch, "rate": rate}
-    return _passing(vae, out, record, checked)
-
-
-def train_decoder(
-    out: Path,
-    *,
-    minutes: float = 1.5,
-    device: str = "cpu",
-    seed: int = 9,
-    vae: Path | None = None,
-    batch: int = 160,
-    rate: float = 1.5e-3,
-    steps: int | None = None,
-    checked: int = 200,
-) -> dict[str, Any]:
-    """Train the decoder on while the encoder stays: latents, and what was trained on them, keep
-    their meaning. `vae` is the folder of an autoencoder, such as `vae` in a pipeline's.
-    """
-    coder = _coder(vae, device).to(memory_format=torch.channels_last)
-    torch.manual_seed(seed)
-    make = torch.Generator(device).manual_seed(seed)
-    trained = [p.requires_grad_() for p in _parameters(coder.decoder, coder.post_quant_conv)]
-
-    def loss_of(step: int) -> Tensor:
-        drawn = sample(batch, device=device, generator=make, things=(1, 2, 3), textures=0.15)
-        images = 2 * drawn.images(SIDE) - 1
-        with half(device):
-            with torch.no_grad():
-                told = coder.encode(images).latent_dist.mean
-                told = told + 0.03 * torch.randn(told.shape, device=device, generator=make)
-            again = coder.decode(told).sample.float()
-        return _apart(again, images)
-
-    record = train("shapes-decoder", loss_of, [{"params": trained}], samples=batch,
-                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
-    record |= {"seed": seed, "batch": batch, "rate": rate}
-    return _passing(coder, out, record, checked)
-
-
-def _apart(again: Tensor, images: Tensor) -> Tensor:
-    """How far images are from those they were made of."""
-    return F.l1_loss(again, images) + 0.5 * F.mse_loss(again, images)
-
-
-def _passing(coder: Any, out: Path, record: dict[str, Any], checked: int) -> dict[str, Any]:
-    """Save an autoencoder with what is left of drawn scenes that pass through it."""
-    record["quality"] = {"scenes passed through": passed(coder, checked)}
-    told = f"# {record['name']}\n\n{_table(record['quality'])}\n"
-    finish(out, coder.save_pretrained, record, told)
-    return record
-
-
-@torch.no_grad()
-def passed(coder: Any, count: int, seed: int = 20_000) -> dict[str, float]:
-    """What the judge says of scenes after autoencoding: the ceiling of any image made with it."""
-    make = torch.Generator(coder.device).manual_seed(seed)
-    few = sample(count, device=coder.device, generator=make, held_out=None)
-    told = [coder.encode(2 * x - 1).latent_dist.mean for x in few.images(SIDE).split(50)]
-    again = torch.cat([coder.decode(t).sample for t in told])
-    return judged((again / 2 + 0.5).clamp(0, 1), few)
+BLANKS = (0, 32, 0, 32, 0, 256)  # empty T5 tokens in shapes-dit; the stock pipeline puts 256
+READ = 0.1  # weight of what the states halfway are read for
 
 
 def train_sd(
@@ -160,34 +52,37 @@ def train_sd(
 ) -> dict[str, Any]:
     """Train `shapes-sd`: v-prediction on SD's noise schedule, the text encoder with the UNet.
 
-    On the autoencoder `vae`, or on from `start`, the folder of such a pipeline.
+    On the autoencoder `vae`, or on from `start`, the folder of such a pipeline; with both, what
+    `start` holds is moved onto `vae`.
     """
     torch.manual_seed(seed)
     make = torch.Generator(device).manual_seed(seed)
     pipe, before = _begun("shapes-sd", sd_pipeline, vae, start, device)
     coder = pipe.vae
-    unet, encoder = pipe.unet.to(device), pipe.text_encoder.to(device)
-    unet.to(memory_format=torch.channels_last)
+    unet, encoder = placed(pipe.unet, device), pipe.text_encoder.to(device)
+    halfway = States(unet.up_blocks[1])
+    reading = Reading(unet.config.block_out_channels[1]).to(device)
     noise = pipe.scheduler.alphas_cumprod.to(device)
     ids_of = _ids(pipe.tokenizer, device)
 
     def loss_of(step: int) -> Tensor:
-        drawn = sample(batch, device=device, generator=make, textures=0.15)
+        drawn = sample(batch, device=device, generator=make, things=(1, 2, 2), textures=0.15)
         ids = ids_of(captions.write(drawn, captions.PLAIN, make), drop=0.1, generator=make)
-        clean = _latents(coder, drawn)
+        clean = latents_of(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         t = torch.randint(TRAINED_STEPS, (batch,), device=device, generator=make)
         a = noise[t].sqrt()[:, None, None, None]
         s = (1 - noise[t]).sqrt()[:, None, None, None]
         with half(device):
             text = encoder(ids).last_hidden_state
-            noised = (a * clean + s * eps).contiguous(memory_format=torch.channels_last)
-            found = unet(noised, t, text).sample.float()
-        return F.mse_loss(found, a * eps - s * clean)
+            found = unet(a * clean + s * eps, t, text).sample.float()
+            read = reading.loss(halfway.last, drawn)
+        return F.mse_loss(found, a * eps - s * clean) + READ * read
 
-    record = train("shapes-sd", loss_of, [{"params": list(_parameters(unet, encoder))}],
+    record = train("shapes-sd", loss_of, [{"params": list(_parameters(unet, encoder, reading))}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
+    halfway.close()
     record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _finish(pipe, out, record, device, checked)
 
@@ -207,7 +102,8 @@ def train_dit(
 ) -> dict[str, Any]:
     """Train `shapes-dit`: rectified flow, captions with filler words and parts of scenes.
 
-    On the autoencoder `vae`, or on from `start`, the folder of such a pipeline.
+    On the autoencoder `vae`, or on from `start`, the folder of such a pipeline; with both, what
+    `start` holds is moved onto `vae`.
     """
     torch.manual_seed(seed)
     make = torch.Generator(device).manual_seed(seed)
@@ -217,11 +113,13 @@ def train_dit(
     encoders = [pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)]
     ids_of = _ids(pipe.tokenizer, device)
     width = model.config.joint_attention_dim
+    halfway = States(model.transformer_blocks[model.config.num_layers // 2])
+    reading = Reading(model.inner_dim).to(device)
 
     def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 2, 3), textures=0.15)
         ids = ids_of(captions.write(drawn, captions.SPOKEN, make), drop=0.1, generator=make)
-        clean = _latents(coder, drawn)
+        clean = latents_of(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         s = torch.randn(batch, device=device, generator=make).sigmoid()
         wide = s[:, None, None, None]
@@ -237,26 +135,37 @@ def train_dit(
                 encoder_hidden_states=text,
                 pooled_projections=pooled,
             ).sample.float()
-        return F.mse_loss(found, eps - clean)
+            # joint blocks give the states of the text, then those of the image
+            image = halfway.last[1].transpose(1, 2).unflatten(2, clean.shape[-2:])
+            read = reading.loss(image, drawn)
+        return F.mse_loss(found, eps - clean) + READ * read
 
-    record = train("shapes-dit", loss_of, [{"params": list(_parameters(model, *encoders))}],
+    trained = list(_parameters(model, *encoders, reading))
+    record = train("shapes-dit", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
+    halfway.close()
     record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _finish(pipe, out, record, device, checked)
 
 
+class States:
+    """What a module gave last."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.last: Any = None
+        self.hook = module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.last = out
+
+    def close(self) -> None:
+        """Leave the module."""
+        self.hook.remove()
+
+
 def _parameters(*modules: nn.Module) -> Iterator[nn.Parameter]:
     return chain.from_iterable(m.parameters() for m in modules)
-
-
-@torch.no_grad()
-def _latents(coder: Any, drawn: Drawn) -> Tensor:
-    """Drawn scenes as both pipelines see them, `[scenes, channels, height, width]`."""
-    with half(coder.device.type):
-        means = coder.encode(2 * drawn.images(SIDE) - 1).latent_dist.mean.float()
-    latents: Tensor = means * coder.config.scaling_factor
-    return latents
 
 
 def sd_pipeline(coder: Any) -> Any:
@@ -380,31 +289,53 @@ def _begun(
     start: Path | None,
     device: str,
 ) -> tuple[Any, dict[str, Any]]:
-    """The pipeline to train, with its autoencoder frozen on the device; and, where it was trained
-    before, what its record says of that.
+    """The pipeline to train, with its autoencoder frozen on the device; and what its record says of
+    the autoencoder and, where it was trained before, of that.
     """
     if start is None:
-        return assemble(_coder(vae, device)), {}
-    if vae is not None:
-        raise InputError("the pipeline of --start has an autoencoder: leave --vae out")
-    before = {"before": earlier(Path(start), name)}
+        coder = load_coder(vae, device)
+        return assemble(coder), {"autoencoder": _record(vae)}
+    before: dict[str, Any] = {"before": earlier(Path(start), name)}
     pipe = load_pipeline(start)
     pipe.vae.to(device).eval().requires_grad_(False)
+    told = _record(start).get("autoencoder", {})
+    if vae is not None:
+        coder, told = load_coder(vae, device), _record(vae)
+        move(pipe, coder)
+        before["remark"] = "moved onto another autoencoder first"
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not pipe.vae:
             part.train()
-    return pipe, before
+    return pipe, {"autoencoder": told, **before}
 
 
-def _coder(vae: Path | None, device: str) -> Any:
-    from diffusers import AutoencoderKL
+def _record(folder: Path | None) -> dict[str, Any]:
+    """What a folder's record says, but for the curve of its loss."""
+    file = Path(folder or "") / "training.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {n: v for n, v in found.items() if n not in ("loss", "versions")}
 
-    if vae is None or not (Path(vae) / "config.json").is_file():
-        raise InputError(
-            "name the folder of the autoencoder, --vae DIR: make it with `regard zoo train "
-            "shapes-vae --out DIR`"
-        )
-    return AutoencoderKL.from_pretrained(vae).to(device).eval().requires_grad_(False)
+
+@torch.no_grad()
+def move(pipe: Any, coder: Any, scenes: int = 256) -> None:
+    """Put a trained pipeline onto another autoencoder, as a start for its training there.
+
+    Its first layer meets the new latents turned to where the old ones lay, and what its last layer
+    gives is turned back: by the rotation that brings both nearest over drawn scenes (orthogonal
+    Procrustes), under which noise stays white.
+    """
+    drawn = sample(scenes, device=coder.device, generator=torch.Generator(coder.device))
+    old, new = (latents_of(c, drawn).transpose(0, 1).flatten(1) for c in (pipe.vae, coder))
+    left, _, right = torch.linalg.svd(old @ new.T)
+    turn = (left @ right).cpu()  # old = turn @ new, as nearly as can be
+    if hasattr(pipe, "unet"):
+        first, last = pipe.unet.conv_in, pipe.unet.conv_out
+    else:
+        first, last = pipe.transformer.pos_embed.proj, pipe.transformer.proj_out
+    first.weight.copy_(torch.einsum("oihw,ij->ojhw", first.weight, turn))
+    last.weight.copy_((turn.T @ last.weight.flatten(1)).view_as(last.weight))
+    last.bias.copy_(turn.T @ last.bias)
+    pipe.register_modules(vae=coder)
 
 
 def _finish(
@@ -441,18 +372,6 @@ def quality(pipe: Any, count: int, seed: int = 10_000) -> dict[str, dict[str, fl
     return found
 
 
-def judged(images: Tensor, drawn: Drawn) -> dict[str, float]:
-    """Shares of images `[scenes, 3, side, side]` that show what their scene says."""
-    from regard.trials.scenes import judge
-
-    pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
-    verdicts = [judge(pixels[n], drawn.scene(n)) for n in range(len(drawn))]
-    names = ("present", "colors", "shapes", "binding", "place", "background")
-    return {n: sum(getattr(v, n) for v in verdicts) / len(verdicts) for n in names} | {
-        "scenes": len(verdicts)
-    }
-
-
 def card(record: dict[str, Any]) -> str:
     """The model's card, from what was recorded."""
     s = record
@@ -469,9 +388,9 @@ def card(record: dict[str, Any]) -> str:
             f"Images of {STEPS} steps, guidance {GUIDANCE:g}, judged by colour and outline; shares "
             "that are right:",
             "",
-            _table(s["quality"]),
+            table(s["quality"]),
             "",
-            *_of_decoder(s),
+            *_of_autoencoder(s.get("autoencoder")),
             "The loss curve is in `training.json`. Licence: Apache-2.0, as regard.",
             "",
         ]
@@ -481,36 +400,23 @@ def card(record: dict[str, Any]) -> str:
 def _trainings(record: dict[str, Any]) -> list[str]:
     """What each training saw, the first one first."""
     s = record
+    if "samples" not in s:
+        return [s["remark"]]
     return [
         *(_trainings(s["before"]) if "before" in s else []),
         f"{s['samples']:,} scenes in {s['steps']:,} steps of {s['batch']}, {s['seconds']:.0f} s on "
-        f"{s['device']}, rate {s['rate']}, seed {s['seed']}",
+        f"{s['device']}, rate {s['rate']}, seed {s['seed']}"
+        + (f" ({s['remark']})" if "remark" in s else ""),
     ]
 
 
-def _of_decoder(record: dict[str, Any]) -> list[str]:
-    s = record.get("decoder")
-    if s is None:
+def _of_autoencoder(record: dict[str, Any] | None) -> list[str]:
+    if not record:
         return []
     return [
-        f"The decoder of images was then trained on by itself (`regard zoo train shapes-decoder`): "
-        f"{s['samples']:,} scenes in {s['seconds']:.0f} s. What a drawn scene keeps when it passes "
-        "through the autoencoder, the ceiling of these images:",
+        f"Autoencoder: {'; then '.join(_trainings(record))}. What a drawn scene keeps when it "
+        "passes through, the ceiling of these images:",
         "",
-        _table(s["quality"]),
+        table(record["quality"]),
         "",
     ]
-
-
-def _table(quality: dict[str, dict[str, float]]) -> str:
-    if not quality:
-        return "Not judged."
-    names = list(next(iter(quality.values())))
-    rows = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for label, values in quality.items():
-        cells = [f"{values[n]:.2f}" if n != "scenes" else f"{values[n]:.0f}" for n in names]
-        rows.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-__all__: Sequence[str] = ["autoencoder", "dit_pipeline", "sd_pipeline", "train_dit", "train_sd"]
