@@ -381,7 +381,7 @@ def card(record: dict[str, Any]) -> str:
             "",
             "A small text-to-image pipeline of the real diffusers classes, trained on drawn scenes "
             f"(64 x 64 pixels) by `regard zoo train {s['name']}`. For showing and testing methods; "
-            "it knows shapes, colours and places, and nothing else.",
+            "it knows drawn shapes and colours, and nothing else.",
             "",
             f"Training: {'; then '.join(_trainings(s))}.",
             "",
