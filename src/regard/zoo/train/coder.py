@@ -22,7 +22,7 @@ READ = 0.05  # weight of what the latents are read for
 ON_THINGS = 3.0  # further weight of pixels on and near things, which are few
 
 
-def autoencoder(shift: float | None = None) -> Any:
+def autoencoder() -> Any:
     """The untrained autoencoder, factor 4."""
     from diffusers import AutoencoderKL
 
@@ -34,7 +34,7 @@ def autoencoder(shift: float | None = None) -> Any:
         norm_num_groups=8,
         latent_channels=CHANNELS,
         sample_size=SIDE,
-        shift_factor=0.0 if shift is None else shift,
+        shift_factor=0.0,
     )
 
 
@@ -71,9 +71,7 @@ def train_vae(
         with half(device):
             told = vae.encode(images).latent_dist
             z = told.sample(make).float()
-            share = NOISE * torch.rand(batch, 1, 1, 1, device=device, generator=make)
-            eps = torch.randn(z.shape, device=device, generator=make)
-            noised = z + share * z.detach().std() * eps
+            noised = _noised(z, make)
             again = vae.decode(noised).sample.float()
             read = reading.loss(noised, drawn)
         return _apart(again, images) + READ * read + 1e-6 * told.kl().float().mean()
@@ -85,9 +83,7 @@ def train_vae(
                    save=partial(save_folder, out, vae.save_pretrained))  # fmt: skip
     vae.eval()
     with torch.no_grad():
-        drawn = sample(512, device=device, generator=make, things=(1, 2, 3))
-        means = torch.cat([vae.encode(2 * x - 1).latent_dist.mean
-                           for x in drawn.images(SIDE).split(128)])  # fmt: skip
+        means = _means(vae, sample(512, device=device, generator=make, things=(1, 2, 3)))
         vae.register_to_config(scaling_factor=float(1 / means.std()))
     record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _passing(vae, out, record, checked)
@@ -119,17 +115,21 @@ def train_decoder(
         images = 2 * drawn.images(SIDE) - 1
         with half(device):
             with torch.no_grad():
-                told = coder.encode(images).latent_dist.mean
-                share = NOISE * torch.rand(batch, 1, 1, 1, device=device, generator=make)
-                eps = torch.randn(told.shape, device=device, generator=make)
-                told = told + share * told.std() * eps
-            again = coder.decode(told).sample.float()
+                noised = _noised(coder.encode(images).latent_dist.mean, make)
+            again = coder.decode(noised).sample.float()
         return _apart(again, images)
 
     record = train("shapes-decoder", loss_of, [{"params": trained}], samples=batch,
                    minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
     record |= {"seed": seed, "batch": batch, "rate": rate}
     return _passing(coder, out, record, checked)
+
+
+def _noised(latents: Tensor, make: torch.Generator) -> Tensor:
+    """Latents with noise, each scene's with its own share of their spread."""
+    made: dict[str, Any] = {"device": latents.device, "generator": make}
+    share = NOISE * torch.rand(len(latents), 1, 1, 1, **made)
+    return latents + share * latents.detach().std() * torch.randn(latents.shape, **made)
 
 
 def _apart(again: Tensor, images: Tensor) -> Tensor:
@@ -160,9 +160,14 @@ def load_coder(folder: Path | None, device: str) -> Any:
 def latents_of(coder: Any, drawn: Drawn) -> Tensor:
     """Drawn scenes as both pipelines see them, `[scenes, channels, height, width]`."""
     with half(coder.device.type):
-        means = coder.encode(2 * drawn.images(SIDE) - 1).latent_dist.mean.float()
-    latents: Tensor = means * coder.config.scaling_factor
+        latents: Tensor = _means(coder, drawn).float() * coder.config.scaling_factor
     return latents
+
+
+def _means(coder: Any, drawn: Drawn) -> Tensor:
+    """Drawn scenes as the encoder sees them, not yet scaled."""
+    few = drawn.images(SIDE).split(512)
+    return torch.cat([coder.encode(2 * x - 1).latent_dist.mean for x in few])
 
 
 def _passing(coder: Any, out: Path, record: dict[str, Any], checked: int) -> dict[str, Any]:
@@ -178,8 +183,7 @@ def passed(coder: Any, count: int, seed: int = 20_000) -> dict[str, float]:
     """What the judge says of scenes after autoencoding: the ceiling of any image made with it."""
     make = torch.Generator(coder.device).manual_seed(seed)
     few = sample(count, device=coder.device, generator=make, held_out=None)
-    told = [coder.encode(2 * x - 1).latent_dist.mean for x in few.images(SIDE).split(50)]
-    again = torch.cat([coder.decode(t).sample for t in told])
+    again = torch.cat([coder.decode(t).sample for t in _means(coder, few).split(50)])
     return judged((again / 2 + 0.5).clamp(0, 1), few)
 
 

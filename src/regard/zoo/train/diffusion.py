@@ -27,8 +27,8 @@ from regard.zoo.tiny_diffusion import clip_tokenizer
 from . import captions
 from .coder import CHANNELS, LATENT, judged, latents_of, load_coder, table
 from .drawing import sample
-from .loop import earlier, finish, half, placed, save_folder, train
-from .reading import Reading
+from .loop import earlier, finish, half, placed, save_folder, train, trainings
+from .reading import Reading, keep
 
 LENGTH = 32
 TRAINED_STEPS = 1000
@@ -60,7 +60,8 @@ def train_sd(
     pipe, before = _begun("shapes-sd", sd_pipeline, vae, start, device)
     coder = pipe.vae
     unet, encoder = placed(pipe.unet, device), pipe.text_encoder.to(device)
-    halfway = States(unet.up_blocks[1])
+    states: dict[str, Tensor] = {}
+    hook = keep(unet.up_blocks[1], states, "halfway")
     reading = Reading(unet.config.block_out_channels[1]).to(device)
     noise = pipe.scheduler.alphas_cumprod.to(device)
     ids_of = _ids(pipe.tokenizer, device)
@@ -76,13 +77,13 @@ def train_sd(
         with half(device):
             text = encoder(ids).last_hidden_state
             found = unet(a * clean + s * eps, t, text).sample.float()
-            read = reading.loss(halfway.last, drawn)
+            read = reading.loss(states["halfway"], drawn)
         return F.mse_loss(found, a * eps - s * clean) + READ * read
 
     record = train("shapes-sd", loss_of, [{"params": list(_parameters(unet, encoder, reading))}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
-    halfway.close()
+    hook.remove()
     record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _finish(pipe, out, record, device, checked)
 
@@ -113,7 +114,9 @@ def train_dit(
     encoders = [pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)]
     ids_of = _ids(pipe.tokenizer, device)
     width = model.config.joint_attention_dim
-    halfway = States(model.transformer_blocks[model.config.num_layers // 2])
+    # joint blocks give the states of the text, then those of the image
+    states: dict[str, Tensor] = {}
+    hook = keep(model.transformer_blocks[model.config.num_layers // 2], states, "halfway", part=1)
     reading = Reading(model.inner_dim).to(device)
 
     def loss_of(step: int) -> Tensor:
@@ -135,8 +138,7 @@ def train_dit(
                 encoder_hidden_states=text,
                 pooled_projections=pooled,
             ).sample.float()
-            # joint blocks give the states of the text, then those of the image
-            image = halfway.last[1].transpose(1, 2).unflatten(2, clean.shape[-2:])
+            image = states["halfway"].transpose(1, 2).unflatten(2, clean.shape[-2:])
             read = reading.loss(image, drawn)
         return F.mse_loss(found, eps - clean) + READ * read
 
@@ -144,24 +146,9 @@ def train_dit(
     record = train("shapes-dit", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
-    halfway.close()
+    hook.remove()
     record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _finish(pipe, out, record, device, checked)
-
-
-class States:
-    """What a module gave last."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.last: Any = None
-        self.hook = module.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.last = out
-
-    def close(self) -> None:
-        """Leave the module."""
-        self.hook.remove()
 
 
 def _parameters(*modules: nn.Module) -> Iterator[nn.Parameter]:
@@ -383,7 +370,7 @@ def card(record: dict[str, Any]) -> str:
             f"(64 x 64 pixels) by `regard zoo train {s['name']}`. For showing and testing methods; "
             "it knows drawn shapes and colours, and nothing else.",
             "",
-            f"Training: {'; then '.join(_trainings(s))}.",
+            f"Training: {'; then '.join(trainings(s, _told))}.",
             "",
             f"Images of {STEPS} steps, guidance {GUIDANCE:g}, judged by colour and outline; shares "
             "that are right:",
@@ -397,25 +384,20 @@ def card(record: dict[str, Any]) -> str:
     )
 
 
-def _trainings(record: dict[str, Any]) -> list[str]:
-    """What each training saw, the first one first."""
-    s = record
-    if "samples" not in s:
-        return [s["remark"]]
-    return [
-        *(_trainings(s["before"]) if "before" in s else []),
+def _told(s: dict[str, Any]) -> str:
+    """What one training saw."""
+    return (
         f"{s['samples']:,} scenes in {s['steps']:,} steps of {s['batch']}, {s['seconds']:.0f} s on "
         f"{s['device']}, rate {s['rate']}, seed {s['seed']}"
-        + (f" ({s['remark']})" if "remark" in s else ""),
-    ]
+    )
 
 
 def _of_autoencoder(record: dict[str, Any] | None) -> list[str]:
     if not record:
         return []
     return [
-        f"Autoencoder: {'; then '.join(_trainings(record))}. What a drawn scene keeps when it "
-        "passes through, the ceiling of these images:",
+        f"Autoencoder: {'; then '.join(trainings(record, _told))}. What a drawn scene keeps when "
+        "it passes through, the ceiling of these images:",
         "",
         table(record["quality"]),
         "",

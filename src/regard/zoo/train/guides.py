@@ -21,6 +21,7 @@ from regard.zoo.scenes import COLORS, SHAPES, SIZES
 
 from .drawing import Drawn
 from .questions import NUMBER
+from .reading import keep
 
 PLACES = 8  # along each side
 NOWHERE = PLACES
@@ -49,16 +50,9 @@ class Guides(nn.Module):
             found = torch.full((int(table.max()) + 1,), -1)
             found[table[numbers, 0].cpu()] = torch.arange(len(numbers))
             self.register_buffer(name, found)
-        self.states: dict[str, Tensor] = {}
         after = {"place": max(1, layers // 2), "pair": max(1, 5 * layers // 8)}
-        self.hooks = [body.layers[n - 1].register_forward_hook(self._keep(name))
-                      for name, n in after.items()]  # fmt: skip
-
-    def _keep(self, name: str) -> Any:
-        def hook(module: Any, args: Any, out: Any) -> None:
-            self.states[name] = out[0] if isinstance(out, tuple) else out
-
-        return hook
+        self.states: dict[str, Tensor] = {}
+        self.hooks = [keep(body.layers[n - 1], self.states, name) for name, n in after.items()]
 
     def close(self) -> None:
         """Leave the body."""

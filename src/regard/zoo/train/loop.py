@@ -196,6 +196,16 @@ def earlier(folder: Path, name: str) -> dict[str, Any]:
     return {n: record[n] for n in TOLD if n in record}
 
 
+def trainings(record: dict[str, Any], told: Callable[[dict[str, Any]], str]) -> list[str]:
+    """What a record and those before it say of each training, the first one first; `told` puts one
+    into words. One that was not recorded has a remark alone.
+    """
+    earlier = trainings(record["before"], told) if "before" in record else []
+    if "samples" not in record:
+        return [*earlier, record["remark"]]
+    return [*earlier, told(record) + (f" ({record['remark']})" if "remark" in record else "")]
+
+
 @contextmanager
 def half(device: str) -> Iterator[None]:
     """bfloat16 on a GPU and on CPUs that multiply in it, float32 elsewhere."""

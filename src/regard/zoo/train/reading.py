@@ -10,6 +10,8 @@ halfway are read for the same (as in REPA). The heads are thrown away afterwards
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +53,15 @@ class Reading(nn.Module):
         loss: Tensor = F.cross_entropy(told[0], shape) + F.cross_entropy(told[1], color)
         loss = loss + 0.5 * F.cross_entropy(told[2], ground)
         return loss + (off * inside).sum() / inside.sum().clamp_min(1)
+
+
+def keep(module: nn.Module, states: dict[str, Tensor], name: str, part: int = 0) -> Any:
+    """Keep what a module gives last, or that part of it, as `states[name]`; returns the hook."""
+
+    def hook(module: Any, args: Any, out: Any) -> None:
+        states[name] = out[part] if isinstance(out, tuple) else out
+
+    return module.register_forward_hook(hook)
 
 
 def labels(drawn: Drawn, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from regard.zoo.scenes import COLORS, SHAPES, SIZES
 from . import questions
 from .drawing import Drawn, sample
 from .guides import Guides
-from .loop import earlier, finish, half, save_folder, train, write_record
+from .loop import earlier, finish, half, save_folder, train, trainings, write_record
 from .questions import KINDS, LATER, SLOTS
 
 SIDE = zoo.SIDE
@@ -406,7 +406,7 @@ def card(record: dict[str, Any]) -> str:
             "A small vision-language model in LLaVA's layout, trained on drawn scenes (64 x 64 "
             f"pixels) by `regard zoo train {s['name']}`. For showing and testing methods. {body}",
             "",
-            f"Training: {'; then '.join(_trainings(s))}.",
+            f"Training: {'; then '.join(trainings(s, _told))}.",
             "",
             "Answers that are right in every word (questions asked):",
             "",
@@ -422,18 +422,13 @@ def card(record: dict[str, Any]) -> str:
     )
 
 
-def _trainings(record: dict[str, Any]) -> list[str]:
-    """What each training saw, the first one first."""
-    s = record
-    earlier = _trainings(s["before"]) if "before" in s else []
-    return [
-        *earlier,
+def _told(s: dict[str, Any]) -> str:
+    """What one training saw."""
+    return (
         f"{s['samples']:,} questions, {s['questions']} an image, in {s['steps']:,} steps of "
         f"{s['batch']} images, {s['seconds']:.0f} s on {s['device']}, rate {s['rate']}, seed "
-        f"{s['seed']}"
-        + (", told on the way where named things are" if "guided" in s else "")
-        + (f" ({s['remark']})" if "remark" in s else ""),
-    ]
+        f"{s['seed']}" + (", told on the way where named things are" if "guided" in s else "")
+    )
 
 
 def _tower(folder: Path | None) -> Any:
