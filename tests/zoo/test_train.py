@@ -18,6 +18,7 @@ from regard.zoo import vlm as assembled
 from regard.zoo.pipelines import load_pipeline
 from regard.zoo.scenes import is_held_out
 from regard.zoo.shipped import MODELS, PIPELINES, shipped
+from regard.zoo.tiny_diffusion import tiny_pipeline
 from regard.zoo.train import captions, coder, diffusion, loop, questions, reading, recipe
 from regard.zoo.train import vlm as train
 from regard.zoo.train.drawing import sample
@@ -343,6 +344,59 @@ def test_latents_that_say_what_is_there_are_read_with_a_lower_loss() -> None:
             adam.step()
         losses.append(loss.item())
     assert losses[0] < 0.5 * losses[1]
+
+
+def test_captions_are_asked_where_their_things_lie() -> None:
+    """States that say so are read with a lower loss; words before the answer is known are few."""
+    drawn = sample(64, generator=random(), things=(2,))
+    words = captions.write(drawn, generator=random())
+    cells = torch.stack([drawn.x, drawn.y], -1).flatten(1)
+    kinds = [F.one_hot(v, 7).flatten(1).float() for v in (drawn.color, drawn.shape)]
+    cut = F.one_hot((cells * reading.CELLS).long(), reading.CELLS).flatten(1).float()
+    told = torch.cat([cut, *kinds], -1)[:, None].expand(-1, 32, -1)
+    losses = []
+    for states in (told, torch.zeros_like(told)):
+        head = reading.Telling(told.shape[-1])
+        adam = torch.optim.Adam(head.parameters(), 0.1)
+        for _ in range(60):
+            loss = head.loss(states, words, drawn)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        losses.append(loss.item())
+    assert losses[0] < 0.1 * losses[1]
+    none = torch.zeros_like(words)
+    assert reading.Telling(8).loss(torch.zeros(64, 32, 8), none, drawn) == 0
+
+
+@pytest.mark.parametrize("times", [256, 3, 0])
+def test_one_key_counted_often_is_as_many_alike(times: int) -> None:
+    q, k, v = torch.randn(3, 2, 2, 5, 8, generator=random(), dtype=torch.float64)
+    many = [torch.cat([t[:, :, :-1], t[:, :, -1:].expand(-1, -1, times, -1)], 2) for t in (k, v)]
+    wanted = F.scaled_dot_product_attention(q, *many)
+    with loop.Counted(times):
+        assert torch.allclose(F.scaled_dot_product_attention(q, k, v), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("blanks", [0, 32, 256])
+def test_one_empty_token_stands_for_all_in_a_joint_transformer(blanks: int) -> None:
+    model = diffusion.dit_pipeline(tiny_pipeline("sd").vae).transformer.double()
+    for p in model.parameters():  # some begin at 0
+        torch.nn.init.normal_(p, std=0.1, generator=random())
+    width, pooled = (model.config[n] for n in ("joint_attention_dim", "pooled_projection_dim"))
+    given: dict[str, Any] = {
+        "hidden_states": torch.randn(2, coder.CHANNELS, 16, 16, generator=random()).double(),
+        "pooled_projections": torch.randn(2, pooled, generator=random(), dtype=torch.float64),
+        "timestep": torch.tensor([300.0, 900.0]),
+    }
+    text = torch.randn(2, 9, width, generator=random(), dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(encoder_hidden_states=F.pad(text, (0, 0, 0, blanks)), **given).sample
+        with loop.Counted(blanks):
+            found = model(encoder_hidden_states=F.pad(text, (0, 0, 0, 1)), **given).sample
+        other = model(encoder_hidden_states=F.pad(text, (0, 0, 0, 1)), **given).sample
+    assert torch.allclose(found, wanted, atol=1e-12)
+    assert not torch.allclose(other, wanted, atol=1e-6)
 
 
 def test_half_precision_leaves_attention_whole_on_cpus() -> None:

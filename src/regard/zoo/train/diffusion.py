@@ -3,7 +3,7 @@
 64 x 64 pixels, an autoencoder of factor 4 that both share, words of one token each. `shapes-sd` is
 the whole `StableDiffusionPipeline` (causal CLIP text encoder, UNet with cross-attention at 16, 8
 and 4, DDIM); `shapes-dit` the `StableDiffusion3Pipeline` without T5 (two CLIPs, joint attention
-over 256 image tokens, rectified flow). Pairs of colour and shape that `scenes.is_held_out` names
+over 64 image tokens, rectified flow). Pairs of colour and shape that `scenes.is_held_out` names
 are never drawn.
 """
 
@@ -27,14 +27,16 @@ from regard.zoo.tiny_diffusion import clip_tokenizer
 from . import captions
 from .coder import CHANNELS, LATENT, judged, latents_of, load_coder, table
 from .drawing import sample
-from .loop import earlier, finish, half, placed, save_folder, train, trainings
-from .reading import Reading, keep
+from .loop import Counted, earlier, finish, half, placed, save_folder, train, trainings
+from .reading import Reading, Telling, keep
 
 LENGTH = 32
 TRAINED_STEPS = 1000
 STEPS, GUIDANCE = 25, 4.0  # of the images that are judged
-BLANKS = (0, 32, 0, 32, 0, 256)  # empty T5 tokens in shapes-dit; the stock pipeline puts 256
-READ = 0.1  # weight of what the states halfway are read for
+BLANKS = (256, 256, 32, 256, 0)  # empty T5 tokens in shapes-dit; the stock pipeline puts 256
+READ = 0.1  # weight of what the states halfway, and the caption's, are read for
+EARLY, FIRST = 0.25, 0.15  # share of draws from that first share of the way, where places settle
+DROP = 0.1  # share of scenes without caption, for guidance
 
 
 def train_sd(
@@ -63,24 +65,31 @@ def train_sd(
     states: dict[str, Tensor] = {}
     hook = keep(unet.up_blocks[1], states, "halfway")
     reading = Reading(unet.config.block_out_channels[1]).to(device)
+    telling = Telling(encoder.config.hidden_size).to(device)
     noise = pipe.scheduler.alphas_cumprod.to(device)
     ids_of = _ids(pipe.tokenizer, device)
 
+    def early() -> Tensor:
+        return torch.rand(batch, device=device, generator=make) < EARLY
+
     def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 2), textures=0.15)
-        ids = ids_of(captions.write(drawn, captions.PLAIN, make), drop=0.1, generator=make)
+        words = _some(captions.write(drawn, captions.PLAIN, make), make)
         clean = latents_of(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         t = torch.randint(TRAINED_STEPS, (batch,), device=device, generator=make)
+        first = int((1 - FIRST) * TRAINED_STEPS)
+        t = torch.where(early(), first + t % (TRAINED_STEPS - first), t)
         a = noise[t].sqrt()[:, None, None, None]
         s = (1 - noise[t]).sqrt()[:, None, None, None]
         with half(device):
-            text = encoder(ids).last_hidden_state
+            text = encoder(ids_of(words)).last_hidden_state
             found = unet(a * clean + s * eps, t, text).sample.float()
-            read = reading.loss(states["halfway"], drawn)
+            read = reading.loss(states["halfway"], drawn) + telling.loss(text, words, drawn)
         return F.mse_loss(found, a * eps - s * clean) + READ * read
 
-    record = train("shapes-sd", loss_of, [{"params": list(_parameters(unet, encoder, reading))}],
+    trained = list(_parameters(unet, encoder, reading, telling))
+    record = train("shapes-sd", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
     hook.remove()
@@ -117,32 +126,36 @@ def train_dit(
     # joint blocks give the states of the text, then those of the image
     states: dict[str, Tensor] = {}
     hook = keep(model.transformer_blocks[model.config.num_layers // 2], states, "halfway", part=1)
-    reading = Reading(model.inner_dim).to(device)
+    reading, telling = Reading(model.inner_dim).to(device), Telling(width).to(device)
+    side = LATENT // model.config.patch_size
+
+    def early() -> Tensor:
+        return torch.rand(batch, device=device, generator=make) < EARLY
 
     def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 2, 3), textures=0.15)
-        ids = ids_of(captions.write(drawn, captions.SPOKEN, make), drop=0.1, generator=make)
+        words = _some(captions.write(drawn, captions.SPOKEN, make), make)
         clean = latents_of(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         s = torch.randn(batch, device=device, generator=make).sigmoid()
+        s = torch.where(early(), 1 - FIRST * torch.rand(batch, device=device, generator=make), s)
         wide = s[:, None, None, None]
-        blanks = BLANKS[step % len(BLANKS)]
         with half(device):
-            told = [e(ids, output_hidden_states=True) for e in encoders]
+            told = [e(ids_of(words), output_hidden_states=True) for e in encoders]
             text = torch.cat([t.hidden_states[-2] for t in told], -1)
-            text = torch.cat([text, text.new_zeros(batch, blanks, width)], 1)
             pooled = torch.cat([t.text_embeds for t in told], -1)
-            found = model(
-                hidden_states=(1 - wide) * clean + wide * eps,
-                timestep=1000 * s,
-                encoder_hidden_states=text,
-                pooled_projections=pooled,
-            ).sample.float()
-            image = states["halfway"].transpose(1, 2).unflatten(2, clean.shape[-2:])
-            read = reading.loss(image, drawn)
+            with Counted(BLANKS[step % len(BLANKS)]):
+                found = model(
+                    hidden_states=(1 - wide) * clean + wide * eps,
+                    timestep=1000 * s,
+                    encoder_hidden_states=F.pad(text, (0, 0, 0, 1)),
+                    pooled_projections=pooled,
+                ).sample.float()
+            image = states["halfway"].transpose(1, 2).unflatten(2, (side, side))
+            read = reading.loss(image, drawn) + telling.loss(text, words, drawn)
         return F.mse_loss(found, eps - clean) + READ * read
 
-    trained = list(_parameters(model, *encoders, reading))
+    trained = list(_parameters(model, *encoders, reading, telling))
     record = train("shapes-dit", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
@@ -210,7 +223,7 @@ def dit_pipeline(coder: Any) -> Any:
              for _ in range(2)]  # fmt: skip
     transformer = SD3Transformer2DModel(
         sample_size=LATENT,
-        patch_size=1,
+        patch_size=2,
         in_channels=CHANNELS,
         num_layers=6,
         attention_head_dim=32,
@@ -219,7 +232,7 @@ def dit_pipeline(coder: Any) -> Any:
         caption_projection_dim=160,
         pooled_projection_dim=128,
         out_channels=CHANNELS,
-        pos_embed_max_size=2 * LATENT,
+        pos_embed_max_size=LATENT,
         qk_norm="rms_norm",
     )
     return StableDiffusion3Pipeline(
@@ -258,15 +271,17 @@ def _ids(tokenizer: Any, device: str) -> Any:
     end = tokenizer.eos_token_id
     to_id = torch.tensor([end, *table], device=device)
 
-    def ids(words: Tensor, drop: float = 0.0, generator: Any = None) -> Tensor:
+    def ids(words: Tensor) -> Tensor:
         rows = to_id[words][:, : LENGTH - 2]
         rows = F.pad(rows, (0, LENGTH - 1 - rows.shape[1]), value=end)
-        if drop:
-            blank = torch.rand(len(rows), 1, device=rows.device, generator=generator) < drop
-            rows = torch.where(blank, end, rows)
         return F.pad(rows, (1, 0), value=tokenizer.bos_token_id)
 
     return ids
+
+
+def _some(words: Tensor, make: torch.Generator) -> Tensor:
+    """Captions but for a few, of which no word is left."""
+    return words * (torch.rand(len(words), 1, device=words.device, generator=make) >= DROP)
 
 
 def _begun(
@@ -320,8 +335,10 @@ def move(pipe: Any, coder: Any, scenes: int = 256) -> None:
     else:
         first, last = pipe.transformer.pos_embed.proj, pipe.transformer.proj_out
     first.weight.copy_(torch.einsum("oihw,ij->ojhw", first.weight, turn))
-    last.weight.copy_((turn.T @ last.weight.flatten(1)).view_as(last.weight))
-    last.bias.copy_(turn.T @ last.bias)
+    # a patch of several latents lies in rows of their channels, one after the other
+    rows = last.weight.flatten(1).unflatten(0, (-1, len(turn)))
+    last.weight.copy_((turn.T @ rows).reshape(last.weight.shape))
+    last.bias.copy_((last.bias.unflatten(0, (-1, len(turn))) @ turn).flatten())
     pipe.register_modules(vae=coder)
 
 

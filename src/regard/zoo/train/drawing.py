@@ -7,6 +7,7 @@ same scene as a `regard.zoo.scenes.Scene`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -97,11 +98,14 @@ class Drawn:
         r = self.radius[:, n, None]
         u = ((at - self.x[:, n, None]) / r)[:, None, :]
         v = ((at - self.y[:, n, None]) / r)[:, :, None]
-        inside = _outline(self.shape[:, n], u, v) & self.there[:, n, None, None]
-        kind = self.texture[:, n, None, None]
-        striped = ((v / 0.4).floor() % 2 == 0) & (kind == TEXTURES.index("striped"))
-        dots = torch.hypot(u % 0.7 - 0.35, v % 0.7 - 0.35) < 0.22
-        return inside, striped | (dots & (kind == TEXTURES.index("dotted")))
+        kind = torch.where(self.there[:, n], self.shape[:, n], -1)
+        inside = _outline(kind, u, v)
+        dark = torch.zeros_like(inside)
+        kind = torch.where(self.there[:, n], self.texture[:, n], 0)
+        for name in ("striped", "dotted"):
+            rows = kind == TEXTURES.index(name)
+            dark[rows] = _dark(name, u[rows], v[rows])
+        return inside, dark
 
 
 def sample(
@@ -200,32 +204,52 @@ def _table(colors: list[tuple[int, int, int]], device: Any) -> Tensor:
     return torch.tensor(colors, device=device, dtype=torch.float32) / 255
 
 
+def _dark(texture: str, u: Tensor, v: Tensor) -> Tensor:
+    """Where a texture is dark, a row of samples each way a thing."""
+    if texture == "striped":
+        return ((v / 0.4).floor() % 2 == 0).expand(-1, -1, u.shape[-1])
+    return torch.hypot(u % 0.7 - 0.35, v % 0.7 - 0.35) < 0.22
+
+
 def _outline(kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """`scenes.outline`, and digits, for a batch: which points lie inside, `[scenes, v, u]`."""
-    u, v = torch.broadcast_tensors(u, v)
-    r = torch.hypot(u, v)
-    turn = torch.remainder(torch.atan2(u, -v), 2 * torch.pi / 5)
-    turn = (turn - torch.pi / 5).abs()
-    corner = torch.tensor(torch.pi / 5)
-    outer, inner = 1.0, 0.42
-    ax, ay = float(outer * torch.cos(corner)), float(outer * torch.sin(corner))
-    known = {
-        "circle": r <= 0.95,
-        "square": torch.maximum(u.abs(), v.abs()) <= 0.85,
-        "triangle": (v <= 0.75) & (u.abs() <= (v + 0.95) / 1.7),
-        "star": (ax - inner) * r * torch.sin(turn) - ay * (r * torch.cos(turn) - inner) >= 0,
-        "cross": ((u.abs() <= 0.3) | (v.abs() <= 0.3)) & (torch.maximum(u.abs(), v.abs()) <= 0.95),
-        "ring": (r <= 1) & (r >= 0.55),
-        "diamond": u.abs() + v.abs() <= 1,
-    }
-    inside = torch.zeros_like(u, dtype=torch.bool)
-    for n, name in enumerate(SHAPES):
-        inside |= known[name] & (kind == n)[:, None, None]
-    if bool((kind >= len(SHAPES)).any()):
-        font = torch.tensor([[int(c) for c in digit] for digit in _FONT], device=u.device).bool()
-        column, row = ((u / 0.6 + 1) * 1.5).floor().long(), ((v + 1) * 2.5).floor().long()
-        within = (u.abs() < 0.6) & (v.abs() < 1)
-        cell = (row.clamp(0, 4) * 3 + column.clamp(0, 2)).flatten(1)
-        lit = font[(kind - len(SHAPES)).clamp_min(0)].gather(1, cell).view(u.shape)
-        inside |= lit & within & (kind >= len(SHAPES))[:, None, None]
+    """`scenes.outline`, and digits, for a batch: which points lie inside, `[scenes, v, u]`; none
+    of kind -1. Each kind is met by itself, as seven outlines of every thing would be six too many.
+    """
+    inside = torch.zeros(
+        torch.broadcast_shapes(u.shape, v.shape), dtype=torch.bool, device=u.device
+    )
+    for n in kind.unique().tolist():
+        rows = kind == n
+        if n >= len(SHAPES):
+            inside[rows] = _digit(n - len(SHAPES), u[rows], v[rows])
+        elif n >= 0:
+            inside[rows] = _shape(SHAPES[n], u[rows], v[rows])
     return inside
+
+
+def _shape(name: str, u: Tensor, v: Tensor) -> Tensor:
+    if name == "square":
+        return torch.maximum(u.abs(), v.abs()) <= 0.85
+    if name == "triangle":
+        return (v <= 0.75) & (u.abs() <= (v + 0.95) / 1.7)
+    if name == "cross":
+        return ((u.abs() <= 0.3) | (v.abs() <= 0.3)) & (torch.maximum(u.abs(), v.abs()) <= 0.95)
+    if name == "diamond":
+        return u.abs() + v.abs() <= 1
+    r = torch.hypot(u, v)
+    if name == "circle":
+        return r <= 0.95
+    if name == "ring":
+        return (r <= 1) & (r >= 0.55)
+    turn = torch.remainder(torch.atan2(u, -v), 2 * torch.pi / 5)  # a star
+    turn = (turn - torch.pi / 5).abs()
+    corner, outer, inner = torch.pi / 5, 1.0, 0.42
+    ax, ay = outer * math.cos(corner), outer * math.sin(corner)
+    return (ax - inner) * r * torch.sin(turn) - ay * (r * torch.cos(turn) - inner) >= 0
+
+
+def _digit(n: int, u: Tensor, v: Tensor) -> Tensor:
+    lit = torch.tensor([c == "1" for c in _FONT[n]], device=u.device)
+    column, row = ((u / 0.6 + 1) * 1.5).floor().long(), ((v + 1) * 2.5).floor().long()
+    cell = row.clamp(0, 4) * 3 + column.clamp(0, 2)
+    return lit[cell] & (u.abs() < 0.6) & (v.abs() < 1)

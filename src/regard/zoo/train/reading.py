@@ -1,11 +1,13 @@
-"""What latents, and the states of a denoiser, are asked on the way while they learn.
+"""What latents, the states of a denoiser and those of a caption are asked while they learn.
 
 A denoiser learns colours and places soon and outlines late: an outline is a matter of a few pixels
 at the border of a thing, and the error of the noise hardly feels it. Two remedies known from large
 models are used here. The autoencoder's latents are read for what they show (as in VA-VAE, whose
 latents are brought near those of a vision model): every place inside a thing then says which shape,
 which colour and where its middle is, which can be painted like a colour. And the denoiser's states
-halfway are read for the same (as in REPA). The heads are thrown away afterwards.
+halfway are read for the same (as in REPA). Where things stand is felt even less, for it is settled
+within the first few steps of an image: so the caption's states must say it too. The heads are
+thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from torch import Tensor, nn
 
 from regard.zoo.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES
 
+from .captions import NUMBER
 from .drawing import Drawn
 
 PARTS = (len(SHAPES) + 1, len(COLORS) + 1, len(BACKGROUNDS), 3)
+CELLS = 4  # along each side, in which a caption's states place things
+SAID = ("left", "right", "above", "below", "top", "bottom", *SHAPES)  # words that are asked
 MIDDLE = sum(map(sum, SIZES.values())) / 4  # radius, by which others are measured
 
 
@@ -53,6 +58,42 @@ class Reading(nn.Module):
         loss: Tensor = F.cross_entropy(told[0], shape) + F.cross_entropy(told[1], color)
         loss = loss + 0.5 * F.cross_entropy(told[2], ground)
         return loss + (off * inside).sum() / inside.sum().clamp_min(1)
+
+
+class Telling(nn.Module):
+    """Heads that read the states of a caption for its first two things: where, and what they are.
+
+    Args:
+        width: of the states.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = 2 * [CELLS, CELLS, len(COLORS), len(SHAPES)]
+        self.head = nn.Linear(width, sum(self.parts))
+
+    def loss(self, states: Tensor, words: Tensor, drawn: Drawn) -> Tensor:
+        """Cross-entropies of cells and kinds, asked at each shape, relation and place.
+
+        Args:
+            states: `[scenes, tokens, width]`, from the token before the first word on.
+            words: the caption's, `[scenes, words]`, as `captions.write` gives them.
+            drawn: the scenes.
+
+        >>> from .captions import write
+        >>> from .drawing import sample
+        >>> drawn = sample(2, things=(1, 2), generator=torch.Generator().manual_seed(0))
+        >>> bool(Telling(8).loss(torch.zeros(2, 32, 8), write(drawn), drawn) > 0)
+        True
+        """
+        asked = torch.tensor([NUMBER[word] for word in SAID], device=words.device)
+        rows, at = torch.isin(words[:, : states.shape[1] - 1], asked).nonzero(as_tuple=True)
+        told = self.head(states[rows, at + 1]).float().split(self.parts, -1)
+        x, y = ((v * CELLS).long().clamp(0, CELLS - 1) for v in (drawn.x, drawn.y))
+        every = torch.stack([x, y, drawn.color, drawn.shape], -1)
+        every = torch.where(drawn.there[..., None], every, -100)[:, :2].flatten(1)[rows]
+        found = [F.cross_entropy(a, b) for a, b in zip(told, every.T) if bool((b >= 0).any())]
+        return sum(found, told[0].new_zeros(()))
 
 
 def keep(module: nn.Module, states: dict[str, Tensor], name: str, part: int = 0) -> Any:
