@@ -18,6 +18,7 @@ from regard.errors import InputError
 from regard.reproduce import harness
 from regard.reproduce.harness import Claim, Interval, Journal, Measured, Setup, verdict
 from regard.zoo import tiny
+from regard.zoo.shipped import shipped
 
 
 def claim(key: str = "grows", **changes: Any) -> Claim:
@@ -166,6 +167,17 @@ def test_an_interrupted_run_goes_on(method: ModuleType, tmp_path: Path) -> None:
     assert method.calls == [1, 1]  # type: ignore[attr-defined]
 
 
+def test_a_run_does_not_go_on_with_other_weights(method: ModuleType, tmp_path: Path) -> None:
+    method.breaks = True  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    method.breaks = False  # type: ignore[attr-defined]
+    other = tiny("llama", seed=1)
+    result = harness.run("fake", out=tmp_path, model=(other, None), progress=False)
+    assert method.calls == [1, 1]  # type: ignore[attr-defined]
+    assert result.weights == harness.weights_of(other) != harness.weights_of(tiny("llama"))
+
+
 def test_a_quick_run_is_kept_apart(method: ModuleType, tmp_path: Path) -> None:
     assert (
         run(tmp_path, quick=True).command
@@ -255,6 +267,14 @@ def test_committed_results_fit_the_code(result: harness.Result) -> None:
         )
         said = stated.judge(found.values) if stated.judge else "needs scale"
         assert found.verdict == said
+
+
+@pytest.mark.parametrize("result", [r for r in RESULTS if r.weights], ids=lambda r: r.slug)
+def test_committed_results_are_of_the_weights_that_ship(result: harness.Result) -> None:
+    """A model that is trained anew is measured anew."""
+    if shipped(result.model) is None:
+        pytest.skip(f"{result.model} does not come with the package")
+    assert harness.weights_of(harness._model(result.model)[0]) == result.weights
 
 
 def test_the_committed_page_is_generated() -> None:

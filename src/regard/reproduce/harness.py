@@ -160,6 +160,7 @@ class Result:
     quick: bool
     command: str
     picture: str | None = None  # what the picture beside the result shows
+    weights: str | None = None  # a fingerprint of the model's, None for results older than that
 
     @property
     def counts(self) -> dict[str, int]:
@@ -297,7 +298,8 @@ def run(
     elif model is not None:
         raise InputError(f"{slug} measures attention alone: leave the model out")
     source = fingerprint(slug)
-    key = {"slug": slug, "model": name, "quick": quick, "source": source}
+    weights = None if loaded is None else weights_of(loaded)
+    key = {"slug": slug, "model": name, "weights": weights, "quick": quick, "source": source}
     partial = folder / f".{slug}{'.quick' if quick else ''}.partial.json"
     journal = Journal(partial, key)
     try:
@@ -326,6 +328,7 @@ def run(
         quick=quick,
         command=_command(slug, quick, "none" if name == own else name),
         picture=None if done.picture is None else done.picture[1],
+        weights=weights,
     )
     if done.picture is not None:
         kept = io.BytesIO()
@@ -405,6 +408,27 @@ def fingerprint(slug: str) -> str:
     files = [here / f"{name}.py", here / "problems.py", *here.parent.glob(f"s*/{name}.py")]
     for path in sorted(f for f in files if f.is_file()):
         mark.update(path.read_bytes())
+    return mark.hexdigest()[:12]
+
+
+def weights_of(model: Any) -> str:
+    """Twelve digits that change when a weight of a model, or of a pipeline's parts, does.
+
+    >>> import torch
+    >>> one = torch.nn.Linear(2, 2)
+    >>> before = weights_of(one)
+    >>> _ = one.bias.data.add_(1)
+    >>> weights_of(one) == before
+    False
+    """
+    import torch
+
+    parts = {"": model} if isinstance(model, torch.nn.Module) else model.components
+    mark = hashlib.sha256()
+    for part in sorted(n for n, m in parts.items() if isinstance(m, torch.nn.Module)):
+        for name, tensor in sorted(parts[part].state_dict().items()):
+            mark.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            mark.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return mark.hexdigest()[:12]
 
 

@@ -114,7 +114,8 @@ def _section(result: Result) -> list[str]:
     lines += [
         "",
         f"`{result.command}`, {result.date}, {result.seconds:.0f} s on {result.device}; {made}; "
-        f"commit {result.commit or 'unknown'}, source {result.source}.",
+        f"commit {result.commit or 'unknown'}, source {result.source}"
+        + (f", weights {result.weights}." if result.weights else "."),
         "",
     ]
     return lines
