@@ -120,7 +120,7 @@ CLAIMS = (
 class Size:
     """How much is measured."""
 
-    scenes: int = 6
+    scenes: int = 10
     steps: int = 15
     inner: int = 10
     null: int = 10
