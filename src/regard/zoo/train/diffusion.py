@@ -65,7 +65,6 @@ def train_sd(
     states: dict[str, Tensor] = {}
     hook = keep(unet.up_blocks[1], states, "halfway")
     reading = Reading(unet.config.block_out_channels[1]).to(device)
-    telling = Telling(encoder.config.hidden_size).to(device)
     noise = pipe.scheduler.alphas_cumprod.to(device)
     ids_of = _ids(pipe.tokenizer, device)
 
@@ -85,10 +84,10 @@ def train_sd(
         with half(device):
             text = encoder(ids_of(words)).last_hidden_state
             found = unet(a * clean + s * eps, t, text).sample.float()
-            read = reading.loss(states["halfway"], drawn) + telling.loss(text, words, drawn)
+            read = reading.loss(states["halfway"], drawn)
         return F.mse_loss(found, a * eps - s * clean) + READ * read
 
-    trained = list(_parameters(unet, encoder, reading, telling))
+    trained = list(_parameters(unet, encoder, reading))
     record = train("shapes-sd", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
