@@ -6,8 +6,9 @@ models are used here. The autoencoder's latents are read for what they show (as 
 latents are brought near those of a vision model): every place inside a thing then says which shape,
 which colour and where its middle is, which can be painted like a colour. And the denoiser's states
 halfway are read for the same (as in REPA). Where things stand is felt even less, for it is settled
-within the first few steps of an image: so the caption's states must say it too. The heads are
-thrown away afterwards.
+within the first few steps of an image: so the caption's states can be made to say it too. That has
+its price: words that tell of both things are looked at for either, and the maps of words lie on
+neither; so only `shapes-dit` is taught in this way. The heads are thrown away afterwards.
 """
 
 from __future__ import annotations
