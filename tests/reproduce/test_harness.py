@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -10,13 +11,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from regard import reproduce
 from regard.catalog import _verdict, methods
 from regard.errors import InputError
+from regard.report.contact import heat, sheet
 from regard.reproduce import harness
 from regard.reproduce.harness import Claim, Interval, Journal, Measured, Setup, verdict
+from regard.reproduce.refam import referred
 from regard.zoo import tiny
 from regard.zoo.shipped import shipped
 
@@ -153,6 +159,19 @@ def test_a_run_writes_what_it_found(method: ModuleType, tmp_path: Path) -> None:
     assert plain["seconds"] >= 0 and len(plain["date"]) == 10
     assert _verdict(plain) == "1 reproduced, 1 needs scale"  # what `regard methods` prints
     assert reproduce.read(tmp_path) == [result]
+
+
+def test_a_small_thing_keeps_its_color_in_a_picture() -> None:
+    """A sheet of drawn scenes beside maps of many shades of one colour."""
+    random = torch.Generator().manual_seed(0)
+    maps = [heat(torch.rand(8, 8, generator=random), (64, 64)) for _ in range(6)]
+    rows = [[referred(n).image, one] for n, one in enumerate(maps)]
+    picture = sheet(rows, ["scene", "map"], [referred(n).text for n in range(6)]).convert("RGB")
+
+    def off(few: Image.Image) -> int:
+        return int(np.abs(np.asarray(few.convert("RGB"), int) - np.asarray(picture, int)).max())
+
+    assert off(Image.open(io.BytesIO(harness._few_colors(picture)))) < 16 < off(picture.quantize())
 
 
 def test_an_interrupted_run_goes_on(method: ModuleType, tmp_path: Path) -> None:

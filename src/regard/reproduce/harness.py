@@ -331,12 +331,23 @@ def run(
         weights=weights,
     )
     if done.picture is not None:
-        kept = io.BytesIO()
-        done.picture[0].convert("RGB").quantize(128).save(kept, format="PNG", optimize=True)
-        files.write_bytes(folder / f"{slug}{'.quick' if quick else ''}.png", kept.getvalue())
+        picture = folder / f"{slug}{'.quick' if quick else ''}.png"
+        files.write_bytes(picture, _few_colors(done.picture[0]))
     result.write(folder)
     journal.clear()
     return result
+
+
+def _few_colors(picture: Any) -> bytes:
+    """A picture as a small PNG. By coverage, as the usual median cut gives the many shades of a map
+    their colours and leaves a small thing the colour of its neighbours.
+    """
+    from PIL.Image import Dither, Quantize
+
+    kept = io.BytesIO()
+    few = picture.convert("RGB").quantize(256, Quantize.MAXCOVERAGE, dither=Dither.NONE)
+    few.save(kept, format="PNG", optimize=True)
+    return kept.getvalue()
 
 
 def verdict(whole: bool, half: bool = False) -> str:
