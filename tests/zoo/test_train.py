@@ -347,7 +347,7 @@ def test_latents_that_say_what_is_there_are_read_with_a_lower_loss() -> None:
 
 
 def test_captions_are_asked_where_their_things_lie() -> None:
-    """States that say so are read with a lower loss; words before the answer is known are few."""
+    """States that say so are read with a lower loss; without words nothing is asked."""
     drawn = sample(64, generator=random(), things=(2,))
     words = captions.write(drawn, generator=random())
     cells = torch.stack([drawn.x, drawn.y], -1).flatten(1)

@@ -339,8 +339,8 @@ def run(
 
 
 def _few_colors(picture: Any) -> bytes:
-    """A picture as a small PNG. By coverage, as the usual median cut gives the many shades of a map
-    their colours and leaves a small thing the colour of its neighbours.
+    """A picture as a small PNG of 256 colours. They are chosen by coverage: median cut, the usual
+    way, spends them on the many shades of a map, and a small thing takes another's colour.
     """
     from PIL.Image import Dither, Quantize
 

@@ -6,6 +6,7 @@ shape are held out: every colour and every shape is met in training, those pairs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,31 +192,40 @@ def relation_of(first: Any, second: Any) -> str | None:
     return "below" if down > 0 else "above"
 
 
-def outline(shape: str, u: NDArray[Any], v: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which points lie inside a shape of radius 1; `v` runs downwards."""
-    r = np.hypot(u, v)
-    if shape == "circle":
-        inside = r <= 0.95
-    elif shape == "square":
-        inside = np.maximum(abs(u), abs(v)) <= 0.85
-    elif shape == "triangle":
-        inside = (v <= 0.75) & (abs(u) <= (v + 0.95) / 1.7)
-    elif shape == "diamond":
-        inside = abs(u) + abs(v) <= 1
-    elif shape == "cross":
+def outline(shape: str, u: Any, v: Any, xp: Any = np) -> Any:
+    """Which points lie inside a shape of radius 1; `v` runs downwards.
+
+    Arrays of numpy, or of another module `xp` with its functions, such as torch; they broadcast.
+    """
+    if shape == "square":
+        return xp.maximum(abs(u), abs(v)) <= 0.85
+    if shape == "triangle":
+        return (v <= 0.75) & (abs(u) <= (v + 0.95) / 1.7)
+    if shape == "diamond":
+        return abs(u) + abs(v) <= 1
+    if shape == "cross":
         arm = (abs(u) <= 0.3) | (abs(v) <= 0.3)
-        inside = arm & (np.maximum(abs(u), abs(v)) <= 0.95)
-    elif shape == "ring":
-        inside = (r <= 1) & (r >= 0.55)
-    else:  # a star of five points: straight edges between outer and inner corners
-        turn = np.mod(np.arctan2(u, -v), 2 * np.pi / 5)
-        turn = abs(turn - np.pi / 5)
-        outer, inner = 1.0, 0.42
-        # the edge from the outer corner at angle pi/5 to the inner corner at angle 0
-        ax, ay = outer * np.cos(np.pi / 5), outer * np.sin(np.pi / 5)
-        x, y = r * np.cos(turn), r * np.sin(turn)
-        inside = (ax - inner) * y - ay * (x - inner) >= 0
-    return np.asarray(inside, dtype=bool)
+        return arm & (xp.maximum(abs(u), abs(v)) <= 0.95)
+    r = xp.hypot(u, v)
+    if shape == "circle":
+        return r <= 0.95
+    if shape == "ring":
+        return (r <= 1) & (r >= 0.55)
+    # a star of five points: straight edges between outer and inner corners
+    turn = xp.remainder(xp.arctan2(u, -v), 2 * np.pi / 5)
+    turn = abs(turn - np.pi / 5)
+    outer, inner = 1.0, 0.42
+    # the edge from the outer corner at angle pi/5 to the inner corner at angle 0
+    ax, ay = outer * math.cos(math.pi / 5), outer * math.sin(math.pi / 5)
+    x, y = r * xp.cos(turn), r * xp.sin(turn)
+    return (ax - inner) * y - ay * (x - inner) >= 0
+
+
+def shaded(texture: str, u: Any, v: Any, xp: Any = np) -> Any:
+    """Which points of a striped or dotted thing of radius 1 are dark; arrays as in `outline`."""
+    if texture == "striped":
+        return xp.floor(v / 0.4) % 2 == 0
+    return xp.hypot(u % 0.7 - 0.35, v % 0.7 - 0.35) < 0.22
 
 
 def _things(
@@ -260,13 +270,9 @@ def _inside(thing: Thing, fine: int) -> tuple[NDArray[np.bool_], NDArray[np.bool
     u = (at[None, :] - thing.x) / thing.radius + np.zeros((fine, 1))
     v = (at[:, None] - thing.y) / thing.radius + np.zeros((1, fine))
     inside = outline(thing.shape, u, v)
-    if thing.texture == "striped":
-        dark = np.floor(v / 0.4) % 2 == 0
-    elif thing.texture == "dotted":
-        dark = np.hypot(u % 0.7 - 0.35, v % 0.7 - 0.35) < 0.22
-    else:
-        dark = np.zeros_like(inside)
-    return inside, np.asarray(dark, dtype=bool)
+    if thing.texture == "plain":
+        return inside, np.zeros_like(inside)
+    return inside, shaded(thing.texture, u, v)
 
 
 def _check_side(side: int) -> None:

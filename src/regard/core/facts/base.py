@@ -50,9 +50,11 @@ class Fact:
     )
 
     def begin(self, view: View) -> Sums:
+        """Sums of a call before its first tile; each fact has its own."""
         raise NotImplementedError
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        """Add a tile to the sums, in place; each fact has its own."""
         raise NotImplementedError
 
     def extend(self, old: Sums, new: Sums, view: View) -> Sums:

@@ -68,17 +68,15 @@ def train_sd(
     noise = pipe.scheduler.alphas_cumprod.to(device)
     ids_of = _ids(pipe.tokenizer, device)
 
-    def early() -> Tensor:
-        return torch.rand(batch, device=device, generator=make) < EARLY
-
     def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 2), textures=0.15)
-        words = _some(captions.write(drawn, captions.PLAIN, make), make)
+        words = captions.write(drawn, captions.PLAIN, make)
+        words *= ~_chance(DROP, batch, make)[:, None]
         clean = latents_of(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         t = torch.randint(TRAINED_STEPS, (batch,), device=device, generator=make)
         first = int((1 - FIRST) * TRAINED_STEPS)
-        t = torch.where(early(), first + t % (TRAINED_STEPS - first), t)
+        t = torch.where(_chance(EARLY, batch, make), first + t % (TRAINED_STEPS - first), t)
         a = noise[t].sqrt()[:, None, None, None]
         s = (1 - noise[t]).sqrt()[:, None, None, None]
         with half(device):
@@ -128,16 +126,18 @@ def train_dit(
     reading, telling = Reading(model.inner_dim).to(device), Telling(width).to(device)
     side = LATENT // model.config.patch_size
 
-    def early() -> Tensor:
-        return torch.rand(batch, device=device, generator=make) < EARLY
-
     def loss_of(step: int) -> Tensor:
         drawn = sample(batch, device=device, generator=make, things=(1, 2, 2, 3), textures=0.15)
-        words = _some(captions.write(drawn, captions.SPOKEN, make), make)
+        words = captions.write(drawn, captions.SPOKEN, make)
+        words *= ~_chance(DROP, batch, make)[:, None]
         clean = latents_of(coder, drawn)
         eps = torch.randn(clean.shape, device=device, generator=make)
         s = torch.randn(batch, device=device, generator=make).sigmoid()
-        s = torch.where(early(), 1 - FIRST * torch.rand(batch, device=device, generator=make), s)
+        s = torch.where(
+            _chance(EARLY, batch, make),
+            1 - FIRST * torch.rand(batch, device=device, generator=make),
+            s,
+        )
         wide = s[:, None, None, None]
         with half(device):
             told = [e(ids_of(words), output_hidden_states=True) for e in encoders]
@@ -278,9 +278,9 @@ def _ids(tokenizer: Any, device: str) -> Any:
     return ids
 
 
-def _some(words: Tensor, make: torch.Generator) -> Tensor:
-    """Captions but for a few, of which no word is left."""
-    return words * (torch.rand(len(words), 1, device=words.device, generator=make) >= DROP)
+def _chance(share: float, count: int, make: torch.Generator) -> Tensor:
+    """Which of so many are of the share."""
+    return torch.rand(count, device=make.device, generator=make) < share
 
 
 def _begun(

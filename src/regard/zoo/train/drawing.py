@@ -7,7 +7,6 @@ same scene as a `regard.zoo.scenes.Scene`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -57,6 +56,11 @@ class Drawn:
         at = torch.arange(self.shape.shape[1], device=self.count.device)
         return at < self.count[:, None]
 
+    def cells(self, side: int) -> tuple[Tensor, Tensor]:
+        """Column and row of every thing's middle on a grid of `side` x `side`."""
+        x, y = ((v * side).long().clamp(0, side - 1) for v in (self.x, self.y))
+        return x, y
+
     def images(self, side: int = 64) -> Tensor:
         """`[scenes, 3, side, side]`, from 0 to 1, with soft edges."""
         colors = _table([*COLORS.values()], self.x.device)
@@ -98,13 +102,12 @@ class Drawn:
         r = self.radius[:, n, None]
         u = ((at - self.x[:, n, None]) / r)[:, None, :]
         v = ((at - self.y[:, n, None]) / r)[:, :, None]
-        kind = torch.where(self.there[:, n], self.shape[:, n], -1)
-        inside = _outline(kind, u, v)
+        there = self.there[:, n]
+        inside = _outline(torch.where(there, self.shape[:, n], -1), u, v)
         dark = torch.zeros_like(inside)
-        kind = torch.where(self.there[:, n], self.texture[:, n], 0)
         for name in ("striped", "dotted"):
-            rows = kind == TEXTURES.index(name)
-            dark[rows] = _dark(name, u[rows], v[rows])
+            rows = there & (self.texture[:, n] == TEXTURES.index(name))
+            dark[rows] = scenes.shaded(name, u[rows], v[rows], torch)
         return inside, dark
 
 
@@ -204,13 +207,6 @@ def _table(colors: list[tuple[int, int, int]], device: Any) -> Tensor:
     return torch.tensor(colors, device=device, dtype=torch.float32) / 255
 
 
-def _dark(texture: str, u: Tensor, v: Tensor) -> Tensor:
-    """Where a texture is dark, a row of samples each way a thing."""
-    if texture == "striped":
-        return ((v / 0.4).floor() % 2 == 0).expand(-1, -1, u.shape[-1])
-    return torch.hypot(u % 0.7 - 0.35, v % 0.7 - 0.35) < 0.22
-
-
 def _outline(kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """`scenes.outline`, and digits, for a batch: which points lie inside, `[scenes, v, u]`; none
     of kind -1. Each kind is met by itself, as seven outlines of every thing would be six too many.
@@ -223,29 +219,8 @@ def _outline(kind: Tensor, u: Tensor, v: Tensor) -> Tensor:
         if n >= len(SHAPES):
             inside[rows] = _digit(n - len(SHAPES), u[rows], v[rows])
         elif n >= 0:
-            inside[rows] = _shape(SHAPES[n], u[rows], v[rows])
+            inside[rows] = scenes.outline(SHAPES[n], u[rows], v[rows], torch)
     return inside
-
-
-def _shape(name: str, u: Tensor, v: Tensor) -> Tensor:
-    if name == "square":
-        return torch.maximum(u.abs(), v.abs()) <= 0.85
-    if name == "triangle":
-        return (v <= 0.75) & (u.abs() <= (v + 0.95) / 1.7)
-    if name == "cross":
-        return ((u.abs() <= 0.3) | (v.abs() <= 0.3)) & (torch.maximum(u.abs(), v.abs()) <= 0.95)
-    if name == "diamond":
-        return u.abs() + v.abs() <= 1
-    r = torch.hypot(u, v)
-    if name == "circle":
-        return r <= 0.95
-    if name == "ring":
-        return (r <= 1) & (r >= 0.55)
-    turn = torch.remainder(torch.atan2(u, -v), 2 * torch.pi / 5)  # a star
-    turn = (turn - torch.pi / 5).abs()
-    corner, outer, inner = torch.pi / 5, 1.0, 0.42
-    ax, ay = outer * math.cos(corner), outer * math.sin(corner)
-    return (ax - inner) * r * torch.sin(turn) - ay * (r * torch.cos(turn) - inner) >= 0
 
 
 def _digit(n: int, u: Tensor, v: Tensor) -> Tensor:

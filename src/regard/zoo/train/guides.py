@@ -64,7 +64,7 @@ class Guides(nn.Module):
         rows, at, thing, there = self.names(drawn, given["ids"])
         told = self.place(self.states["place"][rows, at].float())
         parts = [PLACES + 1, PLACES + 1, len(SIZES) + 1]
-        cells = [(v[rows, thing] * PLACES).long().clamp(0, PLACES - 1) for v in (drawn.x, drawn.y)]
+        cells = [v[rows, thing] for v in drawn.cells(PLACES)]
         wanted = [torch.where(there, cell, NOWHERE) for cell in cells]
         wanted.append(torch.where(there, drawn.size[rows, thing], len(SIZES)))
         total: Tensor = sum(map(F.cross_entropy, told.split(parts, 1), wanted), told.new_zeros(()))

@@ -241,8 +241,8 @@ class Counted(TorchFunctionMode):
     """Attention inside it meets the last key so many times.
 
     The empty T5 tokens of a Stable Diffusion 3 pipeline are all alike and stay so through every
-    joint block. So one of them, counted as often as there are, is the same to the last bit of what
-    matters at a third of the tokens.
+    joint block. So one of them, counted as often as there are, gives the same but for rounding at a
+    third of the tokens. Every attention inside must end on that key.
     """
 
     def __init__(self, times: int) -> None:

@@ -90,11 +90,13 @@ class Telling(nn.Module):
         asked = torch.tensor([NUMBER[word] for word in SAID], device=words.device)
         rows, at = torch.isin(words[:, : states.shape[1] - 1], asked).nonzero(as_tuple=True)
         told = self.head(states[rows, at + 1]).float().split(self.parts, -1)
-        x, y = ((v * CELLS).long().clamp(0, CELLS - 1) for v in (drawn.x, drawn.y))
-        every = torch.stack([x, y, drawn.color, drawn.shape], -1)
+        every = torch.stack([*drawn.cells(CELLS), drawn.color, drawn.shape], -1)
         every = torch.where(drawn.there[..., None], every, -100)[:, :2].flatten(1)[rows]
-        found = [F.cross_entropy(a, b) for a, b in zip(told, every.T) if bool((b >= 0).any())]
-        return sum(found, told[0].new_zeros(()))
+        total = told[0].new_zeros(())
+        for logits, wanted in zip(told, every.T):
+            known = (wanted >= 0).sum().clamp_min(1)
+            total = total + F.cross_entropy(logits, wanted, reduction="sum") / known
+        return total
 
 
 def keep(module: nn.Module, states: dict[str, Tensor], name: str, part: int = 0) -> Any:
