@@ -10,7 +10,7 @@ import torch
 import regard
 from regard.core import Mask, attend
 from regard.core.facts import FACTS, measure
-from regard.core.kernels import reference
+from regard.core.kernels import reference, tiled
 from regard.errors import InputError
 from regard.zoo.tiny import inputs, tiny
 
@@ -92,3 +92,18 @@ def test_weights_that_are_not_finite_are_told_when_a_result_is_read() -> None:
         model(**given)
     with pytest.raises(InputError, match=r"layers\.1\.self_attn are not finite"):
         seen["received"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_gradients_of_out_alone_come_from_the_fused_backward(
+    heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [t.to("cuda", dtype).requires_grad_() for t in tensors((2, 4, heads, 203, 203, 32))]
+    monkeypatch.setattr(tiled, "backward", lambda *_: pytest.fail("took the slow way"))
+    grad = torch.randn(2, 4, 203, 32, device="cuda", dtype=dtype)
+    found = torch.autograd.grad(attend(*given, mask=Mask.causal()).out, given, grad)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    out = reference.attend(*exact, Mask.causal(), SIZE[-1] ** -0.5)[0]
+    for a, b in zip(found, torch.autograd.grad(out, exact, grad.double())):
+        close(a.float(), b, CLOSE[dtype])

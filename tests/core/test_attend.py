@@ -251,3 +251,24 @@ def test_cudnn_is_taken_where_torch_takes_it(
     assert given == {f"aten._scaled_dot_product_{name}_attention.default": (2, heads, 41, 64)}
     assert out.shape == q.shape and out.dtype == q.dtype
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("mask", [None, Mask.causal()])
+def test_the_backward_of_gpus_equals_that_of_tiles(heads: int, mask: Mask | None) -> None:
+    """It runs on any device; `attend` takes it on GPUs, where lse has no gradient."""
+    q, k, v = tensors((2, 4, heads, 9, 9, 16), torch.float64, grad=True)
+    out = attend(q, k, v, mask=mask).out
+    grad = torch.randn_like(out)
+    wanted = torch.autograd.grad(out, (q, k, v), grad)
+    found = cuda.backward(grad, q, k, v, mask, 16**-0.5)
+    for name, a, b in zip("qkv", found, wanted):
+        close(a, b, 1e-10, f"gradient of {name}")
+
+
+def test_lse_alone_has_gradients_too() -> None:
+    q, k, v = tensors((1, 4, 2, 9, 9, 16), torch.float64, grad=True)
+    found = torch.autograd.grad(attend(q, k, v).lse.sin().sum(), (q, k), retain_graph=True)
+    lse = reference.attend(q, k, v, None, 16**-0.5)[1]
+    for a, b in zip(found, torch.autograd.grad(lse.sin().sum(), (q, k))):
+        close(a, b, 1e-10)

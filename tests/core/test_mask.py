@@ -171,3 +171,12 @@ def test_bad_masks() -> None:
 def test_negative_ids_see_nothing() -> None:
     mask = Mask.segments(torch.tensor([0, 0, -1, 1]))
     assert mask.draw(4).splitlines()[2] == "⬚ ⬚ ⬚ ⬚"
+
+
+def test_the_last_block_mask_is_kept_with_the_mask_itself() -> None:
+    mask = Mask.segments(torch.arange(300)[None] // 100)
+    first = mask.block_mask(300, 300)
+    assert mask.block_mask(300, 300) is first
+    other = mask.block_mask(200, 300)
+    assert other is not first and other.seq_lengths == (200, 300)
+    assert mask.block_mask(300, 300).to_dense().equal(first.to_dense())

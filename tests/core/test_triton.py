@@ -204,8 +204,8 @@ def test_it_compiles_for_a_gpu_that_need_not_be_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    padded, block_k, block_q, warps = kernel._sizes(dim, 4 if dtype == "fp32" else 2)
-    constants = {"DIM": dim, "PADDED": padded, "KEYS": block_k, "QUERIES": block_q}
+    sizes = kernel._sizes(dim, 4 if dtype == "fp32" else 2)
+    constants = {"DIM": dim, **{n: v for n, v in sizes.items() if n.isupper()}}
     flags = ("BEFORE", "AFTER", "WEIGHTED", "HIDDEN", "ENTROPY", "DISTANCE")
     constants |= dict.fromkeys(flags, band)
     constants |= dict.fromkeys(("q_d", "k_d", "l_t", "w_t"), 1)
@@ -216,7 +216,7 @@ def test_it_compiles_for_a_gpu_that_need_not_be_here(
     signature = {n: kinds.get(n, "i32") for n in kernel._kernel.arg_names}
     source = ASTSource(kernel._kernel, signature, constants)
     made = kernel.triton.compile(
-        source, target=GPUTarget("cuda", 80, 32), options={"num_warps": warps}
+        source, target=GPUTarget("cuda", 80, 32), options={"num_warps": sizes["num_warps"]}
     )
     assert ("mma" in made.asm["ptx"]) == (dtype == "bf16")  # float32 products are not rounded
     assert made.metadata.shared <= 99 * 1024  # what the smallest of these GPUs lends one program

@@ -180,15 +180,17 @@ def page(result: Result, target: str | Path, source: str, plots: str | Path | No
     folder = Path(plots) if plots is not None else target.parent / "img"
     folder.mkdir(parents=True, exist_ok=True)
     where = Path(os.path.relpath(folder, target.parent)).as_posix()
-    images = {"bench-kernels.svg": throughput_svg(result), "bench-roofline.svg": roofline(result)}
-    for name, text in images.items():
-        write_text(folder / name, text)
-    write_text(target, markdown(result, source, where))
+    drawn = {"": throughput_svg(result), "-roofline": roofline(result)}
+    for name, text in drawn.items():
+        write_text(folder / f"{target.stem}{name}.svg", text)
+    write_text(target, markdown(result, source, f"{where}/{target.stem}"))
     return target
 
 
-def markdown(result: Result, source: str, images: str = "img") -> str:
-    """The page as Markdown; the same result gives the same text."""
+def markdown(result: Result, source: str, images: str = "img/bench-kernels") -> str:
+    """The page as Markdown, its pictures being `images` + .svg and `images` + -roofline.svg; the
+    same result gives the same text.
+    """
     lines = [
         "# Attention kernels, masks and lengths",
         "",
@@ -205,9 +207,9 @@ def markdown(result: Result, source: str, images: str = "img") -> str:
               *([t["verdict"], t["rule"], t["measured"]] for t in judge(result))]),
         "",
         *_reach(result),
-        f"![Throughput against length, one panel a mask]({images}/bench-kernels.svg)",
+        f"![Throughput against length, one panel a mask]({images}.svg)",
         "",
-        f"![Roofline of the machine]({images}/bench-roofline.svg)",
+        f"![Roofline of the machine]({images}-roofline.svg)",
         "",
     ]  # fmt: skip
     for title, grid in grids(result):
@@ -453,11 +455,11 @@ def table_html(grid: Grid, fold: bool = True) -> str:
 
 
 def main() -> None:
-    """Regenerate docs/bench-kernels.md from benchmarks/results/kernels.json."""
+    """Regenerate docs/bench-kernels*.md from benchmarks/results/kernels*.json."""
     from regard.bench.record import load
 
-    source = "benchmarks/results/kernels.json"
-    page(load(source), "docs/bench-kernels.md", source)
+    for source in sorted(Path("benchmarks/results").glob("kernels*.json")):
+        page(load(source), f"docs/bench-{source.stem}.md", source.as_posix())
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ def choose(
 
 
 class _Attend(torch.autograd.Function):
-    """Any kernel forward; backward recomputes tiles, so that out and lse both carry gradients."""
+    """Any kernel forward; backward recomputes tiles, so that out and lse both carry gradients, or
+    on a GPU torch's own attention, where lse has none.
+    """
 
     @staticmethod
     def forward(
@@ -127,13 +129,19 @@ class _Attend(torch.autograd.Function):
         lse = lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.settings = (mask, scale, softcap)
+        ctx.name = name
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         mask, scale, softcap = ctx.settings
+        if ctx.name == "cuda" and grad_out is not None and grad_lse is None:
+            return (*cuda.backward(grad_out, q, k, v, mask, scale), *5 * (None,))
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
         grads = tiled.backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale, softcap, bias)
         return (*grads, None, None, None, None)
 

@@ -283,8 +283,16 @@ class Mask:
 
     def block_mask(self, queries: int, keys: int, device: Any = "cpu", block: int = 128) -> Any:
         """FlexAttention `BlockMask`; blocks that the description knows to be full or empty cost
-        no evaluation.
+        no evaluation. The last one is kept: the layers of a model ask for the same.
         """
+        kept: dict[tuple[Any, ...], Any] = self.__dict__.setdefault("_block_masks", {})
+        asked = (queries, keys, str(device), block)
+        if asked not in kept:
+            kept.clear()
+            kept[asked] = self._block_mask(queries, keys, device, block)
+        return kept[asked]
+
+    def _block_mask(self, queries: int, keys: int, device: Any, block: int) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
         grid = self.grid(queries, keys, block, block)

@@ -74,23 +74,16 @@ def measure(
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if live is not None:
             lse = lse.masked_fill(~live[:, None], -torch.inf)
-        tiles = Tiles(q, k, mask, scale, softcap, bias, lse=lse)
-        view = View(
-            tiles.batch,
-            tiles.kv_heads,
-            tiles.groups,
-            tiles.queries,
-            tiles.keys,
-            *offsets,
-            tiles.work,
-            q.device,
-        )
+        (batch, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
+        work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        view = View(batch, kv_heads, heads // kv_heads, queries, keys, *offsets, work, q.device)
         plain = softcap is None and bias is None
         done: list[Sums | None] = [None] * len(facts)
         if plain:
             done = _on_gpu(facts, q, k, lse, mask, scale, view)
         rest = [f for f, found in zip(facts, done) if found is None]
-        if rest:
+        if rest:  # the plan of the tiles takes a while on long calls
+            tiles = Tiles(q, k, mask, scale, softcap, bias, lse=lse)
             left = iter(_by_tiles(rest, tiles, live, view))
             done = [next(left) if found is None else found for found in done]
         return [f.start(found, view) for f, found in zip(facts, done) if found is not None]

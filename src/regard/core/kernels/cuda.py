@@ -5,6 +5,7 @@ attention.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -36,11 +37,10 @@ def forward(
     """`(out, lse)`: cuDNN where torch's own attention takes it, else FlashAttention for half
     precision and the memory-efficient kernel for float32.
 
-    cuDNN reads grouped keys in place, the others get them repeated. The way through cuDNN has not
-    been timed on a GPU yet.
+    cuDNN reads grouped keys in place, the others get them repeated.
     """
     queries = q.shape[2]
-    causal = mask is not None and queries > 1 and mask.is_causal(queries, k.shape[2])
+    causal = _is_causal(q, k, mask)
     if _choice(q, k, v, causal, scale) == SDPBackend.CUDNN_ATTENTION.value:
         out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
@@ -56,6 +56,27 @@ def forward(
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         out, lse = efficient(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return out, lse[..., :queries]  # the efficient kernel rounds its rows up
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v by the backward of torch's own attention, computed once more."""
+    own, keys, values = given = [t.detach().requires_grad_() for t in (q, k, v)]
+    causal, grouped = _is_causal(q, k, mask), q.shape[1] != k.shape[1]
+    with torch.enable_grad():
+        if grouped and _choice(q, k, v, causal, scale) == SDPBackend.MATH.value:
+            # nothing fused reads grouped keys in place here, and the rest builds the matrix
+            keys, values = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in given[1:])
+            grouped = False
+        out = F.scaled_dot_product_attention(
+            own, keys, values, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+        return torch.autograd.grad(out, given, grad_out)
+
+
+def _is_causal(q: Tensor, k: Tensor, mask: Mask | None) -> bool:
+    return mask is not None and q.shape[2] > 1 and mask.is_causal(q.shape[2], k.shape[2])
 
 
 def _choice(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> int:

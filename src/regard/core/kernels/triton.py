@@ -22,7 +22,6 @@ try:
 
     INSTALLED = True
     # scores count in log 2, as the hardware's exponential does; a score of -FAR has no weight
-    LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
     LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
     FAR: tl.constexpr = tl.constexpr(1e30)
 except ImportError:
@@ -107,57 +106,50 @@ def sums(
     named = {n: r for n, r in zip(("entropy", "distance"), rows) if r.dim() > 1}
     if out.numel() == 0:
         return {"received": out, **named}
-    q, k, lse = q.detach(), k.detach(), lse.detach().float()
+    q, k = q.detach(), k.detach()
+    # in log 2; a query without keys stands where every p is 0
+    lse = torch.where(lse.isneginf(), 1e30, lse.detach().float() / math.log(2))
     if INTERPRETED and q.dtype == torch.bfloat16:
         q, k = q.float(), k.float()  # the interpreter multiplies the bits of bfloat16 as integers
     # without weights their pointer is never read, but it must point somewhere
     w = lse if weights is None else weights.detach().to(lse).expand(lse.shape)
     hidden = out if valid is None else valid.to(q.device, torch.int8).contiguous()
-    padded, block_k, block_q, warps = _sizes(dim, q.element_size())
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    sizes = _sizes(dim, q.element_size(), hopper)
     with torch.cuda.device_of(q):
-        _kernel[(-(-keys // block_k), heads, batch)](
+        _kernel[(heads * -(-keys // sizes["KEYS"]), batch)](
             *(q, k, lse, w, hidden, out, *rows),
             *(*q.stride(), *k.stride(), *lse.stride(), *w.stride()),
             0 if valid is None or len(hidden) == 1 else hidden.stride(0),
-            *(queries, keys, heads // k.shape[1], keys - queries),
+            *(queries, keys, heads, heads // k.shape[1], keys - queries),
             *(band.before or 0, band.after or 0, float(scale) / math.log(2)),
             DIM=dim,
-            PADDED=padded,
-            KEYS=block_k,
-            QUERIES=block_q,
             BEFORE=band.before is not None,
             AFTER=band.after is not None,
             WEIGHTED=weights is not None,
             HIDDEN=valid is not None,
             ENTROPY=entropy,
             DISTANCE=distance,
-            num_warps=warps,
-            **_limit(q, distance),
+            **sizes,
         )
     return {"received": out, **named}
 
 
-def _sizes(dim: int, item: int) -> tuple[int, int, int, int]:
+def _sizes(dim: int, item: int, hopper: bool = False) -> dict[str, int]:
     """Head width as the kernel pads it, keys and queries a block for numbers of `item` bytes, and
-    warps of a program.
+    what the compiler is told.
 
     Larger blocks would not fit the shared memory of common GPUs or, in float32, their registers.
+    On a Hopper (the fastest of 16 settings timed on an H100) narrow heads go in small blocks, so
+    that four programs share a multiprocessor and one multiplies while others exponentiate.
     """
     padded = max(16, 1 << (dim - 1).bit_length())
     if item == 4:
-        block = 64 if padded <= 64 else 32
-        return padded, block, block, 4
-    return (padded, 128, 64, 4) if padded <= 128 else (padded, 64, 64, 4)
-
-
-def _limit(q: Tensor, distance: bool) -> dict[str, int]:
-    """Registers a thread, so that a Hopper multiprocessor holds three programs and one multiplies
-    while others exponentiate. Chosen from the compiled code: on older GPUs, and with distances,
-    too many numbers would go out to memory. Not timed on a GPU yet.
-    """
-    if INTERPRETED or q.element_size() > 2 or distance:
-        return {}
-    return {"maxnreg": 168} if torch.cuda.get_device_capability(q.device)[0] == 9 else {}
+        keys = queries = 64 if padded <= 64 else 32
+    else:
+        keys, queries = (64 if padded > 128 or (hopper and padded <= 64) else 128), 64
+    sizes = {"PADDED": padded, "KEYS": keys, "QUERIES": queries, "num_warps": 4}
+    return {**sizes, "maxnreg": 128} if hopper and item < 4 and padded <= 64 else sizes
 
 
 def _split(mask: Mask | None) -> tuple[Band, Tensor | None] | None:
@@ -206,6 +198,7 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     v_b,
     queries,
     keys,
+    heads,
     group,
     shift,
     before,
@@ -222,16 +215,17 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     ENTROPY: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
+    # first keys, which most queries see, begin first in every head
+    first = tl.program_id(0) // heads * KEYS
     # offsets in 64 bits: a long batch holds more than 2^31 numbers
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0) * KEYS
+    h, b = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(1).to(tl.int64)
     j = first + tl.arange(0, KEYS)
     d = tl.arange(0, PADDED)
     q += b * q_b + h * q_h
     k += b * k_b + (h // group) * k_h
     lse += b * l_b + h * l_h
     weights += b * w_b + h * w_h
-    row_of = (b * tl.num_programs(1) + h) * queries
+    row_of = (b * heads + h) * queries
     real = j < keys
     at_k = k + j.to(tl.int64)[None, :] * k_t + d[:, None] * k_d
     block_k = tl.load(at_k, mask=real[None, :] & (d < DIM)[:, None], other=0.0)
@@ -253,18 +247,27 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     high = tl.where(first + KEYS > keys, low, high)
     if HIDDEN:
         high = low
-    # one sum a cell of the tile: no thread waits for another one before the end
+    # a thread adds up its own cells: none waits for another one before the end
     total = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
     for part in tl.static_range(3):  # before, inside and after those; only inside needs no mask
         begin = start if part == 0 else (low if part == 1 else tl.maximum(high, low))
         end = tl.minimum(low, stop) if part == 0 else (high if part == 1 else stop)
+        wide = (begin + tl.arange(0, QUERIES)).to(tl.int64)
+        at_q = q + wide[:, None] * q_t + d[None, :] * q_d
+        at_row = lse + wide * l_t
         for at in range(begin, end, QUERIES):
             i = at + tl.arange(0, QUERIES)
-            wide = i.to(tl.int64)
-            at_q = q + wide[:, None] * q_t + d[None, :] * q_d
-            block_q = tl.load(at_q, mask=(i < queries)[:, None] & (d < DIM)[None, :], other=0.0)
-            row = tl.load(lse + wide * l_t, mask=i < queries, other=-float("inf"))
-            row = tl.where(row == -float("inf"), FAR, row * LOG2_E)  # without keys p = 0
+            if part == 1:
+                row = tl.load(at_row)
+                if DIM == PADDED:
+                    block_q = tl.load(at_q)
+                else:
+                    block_q = tl.load(at_q, mask=(d < DIM)[None, :], other=0.0)
+            else:
+                row = tl.load(at_row, mask=i < queries, other=FAR)
+                block_q = tl.load(at_q, mask=(i < queries)[:, None] & (d < DIM)[None, :], other=0.0)
+            at_q += QUERIES * q_t
+            at_row += QUERIES * l_t
             s = tl.dot(block_q, block_k, input_precision="ieee") * scale - row[:, None]
             if part != 1:
                 away = i[:, None] + shift - j[None, :]
@@ -276,15 +279,15 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
             p = tl.exp2(s)
             if ENTROPY:
                 amount = tl.sum(p * s, 1) * -LN_2
-                tl.atomic_add(entropy + row_of + wide, amount, mask=i < queries, sem="relaxed")
+                tl.atomic_add(entropy + row_of + i, amount, mask=i < queries, sem="relaxed")
             if DISTANCE:
                 gap = (i + shift).to(tl.float32)[:, None] - j.to(tl.float32)[None, :]
                 amount = tl.sum(p * tl.abs(gap), 1)
-                tl.atomic_add(distance + row_of + wide, amount, mask=i < queries, sem="relaxed")
+                tl.atomic_add(distance + row_of + i, amount, mask=i < queries, sem="relaxed")
             if WEIGHTED:
-                p *= tl.load(weights + wide * w_t, mask=i < queries, other=0.0)[:, None]
+                p *= tl.load(weights + i.to(tl.int64) * w_t, mask=i < queries, other=0.0)[:, None]
             total += p
-    column = out + (b * tl.num_programs(1) + h) * keys + j
+    column = out + (b * heads + h) * keys + j
     tl.store(column, tl.sum(total, 0), mask=j < keys)
 
 
