@@ -131,7 +131,9 @@ def test_rules_decide() -> None:
     assert judged("filter", gain=0.06, low=-0.01) == "not reproduced"
     assert judged("magnets", gain=0.01, low=-0.02) == "partly"
     assert judged("magnets", gain=-0.01, low=-0.02) == "not reproduced"
-    assert judged("background", stop=0.7, low=0.1) == "reproduced"
+    assert judged("background", stop=0.7, low=0.1) == "partly"  # its model was taught
+    assert judged("background", stop=0.5, low=0.1) == "not reproduced"
     assert judged("planted", found=1, false=0, distance=1e-4) == "reproduced"
     assert judged("planted", found=1, false=1, distance=1e-4) == "partly"
-    assert judged("grounding", hit=0.4, low=0.1) == "partly"
+    assert judged("grounding", hit=0.6, low=0.1) == "partly"  # likewise
+    assert judged("grounding", hit=0.4, low=0.1) == "not reproduced"

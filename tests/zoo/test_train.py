@@ -16,7 +16,7 @@ from regard import zoo
 from regard.errors import InputError
 from regard.zoo import vlm as assembled
 from regard.zoo.pipelines import load_pipeline
-from regard.zoo.scenes import is_held_out
+from regard.zoo.scenes import SHAPES, is_held_out
 from regard.zoo.shipped import MODELS, PIPELINES, shipped
 from regard.zoo.tiny_diffusion import tiny_pipeline
 from regard.zoo.train import captions, coder, diffusion, loop, questions, reading, recipe
@@ -346,27 +346,25 @@ def test_latents_that_say_what_is_there_are_read_with_a_lower_loss() -> None:
     assert losses[0] < 0.5 * losses[1]
 
 
-def test_captions_are_asked_where_their_things_lie() -> None:
-    """States that say so are read with a lower loss; without words nothing is asked."""
-    drawn = sample(64, generator=random(), things=(2,))
+def test_words_are_taught_to_be_looked_at_from_their_things() -> None:
+    """The loss is near 0 where they are, higher where they are not, and 0 without words."""
+    drawn = sample(32, generator=random(), things=(2,))
     words = captions.write(drawn, generator=random())
-    cells = torch.stack([drawn.x, drawn.y], -1).flatten(1)
-    kinds = [F.one_hot(v, 7).flatten(1).float() for v in (drawn.color, drawn.shape)]
-    cut = F.one_hot((cells * reading.CELLS).long(), reading.CELLS).flatten(1).float()
-    told = torch.cat([cut, *kinds], -1)[:, None].expand(-1, 32, -1)
-    losses = []
-    for states in (told, torch.zeros_like(told)):
-        head = reading.Telling(told.shape[-1])
-        adam = torch.optim.Adam(head.parameters(), 0.1)
-        for _ in range(60):
-            loss = head.loss(states, words, drawn)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-        losses.append(loss.item())
-    assert losses[0] < 0.1 * losses[1]
-    none = torch.zeros_like(words)
-    assert reading.Telling(8).loss(torch.zeros(64, 32, 8), none, drawn) == 0
+    cover = (drawn.masks(8) >= reading.INSIDE).flatten(2).float()
+    q, k = torch.zeros(2, 32, 1, 64 + captions.LENGTH + 1, 3)
+    q[:, 0, :64] = 20 * torch.cat([cover, 1 - cover.amax(1, keepdim=True)], 1).transpose(1, 2)
+    k[:, 0, 64:, 2] = 1  # the ground looks at all other words
+    shapes = torch.tensor([captions.NUMBER[word] for word in SHAPES])
+    for row in range(32):
+        for n, at in enumerate(torch.isin(words[row], shapes).nonzero()[:, 0].tolist()):
+            k[row, 0, 64 + at : 64 + at + 2] = F.one_hot(torch.tensor(n), 3).float()
+    weights = torch.ones(32)
+    right = float(reading.pointing([(q, k)], words, drawn, weights))
+    wrong = float(reading.pointing([(q, k.roll(1, -1))], words, drawn, weights))
+    even = float(reading.pointing([(0 * q, k)], words, drawn, weights))
+    assert right < 0.02 < 0.5 < even < wrong
+    assert float(reading.pointing([(q, k)], words, drawn, 0 * weights)) == 0
+    assert float(reading.pointing([(q, k)], 0 * words, drawn, weights)) == 0
 
 
 @pytest.mark.parametrize("times", [256, 3, 0])

@@ -13,6 +13,7 @@ from regard.zoo.scenes import WORDS as SCENE_WORDS
 
 from .drawing import DIGITS, Drawn
 
+LENGTH = 32  # tokens of a text encoder
 FILLERS = ("the", "with", "to", "at", "in", "top", "bottom", "picture", "there", "is", "side", "it")
 OPENINGS = (("there", "is"), ("a", "picture", "of"), ("a", "picture", "with"))
 WORDS: tuple[str, ...] = tuple(dict.fromkeys([*SCENE_WORDS, *FILLERS, "digit", *DIGITS]))

@@ -28,14 +28,19 @@ from . import captions
 from .coder import CHANNELS, LATENT, judged, latents_of, load_coder, table
 from .drawing import sample
 from .loop import Counted, earlier, finish, half, placed, save_folder, train, trainings
-from .reading import Reading, Telling, keep
+from .reading import Reading, keep, pointing
 
-LENGTH = 32
 TRAINED_STEPS = 1000
 STEPS, GUIDANCE = 25, 4.0  # of the images that are judged
 BLANKS = (256, 256, 32, 256, 0)  # empty T5 tokens in shapes-dit; the stock pipeline puts 256
-READ = 0.1  # weight of what the states halfway, and the caption's, are read for
+READ = 0.1  # weight of what the states halfway are read for
 EARLY, FIRST = 0.25, 0.15  # share of draws from that first share of the way, where places settle
+POINT, DEEP = 0.4, 2  # weight of where words are looked at, and the first layer that is asked
+TAUGHT = (
+    "Its attention was taught to look at the words of a thing from that thing (the loss of "
+    "TokenCompose, weight `pointing` in `training.json`): its word maps are like those of large "
+    "models, but did not come by themselves."
+)
 DROP = 0.1  # share of scenes without caption, for guidance
 
 
@@ -119,11 +124,10 @@ def train_dit(
     model = pipe.transformer.to(device)
     encoders = [pipe.text_encoder.to(device), pipe.text_encoder_2.to(device)]
     ids_of = _ids(pipe.tokenizer, device)
-    width = model.config.joint_attention_dim
     # joint blocks give the states of the text, then those of the image
     states: dict[str, Tensor] = {}
     hook = keep(model.transformer_blocks[model.config.num_layers // 2], states, "halfway", part=1)
-    reading, telling = Reading(model.inner_dim).to(device), Telling(width).to(device)
+    reading = Reading(model.inner_dim).to(device)
     side = LATENT // model.config.patch_size
 
     def loss_of(step: int) -> Tensor:
@@ -143,7 +147,7 @@ def train_dit(
             told = [e(ids_of(words), output_hidden_states=True) for e in encoders]
             text = torch.cat([t.hidden_states[-2] for t in told], -1)
             pooled = torch.cat([t.text_embeds for t in told], -1)
-            with Counted(BLANKS[step % len(BLANKS)]):
+            with Counted(BLANKS[step % len(BLANKS)]) as counted:
                 found = model(
                     hidden_states=(1 - wide) * clean + wide * eps,
                     timestep=1000 * s,
@@ -151,15 +155,16 @@ def train_dit(
                     pooled_projections=pooled,
                 ).sample.float()
             image = states["halfway"].transpose(1, 2).unflatten(2, (side, side))
-            read = reading.loss(image, drawn) + telling.loss(text, words, drawn)
-        return F.mse_loss(found, eps - clean) + READ * read
+            read = reading.loss(image, drawn)
+            pointed = pointing(counted.seen[DEEP:], words, drawn, 1 - s)
+        return F.mse_loss(found, eps - clean) + READ * read + POINT * pointed
 
-    trained = list(_parameters(model, *encoders, reading, telling))
+    trained = list(_parameters(model, *encoders, reading))
     record = train("shapes-dit", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
                    decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
     hook.remove()
-    record |= {"seed": seed, "batch": batch, "rate": rate, **before}
+    record |= {"seed": seed, "batch": batch, "rate": rate, "pointing": POINT, **before}
     return _finish(pipe, out, record, device, checked)
 
 
@@ -172,7 +177,7 @@ def sd_pipeline(coder: Any) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = clip_tokenizer(captions.WORDS, LENGTH)
+    tokenizer = clip_tokenizer(captions.WORDS, captions.LENGTH)
     width = 128
     text = CLIPTextConfig(**_clip(tokenizer, width, 2))
     unet = UNet2DConditionModel(
@@ -217,7 +222,7 @@ def dit_pipeline(coder: Any) -> Any:
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    tokenizer = clip_tokenizer(captions.WORDS, LENGTH)
+    tokenizer = clip_tokenizer(captions.WORDS, captions.LENGTH)
     texts = [CLIPTextModelWithProjection(CLIPTextConfig(**_clip(tokenizer, 64, 3)))
              for _ in range(2)]  # fmt: skip
     transformer = SD3Transformer2DModel(
@@ -241,7 +246,7 @@ def dit_pipeline(coder: Any) -> Any:
         text_encoder=texts[0],
         tokenizer=tokenizer,
         text_encoder_2=texts[1],
-        tokenizer_2=clip_tokenizer(captions.WORDS, LENGTH),
+        tokenizer_2=clip_tokenizer(captions.WORDS, captions.LENGTH),
         text_encoder_3=None,
         tokenizer_3=None,
     )
@@ -254,7 +259,7 @@ def _clip(tokenizer: Any, width: int, layers: int) -> dict[str, Any]:
         "intermediate_size": 4 * width,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "max_position_embeddings": LENGTH,
+        "max_position_embeddings": captions.LENGTH,
         "projection_dim": width,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -271,8 +276,8 @@ def _ids(tokenizer: Any, device: str) -> Any:
     to_id = torch.tensor([end, *table], device=device)
 
     def ids(words: Tensor) -> Tensor:
-        rows = to_id[words][:, : LENGTH - 2]
-        rows = F.pad(rows, (0, LENGTH - 1 - rows.shape[1]), value=end)
+        rows = to_id[words][:, : captions.LENGTH - 2]
+        rows = F.pad(rows, (0, captions.LENGTH - 1 - rows.shape[1]), value=end)
         return F.pad(rows, (1, 0), value=tokenizer.bos_token_id)
 
     return ids
@@ -393,6 +398,7 @@ def card(record: dict[str, Any]) -> str:
             "",
             table(s["quality"]),
             "",
+            *([TAUGHT, ""] if "pointing" in s else []),
             *_of_autoencoder(s.get("autoencoder")),
             "The loss curve is in `training.json`. Licence: Apache-2.0, as regard.",
             "",

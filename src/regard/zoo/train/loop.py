@@ -173,8 +173,8 @@ def train(
     return record
 
 
-TOLD = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "questions", "guided",
-        "remark", "before")  # fmt: skip
+TOLD = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "pointing", "questions",
+        "guided", "remark", "before")  # fmt: skip
 
 
 def earlier(folder: Path, name: str) -> dict[str, Any]:
@@ -242,12 +242,14 @@ class Counted(TorchFunctionMode):
 
     The empty T5 tokens of a Stable Diffusion 3 pipeline are all alike and stay so through every
     joint block. So one of them, counted as often as there are, gives the same but for rounding at a
-    third of the tokens. Every attention inside must end on that key.
+    third of the tokens. Every attention inside must end on that key. `seen` keeps the queries and
+    keys of each, in order.
     """
 
     def __init__(self, times: int) -> None:
         super().__init__()
         self.times = times
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -255,6 +257,7 @@ class Counted(TorchFunctionMode):
         named = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             query, key = args[:2]
+            self.seen.append((query, key))
             mask = query.new_zeros(1, 1, 1, key.shape[2])
             mask[..., -1] = math.log(self.times) if self.times else -math.inf
             named["attn_mask"] = mask.expand(-1, -1, query.shape[2], -1)

@@ -1,18 +1,19 @@
-"""What latents, the states of a denoiser and those of a caption are asked while they learn.
+"""What latents, the states of a denoiser and its attention are asked while they learn.
 
 A denoiser learns colours and places soon and outlines late: an outline is a matter of a few pixels
 at the border of a thing, and the error of the noise hardly feels it. Two remedies known from large
 models are used here. The autoencoder's latents are read for what they show (as in VA-VAE, whose
 latents are brought near those of a vision model): every place inside a thing then says which shape,
 which colour and where its middle is, which can be painted like a colour. And the denoiser's states
-halfway are read for the same (as in REPA). Where things stand is felt even less, for it is settled
-within the first few steps of an image: so the caption's states can be made to say it too. That has
-its price: words that tell of both things are looked at for either, and the maps of words lie on
-neither; so only `shapes-dit` is taught in this way. The heads are thrown away afterwards.
+halfway are read for the same (as in REPA). The heads are thrown away afterwards.
+
+Small joint transformers do not learn by themselves to look at a word from where its thing lies, as
+large ones do: things looked less at their own words than the ground did. `pointing` teaches it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,12 +22,11 @@ from torch import Tensor, nn
 
 from regard.zoo.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES
 
-from .captions import NUMBER
+from .captions import LENGTH, NUMBER
 from .drawing import Drawn
 
 PARTS = (len(SHAPES) + 1, len(COLORS) + 1, len(BACKGROUNDS), 3)
-CELLS = 4  # along each side, in which a caption's states place things
-SAID = ("left", "right", "above", "below", "top", "bottom", *SHAPES)  # words that are asked
+INSIDE = 0.3  # share of a token's square from which on it belongs to a thing
 MIDDLE = sum(map(sum, SIZES.values())) / 4  # radius, by which others are measured
 
 
@@ -61,42 +61,47 @@ class Reading(nn.Module):
         return loss + (off * inside).sum() / inside.sum().clamp_min(1)
 
 
-class Telling(nn.Module):
-    """Heads that read the states of a caption for its first two things: where, and what they are.
+def pointing(
+    seen: list[tuple[Tensor, Tensor]], words: Tensor, drawn: Drawn, weights: Tensor
+) -> Tensor:
+    """How much of what an image gives to the words of a thing comes from outside that thing.
+
+    The loss of TokenCompose (Wang et al., 2024) for joint attention: (1 - share inside)^2 of the
+    colour and the shape of every named thing, of the softmax over the tokens of the caption.
 
     Args:
-        width: of the states.
+        seen: queries and keys of joint attentions, `[scenes, heads, tokens, head_dim]` each: those
+            of the image, then `LENGTH` of the text, then one blank.
+        words: the caption's, `[scenes, words]`, as `captions.write` gives them.
+        drawn: the scenes.
+        weights: of every scene.
+
+    >>> from .captions import write
+    >>> from .drawing import sample
+    >>> drawn = sample(2, generator=torch.Generator().manual_seed(0))
+    >>> q = torch.zeros(2, 1, 64 + LENGTH + 1, 8)  # looks at every word from everywhere
+    >>> bool(pointing([(q, q)], write(drawn), drawn, torch.ones(2)) > 0.5)
+    True
     """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.parts = 2 * [CELLS, CELLS, len(COLORS), len(SHAPES)]
-        self.head = nn.Linear(width, sum(self.parts))
-
-    def loss(self, states: Tensor, words: Tensor, drawn: Drawn) -> Tensor:
-        """Cross-entropies of cells and kinds, asked at each shape, relation and place.
-
-        Args:
-            states: `[scenes, tokens, width]`, from the token before the first word on.
-            words: the caption's, `[scenes, words]`, as `captions.write` gives them.
-            drawn: the scenes.
-
-        >>> from .captions import write
-        >>> from .drawing import sample
-        >>> drawn = sample(2, things=(1, 2), generator=torch.Generator().manual_seed(0))
-        >>> bool(Telling(8).loss(torch.zeros(2, 32, 8), write(drawn), drawn) > 0)
-        True
-        """
-        asked = torch.tensor([NUMBER[word] for word in SAID], device=words.device)
-        rows, at = torch.isin(words[:, : states.shape[1] - 1], asked).nonzero(as_tuple=True)
-        told = self.head(states[rows, at + 1]).float().split(self.parts, -1)
-        every = torch.stack([*drawn.cells(CELLS), drawn.color, drawn.shape], -1)
-        every = torch.where(drawn.there[..., None], every, -100)[:, :2].flatten(1)[rows]
-        total = told[0].new_zeros(())
-        for logits, wanted in zip(told, every.T):
-            known = (wanted >= 0).sum().clamp_min(1)
-            total = total + F.cross_entropy(logits, wanted, reduction="sum") / known
-        return total
+    shapes = torch.tensor([NUMBER[word] for word in SHAPES], device=words.device)
+    named = torch.isin(words, shapes)
+    rows, at = named.nonzero(as_tuple=True)
+    thing = named.cumsum(1)[rows, at] - 1  # captions name things in their order
+    tokens = seen[0][0].shape[2] - LENGTH - 1
+    cover = drawn.masks(math.isqrt(tokens))[rows, thing].flatten(1)
+    inside = (cover >= INSIDE) | (cover == cover.amax(1, keepdim=True))
+    # the mark of the start, the words, the mark of the end
+    real = torch.arange(LENGTH, device=words.device) < (words > 0).sum(1, keepdim=True) + 2
+    total = weights.new_zeros(())
+    for q, k in seen:
+        q, k = q[:, :, :tokens], k[:, :, tokens : tokens + LENGTH]
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        p = scores.masked_fill(~real[:, None, None], -torch.inf).softmax(-1).mean(1)
+        for word in (at + 1, at):  # the shape, and the colour before it
+            own = p[rows, :, word]
+            share = (own * inside).sum(1) / own.sum(1).clamp_min(1e-6)
+            total = total + (weights[rows] * (1 - share).square()).sum()
+    return total / (2 * len(seen) * max(1, len(rows)))
 
 
 def keep(module: nn.Module, states: dict[str, Tensor], name: str, part: int = 0) -> Any:
