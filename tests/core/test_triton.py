@@ -146,6 +146,19 @@ def test_a_sweep_gives_what_the_tiles_give(monkeypatch: pytest.MonkeyPatch) -> N
         close(fact.finish(a).cpu(), fact.finish(b), 1e-5, fact.name)
 
 
+@pytest.mark.parametrize("most, together", [(1, 1), (2, 2), (4, 3), (6, 6), (99, 6)])
+def test_heads_go_as_many_at_a_time_as_the_cache_holds(
+    most: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, _ = (t.to(DEVICE) for t in tensors((2, 6, 2, 70, 130, 16)))
+    monkeypatch.setattr(kernel, "CACHE", most * 70 * 16 * q.element_size() + 1)
+    assert kernel._together(q) == together
+    if HERE is None:
+        mask = Mask.causal()
+        state = attend(q, k, k, mask=mask).lse
+        close(received(q, k, state, mask=mask, kernel="triton"), truth(q, k, mask), 1e-5)
+
+
 @runs
 def test_what_it_cannot_do_is_refused() -> None:
     q, k, _ = (t.to(DEVICE) for t in tensors(SIZES["B1-T7-H2-Hkv2-D8"]))
@@ -187,7 +200,7 @@ def test_all_of_this_in_the_interpreter() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(SIZES) + 9} passed" in done.stdout, done.stdout
+    assert f"{len(SIZES) + 14} passed" in done.stdout, done.stdout
 
 
 @pytest.mark.skipif(

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..mask import Band, Both, Mask, Padding
 
+CACHE = 2**25  # bytes
+
 try:
     import triton
     import triton.language as tl
@@ -121,7 +123,7 @@ def sums(
             *(q, k, lse, w, hidden, out, *rows),
             *(*q.stride(), *k.stride(), *lse.stride(), *w.stride()),
             0 if valid is None or len(hidden) == 1 else hidden.stride(0),
-            *(queries, keys, heads, heads // k.shape[1], keys - queries),
+            *(queries, keys, heads, _together(q), heads // k.shape[1], keys - queries),
             *(band.before or 0, band.after or 0, float(scale) / math.log(2)),
             DIM=dim,
             BEFORE=band.before is not None,
@@ -150,6 +152,16 @@ def _sizes(dim: int, item: int, hopper: bool = False) -> dict[str, int]:
         keys, queries = (64 if padded > 128 or (hopper and padded <= 64) else 128), 64
     sizes = {"PADDED": padded, "KEYS": keys, "QUERIES": queries, "num_warps": 4}
     return {**sizes, "maxnreg": 128} if hopper and item < 4 and padded <= 64 else sizes
+
+
+def _together(q: Tensor) -> int:
+    """How many heads go at a time: as many as have queries that the GPU's cache holds.
+
+    All heads at once end evenly, but beyond the cache every block would fetch the queries anew.
+    """
+    heads = q.shape[1]
+    most = max(1, CACHE // max(1, q[0, 0].numel() * q.element_size()))
+    return next(n for n in range(min(most, heads), 0, -1) if heads % n == 0)
 
 
 def _split(mask: Mask | None) -> tuple[Band, Tensor | None] | None:
@@ -199,6 +211,7 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     queries,
     keys,
     heads,
+    together,
     group,
     shift,
     before,
@@ -215,10 +228,13 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
     ENTROPY: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
-    # first keys, which most queries see, begin first in every head
-    first = tl.program_id(0) // heads * KEYS
+    # some heads at a time; in each the first keys, which most queries see, begin first
+    share = together * tl.cdiv(keys, KEYS)
+    place = tl.program_id(0) % share
+    first = place // together * KEYS
     # offsets in 64 bits: a long batch holds more than 2^31 numbers
-    h, b = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h = (tl.program_id(0) // share * together + place % together).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
     j = first + tl.arange(0, KEYS)
     d = tl.arange(0, PADDED)
     q += b * q_b + h * q_h
@@ -295,6 +311,6 @@ INTERPRETED = False
 if INSTALLED:
     # lengths and limits change from call to call: code made for one value is made too often
     _kernel = triton.jit(
-        _columns, do_not_specialize=["queries", "keys", "shift", "before", "after"]
+        _columns, do_not_specialize=["queries", "keys", "together", "shift", "before", "after"]
     )
     INTERPRETED = not isinstance(_kernel, triton.JITFunction)
