@@ -223,6 +223,23 @@ def test_what_cannot_run_is_refused(tmp_path: Path) -> None:
         reproduce.run("sink-emergence", out=file / "x")
 
 
+@pytest.mark.parametrize(
+    "slug, model, why",
+    [
+        ("refam", "nosuchdir", "Choose from: shapes-dit, shapes-sd"),
+        ("refam", "shapes-dt", "Did you mean 'shapes-dit'"),
+        ("refam", "smollm2-135m", "name the folder of a diffusion pipeline"),
+        ("act", "shapes-sd", "need a model such as smollm2-135m"),
+    ],
+)
+def test_a_model_of_the_wrong_kind_is_refused(
+    slug: str, model: str, why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=why):
+        reproduce.run(slug, model=model, out=tmp_path, progress=False)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_page_is_the_same_every_time(method: ModuleType, tmp_path: Path) -> None:
     run(tmp_path)
     target = tmp_path / "page.md"
@@ -293,7 +310,7 @@ def test_committed_results_are_of_the_weights_that_ship(result: harness.Result) 
     """A model that is trained anew is measured anew."""
     if shipped(result.model) is None:
         pytest.skip(f"{result.model} does not come with the package")
-    assert harness.weights_of(harness._model(result.model)[0]) == result.weights
+    assert harness.weights_of(harness._model(result.model, result.model)[0]) == result.weights
 
 
 def test_the_committed_page_is_generated() -> None:

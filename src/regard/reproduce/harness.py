@@ -294,7 +294,7 @@ def run(
     loaded, tokenizer, name = None, None, "none"
     own = getattr(method, "MODEL", MODEL)
     if own is not None:
-        loaded, tokenizer, name = _model(own if model is None else model)
+        loaded, tokenizer, name = _model(own if model is None else model, own)
     elif model is not None:
         raise InputError(f"{slug} measures attention alone: leave the model out")
     source = fingerprint(slug)
@@ -443,7 +443,10 @@ def weights_of(model: Any) -> str:
     return mark.hexdigest()[:12]
 
 
-def _model(model: Any) -> tuple[Any, Any, str]:
+def _model(model: Any, own: str) -> tuple[Any, Any, str]:
+    """A model as it is given or named, its tokenizer and its name; a pipeline where the method's
+    own is one.
+    """
     if not isinstance(model, (str, os.PathLike)):
         loaded, tokenizer = model
         if not hasattr(loaded.config, "_name_or_path"):  # a diffusion pipeline
@@ -453,7 +456,9 @@ def _model(model: Any) -> tuple[Any, Any, str]:
     from regard.zoo import load
     from regard.zoo.pipelines import is_pipeline, load_pipeline
 
-    if is_pipeline(model):
+    if is_pipeline(model) and not is_pipeline(own):
+        raise InputError(f"{model} is a diffusion pipeline: the claims need a model such as {own}")
+    if is_pipeline(own):
         return load_pipeline(model), None, Path(model).name
     loaded, tokenizer = load(model)
     if tokenizer is None:

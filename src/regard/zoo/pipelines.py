@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from regard.errors import InputError
+from regard.errors import InputError, nearest
 from regard.zoo.entries import offline
 from regard.zoo.shipped import PIPELINES, shipped
 
@@ -66,7 +66,10 @@ def load_pipeline(
     elif path.exists():
         raise InputError(f"{name} is a file: name the folder of a diffusion pipeline")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"there is no folder {name}: name the folder of a diffusion pipeline")
+        raise InputError(
+            f"there is no folder {name}: name the folder of a diffusion pipeline, or one that "
+            f"comes with regard.{nearest(name, PIPELINES)}"
+        )
     import torch
 
     try:
