@@ -253,16 +253,15 @@ def _columns(  # type: ignore[no-untyped-def]  # the compiler reads annotations 
         start = tl.maximum(first - after - shift, 0) // QUERIES * QUERIES
     if BEFORE:
         stop = tl.minimum(first + KEYS + before - shift, queries)
-    # of them those that see all its keys, in whole blocks: low <= ... < high
+    # of them those that see all its keys, in whole blocks: low <= ... < high; none for a block with
+    # a key that is not there or padding
     low, high = start, stop
     if AFTER:
         low += tl.maximum(tl.cdiv(first + KEYS - 1 - after - shift - start, QUERIES), 0) * QUERIES
     if BEFORE:
         high = tl.minimum(first + before - shift + 1, queries)
     high = low + tl.maximum(high - low, 0) // QUERIES * QUERIES
-    high = tl.where(first + KEYS > keys, low, high)
-    if HIDDEN:
-        high = low
+    high = tl.where(tl.min(real.to(tl.int32), 0) == 1, high, low)
     # a thread adds up its own cells: none waits for another one before the end
     total = tl.zeros((QUERIES, KEYS), dtype=tl.float32)
     for part in tl.static_range(3):  # before, inside and after those; only inside needs no mask
