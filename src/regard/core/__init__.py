@@ -25,7 +25,8 @@ from .facts import (
 )
 from .identities import collision
 from .identities import mass as segment_mass
-from .mask import Mask, Range
+from .mask import Mask
+from .ranges import Range
 from .state import State, mass, merge, rest, reweight
 
 __all__ = [

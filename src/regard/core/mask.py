@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .ranges import Range, runs_of, stack
+
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 EMPTY, SOME, FULL = 0, 1, 2
-
-
-class Range(NamedTuple):
-    """A rectangle of queries `[q0, q1)` and keys `[k0, k1)`, cut by up to two diagonals.
-
-    `kind`: "full"; "causal" (bottom-right aligned, the last query sees all keys); "inverse"
-    (top-left
-    aligned, the first query sees all keys); "band" (both cuts).
-    """
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    kind: str
 
 
 class Mask:
@@ -261,8 +248,8 @@ class Mask:
         runs: list[list[tuple[int, int]]] = []
         for start in range(0, queries, 256):
             part = self.cells(queries, keys, slice(start, start + 256))
-            runs += [_runs(line) for line in _one(part, row, head)]
-        return _stack(runs)
+            runs += [runs_of(line) for line in _one(part, row, head)]
+        return stack(runs)
 
     def sdpa(self, queries: int, keys: int, device: Any = None) -> dict[str, Any]:
         """Keyword arguments of `torch.nn.functional.scaled_dot_product_attention`; dense only
@@ -594,43 +581,3 @@ def _kv_blocks(chosen: Tensor, device: Any) -> tuple[Tensor, Tensor]:
 def _one(cells: Tensor, row: int, head: int) -> Tensor:
     """One batch row and head; where all see the same there is one of them."""
     return cells[min(row, cells.shape[0] - 1), min(head, cells.shape[1] - 1)]
-
-
-def _runs(line: Tensor) -> list[tuple[int, int]]:
-    edges = torch.diff(
-        line.to(torch.int8),
-        prepend=line.new_zeros(1, dtype=torch.int8),
-        append=line.new_zeros(1, dtype=torch.int8),
-    )
-    return list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()))
-
-
-_KINDS = {(0, 0): "full", (0, 1): "causal", (1, 0): "inverse", (1, 1): "band"}
-
-
-def _stack(lines: list[list[tuple[int, int]]]) -> list[Range]:
-    """Join the key runs of consecutive queries whose ends stand still or step by one into
-    ranges.
-    """
-    done: list[Range] = []
-    open_: list[list[Any]] = []  # [q0, first run, last run, step or None]
-
-    def close(item: list[Any], q1: int) -> None:
-        q0, first, last, step = item
-        done.append(Range(q0, q1, first[0], last[1], _KINDS[step or (0, 0)]))
-
-    for q, runs in enumerate([*lines, []]):
-        left = list(runs)
-        still: list[list[Any]] = []
-        for item in open_:
-            _, _, (a, b), step = item
-            found = next(
-                (r for r in left if (r[0] - a, r[1] - b) in ([step] if step else _KINDS)), None
-            )
-            if found is None:
-                close(item, q)
-            else:
-                left.remove(found)
-                still.append([item[0], item[1], found, (found[0] - a, found[1] - b)])
-        open_ = still + [[q, run, run, None] for run in left]
-    return sorted(done)
