@@ -113,10 +113,8 @@ def test_a_learned_sink_is_one_more_key_with_value_zero() -> None:
 def test_many_tiles_equal_one(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Small tiles walk every path: chunks of batch and heads, ragged ends, skipped blocks."""
     q, k, v = tensors((3, 6, 2, 77, 101, 8))
-    monkeypatch.setattr(tiled, "BLOCK_Q", block)
-    monkeypatch.setattr(tiled, "BLOCK_K", 2 * block)
-    monkeypatch.setattr(tiled, "STEP_K", block)
-    monkeypatch.setattr(tiled, "TILE_CELLS", 2 * block * block)
+    size = tiled.Size(block, 2 * block, block, 2 * block * block)
+    monkeypatch.setitem(tiled.SIZES, "cpu", size)
     for name, m in masks(3, 77, 101).items():
         out, lse = reference.attend(q, k, v, m, 0.3)
         found = attend(q, k, v, mask=m, scale=0.3, kernel="tiled")

@@ -131,11 +131,9 @@ def test_with_soft_cap_and_bias(mask: str) -> None:
     check(shape, m, bias=torch.randn(1, 4, 37, 53, generator=torch.Generator().manual_seed(1)))
 
 
-def test_small_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "BLOCK_Q", 16)
-    monkeypatch.setattr(tiled, "BLOCK_K", 32)
-    monkeypatch.setattr(tiled, "STEP_K", 8)
-    monkeypatch.setattr(tiled, "TILE_CELLS", 700)
+@pytest.mark.parametrize("size", [tiled.Size(16, 32, 8, 700), tiled.LARGE], ids=["small", "large"])
+def test_sizes_of_tiles_change_nothing(size: tiled.Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiled.SIZES, "cpu", size)
     for mask in masks(2, 37, 53).values():
         check(SHAPES["B2-T37-S53-H4-Hkv2-D16"], mask)
 

@@ -68,7 +68,8 @@ def measure(
         live: `[batch, queries]`, false for queries that do not count (padding).
         offsets: absolute position of the first query and of the first key.
 
-    No gradients; needs a few MiB beside the results, whatever the length.
+    No gradients; needs a few MiB beside the results, whatever the length (on a GPU a few hundred,
+    where a fact is none that the sweep of the Triton kernel gives).
     """
     with torch.no_grad():
         scale = q.shape[-1] ** -0.5 if scale is None else scale

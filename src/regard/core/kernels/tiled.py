@@ -1,19 +1,18 @@
 """Attention and facts tile by tile: exact for every mask, soft cap and bias, in memory linear in
 the length.
 
-A tile is a block of scores small enough to stay in a processor cache. Blocks that the mask leaves
-empty
-are never computed. `forward` keeps a running maximum and sum over the tiles of a query block;
-`backward`
-recomputes the tiles; `sweep` visits the probabilities of every tile, given the lse of each query,
-so that
-any number of facts are measured in one pass.
+A tile is a block of scores small enough to stay in a processor cache; on a GPU it is larger, for
+there every call takes as long as half a million cells. Blocks that the mask leaves empty are never
+computed. `forward` keeps a running maximum and sum over the tiles of a query block; `backward`
+recomputes the tiles; `Tiles` visits the probabilities of every tile, given the lse of each query,
+so that any number of facts are measured in one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +23,22 @@ MASKED = -1e30  # a score that no softmax notices, yet finite: MASKED - MASKED i
 # exp, and the product of its result with the values, slow down a hundredfold where they are
 # subnormal; clamped well above that, exp gives a weight that is still far below rounding
 LOWEST = {torch.float32: -60.0, torch.float64: -600.0}
-BLOCK_Q, BLOCK_K = 256, 256
-STEP_K = 128  # keys are masked, skipped and joined to blocks in steps of this many
-TILE_CELLS = 2**19  # cells of one tile over batch and heads: 2 MiB of float32
+
+
+class Size(NamedTuple):
+    """Queries and keys of a block, the steps in which keys are masked, skipped and joined to
+    blocks, and the cells of one tile over batch and heads.
+    """
+
+    queries: int
+    keys: int
+    step: int
+    cells: int
+
+
+SMALL, LARGE = Size(256, 256, 128, 2**19), Size(1024, 2048, 256, 2**24)
+SIZES = {"cpu": SMALL}
+"""By device; LARGE, 64 MiB of float32, on others."""
 
 
 @dataclass
@@ -111,29 +123,29 @@ class Tiles:
             # a query that sees nothing has probability 0 everywhere, not NaN
             lse = lse.to(self.work).masked_fill(lse == -torch.inf, -MASKED)
             self.lse = lse.unflatten(1, (self.kv_heads, self.groups))
-        block = min(BLOCK_Q, max(self.queries, 1))
-        cells = self.groups * block * max(1, min(BLOCK_K, self.keys))  # of one key head
-        self.heads_step = max(1, min(self.kv_heads, TILE_CELLS // cells))
-        self.batch_step = max(1, min(self.batch, TILE_CELLS // (cells * self.kv_heads)))
-        self.plan = [
-            _runs(row) for row in self.mask.grid(self.queries, self.keys, BLOCK_Q, STEP_K).tolist()
-        ]
+        self.size = size = SIZES.get(q.device.type, LARGE)
+        block = min(size.queries, max(self.queries, 1))
+        cells = self.groups * block * max(1, min(size.keys, self.keys))  # of one key head
+        self.heads_step = max(1, min(self.kv_heads, size.cells // cells))
+        self.batch_step = max(1, min(self.batch, size.cells // (cells * self.kv_heads)))
+        grid = self.mask.grid(self.queries, self.keys, size.queries, size.step)
+        self.plan = [_runs(row, size) for row in grid.tolist()]
         self._cells: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self.i = torch.arange(self.queries, device=q.device) + self.keys - self.queries
         self.j = torch.arange(self.keys, device=q.device)
         self.lowest = LOWEST[self.work]
-        self._size = self.batch_step * self.heads_step * cells
+        self._room = self.batch_step * self.heads_step * cells
         self.buffer, self.scratch = self.empty(), self.empty()
 
     def empty(self) -> Tensor:
         """Room for one tile."""
-        return torch.empty(self._size, dtype=self.work, device=self.q.device)
+        return torch.empty(self._room, dtype=self.work, device=self.q.device)
 
     def blocks(self) -> Iterator[tuple[slice, slice, slice, Iterator[Tile]]]:
         """(batch, kv heads, rows, tiles of that query block) for every query block."""
         for b in _slices(self.batch, self.batch_step):
             for h in _slices(self.kv_heads, self.heads_step):
-                for a, rows in enumerate(_slices(self.queries, BLOCK_Q)):
+                for a, rows in enumerate(_slices(self.queries, self.size.queries)):
                     yield b, h, rows, self._row(b, h, a, rows)
 
     def __iter__(self) -> Iterator[Tile]:
@@ -283,14 +295,14 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(a, min(a + step, length)) for a in range(0, length, step)]
 
 
-def _runs(states: list[int]) -> list[tuple[int, int, int]]:
+def _runs(states: list[int], size: Size) -> list[tuple[int, int, int]]:
     """(first key, last key + 1, state) of the blocks of one row: equal neighbours joined up to
-    BLOCK_K keys.
+    the keys of a block.
     """
     runs: list[tuple[int, int, int]] = []
     for c, state in enumerate(states):
-        start, stop = c * STEP_K, (c + 1) * STEP_K
-        if runs and runs[-1][1:] == (start, state) and stop - runs[-1][0] <= BLOCK_K:
+        start, stop = c * size.step, (c + 1) * size.step
+        if runs and runs[-1][1:] == (start, state) and stop - runs[-1][0] <= size.keys:
             runs[-1] = (runs[-1][0], stop, state)
         elif state != EMPTY:
             runs.append((start, stop, state))
