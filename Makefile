@@ -9,7 +9,7 @@ REPORT ?= attention.html
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo test test-slow style format peers docs clean
+.PHONY: help env env-dev demo test test-slow gpu style format peers docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,12 @@ test: env ## the tests
 
 test-slow: env ## the tests that take longer
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+gpu: env ## on a machine with a GPU: the tests of it, and what facts and kernels cost there
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_gpu.py
+	@$(BIN)/regard bench facts --device cuda --lengths 16k,32k,64k --dtype bfloat16 --out facts-gpu.json
+	@$(BIN)/regard bench kernels --device cuda --masks all --lengths 1k,4k,16k --backward --dtype bfloat16 \
+		--memory-limit 30 --out kernels-gpu.json --html kernels-gpu.html
 
 style: env-dev ## lint, format check, types, import arrows
 	@$(BIN)/ruff check .
