@@ -4,6 +4,7 @@ through Triton's interpreter: Triton decides between the two when it is imported
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.core import Mask, attend, facts, received
+from regard.core import Mask, Thumbnail, attend, facts, received
 from regard.core.facts import FACTS, measure
 from regard.core.kernels import reference
 from regard.core.kernels import triton as kernel
@@ -146,6 +147,34 @@ def test_a_sweep_gives_what_the_tiles_give(monkeypatch: pytest.MonkeyPatch) -> N
         close(fact.finish(a).cpu(), fact.finish(b), 1e-5, fact.name)
 
 
+@runs
+def test_a_sweep_for_every_bin_gives_the_thumbnail_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = (t.to(DEVICE) for t in tensors((2, 4, 2, 77, 77, 16)))
+    live = torch.arange(77)[None] >= torch.tensor([[0], [20]])
+    asked = [FACTS[n]() for n in ("mean_received", "entropy", "distance")]
+    asked += [Thumbnail(cells=5), Thumbnail(cells=5), FACTS["influence"]()]
+    sums = kernel.sums
+    seen: list[int] = []
+
+    def counted(q: Tensor, *given: Any, **named: Any) -> Any:
+        seen.append(q.shape[2])
+        return sums(q, *given, **named)
+
+    monkeypatch.setattr(importlib.import_module("regard.core.facts.sweep"), "NARROW", 16)
+    monkeypatch.setattr(kernel, "sums", counted)
+    for mask in (None, Mask.causal(), Mask.band(9, 20), Mask.causal() & Mask.padding(live)):
+        given: dict[str, Any] = {"mask": mask, "live": live}
+        state = lse(q, k, mask)
+        wanted = measure(q.cpu(), k.cpu(), state.cpu(), asked, **given)
+        with monkeypatch.context() as patch:
+            patch.setattr(facts, "_on_gpu", lambda *call: facts.sweep(*call))
+            found = measure(q, k, state, asked, mask=mask, live=live.to(DEVICE))
+        for fact, a, b in zip(asked, found, wanted):
+            close(fact.finish(a).cpu(), fact.finish(b), 1e-5, fact.name)
+    assert seen.count(16) == 4 * 4  # 77 tokens are four bins of 16 and one of 13
+    assert seen.count(13) == 4
+
+
 @pytest.mark.parametrize("most, together", [(1, 1), (2, 2), (4, 3), (6, 6), (99, 6)])
 def test_heads_go_as_many_at_a_time_as_the_cache_holds(
     most: int, together: int, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +229,7 @@ def test_all_of_this_in_the_interpreter() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(SIZES) + 14} passed" in done.stdout, done.stdout
+    assert f"{len(SIZES) + 15} passed" in done.stdout, done.stdout
 
 
 @pytest.mark.skipif(

@@ -64,6 +64,10 @@ class Fact:
         total = max(view.key_offset + view.keys, next(iter(old.values())).shape[-1])
         return {n: place(old[n], 0, total) + place(new[n], 0, total) for n in new}
 
+    def complete(self, sums: Sums, lse: Tensor, view: View) -> Sums:
+        """Sums of a call after its last tile; `lse` is -inf for queries that do not count."""
+        return sums
+
     def start(self, sums: Sums, view: View) -> Sums:
         """The sums of a first call, with keys at their absolute place."""
         if self.axis != "keys" or not view.key_offset:
@@ -83,9 +87,14 @@ class Fact:
 
     @property
     def swept(self) -> str | None:
-        """Which sum of `kernels.triton.sums` this fact is: "received", "entropy" or "distance",
+        """Which result of `sweep` this fact is: "received", "entropy", "distance" or "thumbnail",
         of the whole map; None where it is none of them.
         """
+        return None
+
+    @property
+    def near(self) -> int | None:
+        """Most positions between query and key of the pairs that count; None where all do."""
         return None
 
 

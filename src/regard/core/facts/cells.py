@@ -120,6 +120,10 @@ class Thumbnail(Fact):
             width *= 2
         return width
 
+    @property
+    def swept(self) -> str | None:
+        return "thumbnail"
+
     def begin(self, view: View) -> Sums:
         end = max(view.query_offset + view.queries, view.key_offset + view.keys)
         n = -(-end // self.width(end))

@@ -53,6 +53,10 @@ class Received(Fact):
     def swept(self) -> str | None:
         return "received" if self.band is None and self.queries is None else None
 
+    @property
+    def near(self) -> int | None:
+        return None if self.band is None else max(map(abs, self.band))
+
     def _chosen(self, tile: Tile, view: View) -> Tensor | None:
         """Which pairs of the tile count, `[rows, cols]`: `_ALL`, a tensor, or None for not one."""
         low, high = tile.reach

@@ -93,17 +93,25 @@ class WindowedDistance(Fact):
         if self.window < 1:
             raise ValueError(f"the window of waad holds at least 1 token, got {self.window}")
 
+    @property
+    def near(self) -> int:
+        return self.window
+
     def begin(self, view: View) -> Sums:
         return {"sum": view.zeros(view.queries)}
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        low, high = tile.reach
+        if low >= self.window or high <= -self.window:
+            return
+        saved = self.window - (tile.i[:, None] - tile.j).abs().clamp_max(self.window)
         at = (tile.batch, tile.heads, slice(None), tile.rows)
-        if tile.reach[0] >= self.window:
-            sums["sum"][at] += self.window * tile.p.sum(-1)
-        else:
-            sums["sum"][at] += tile.times(
-                (tile.i[:, None] - tile.j).abs().clamp_max(self.window)
-            ).sum(-1)
+        sums["sum"][at] -= tile.times(saved).sum(-1)
+
+    def complete(self, sums: Sums, lse: Tensor, view: View) -> Sums:
+        """The whole window for all that is looked at, less what is nearer."""
+        looks = (lse != -torch.inf).unflatten(1, (view.kv_heads, view.groups))
+        return {"sum": (sums["sum"] + self.window * looks).clamp_min(0.0)}
 
 
 @dataclass(frozen=True)

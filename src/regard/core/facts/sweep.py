@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.mask import Mask
 
 from .base import Fact, Sums, View
+from .cells import Thumbnail
+
+NARROW = 128  # tokens of a bin, below which its own sweep does not pay
 
 
 def sweep(
@@ -29,21 +34,25 @@ def sweep(
     none: list[Sums | None] = [None] * len(facts)
     wanted = {f.swept for f in facts} - {None}
     aligned = view.query_offset - view.key_offset == view.keys - view.queries
+    width = _width(facts, view)
+    if width is None:
+        wanted.discard("thumbnail")
     if not wanted or (view.queries != view.keys and not aligned):
         return none
     from regard.core.kernels import triton  # an import of half a second that few ask for
 
     if triton.available() is not None or not triton.supports(q, k, mask):
         return none
-    found = triton.sums(
-        q,
-        k,
-        lse,
-        mask=mask,
-        scale=scale,
-        entropy="entropy" in wanted,
-        distance="distance" in wanted,
-    )
+    options: dict[str, Any] = {
+        "mask": mask,
+        "scale": scale,
+        "entropy": "entropy" in wanted,
+        "distance": "distance" in wanted,
+    }
+    if width is None:
+        found = triton.sums(q, k, lse, **options)
+    else:
+        found = _by_bins(width, q, k, lse, options)
     counts = None
     if any("count" in f.begin(view) for f in facts if f.swept == "received"):
         # of all scores 0 and a lse of 0, every pair that may look adds 1
@@ -59,10 +68,47 @@ def sweep(
     return [_sums(f, found, counts, view) for f in facts]
 
 
+def _width(facts: Sequence[Fact], view: View) -> int | None:
+    """Tokens of a bin of the thumbnail that is asked for; None where there is none, or where its
+    bins are so narrow that tiles are faster.
+    """
+    widths = {f.width(view.keys) for f in facts if isinstance(f, Thumbnail)}
+    square = view.queries == view.keys and view.query_offset == view.key_offset == 0
+    return min(widths) if len(widths) == 1 and square and min(widths) >= NARROW else None
+
+
+def _by_bins(
+    width: int, q: Tensor, k: Tensor, lse: Tensor, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What `triton.sums` gives, and the sums of all cells of a thumbnail: one sweep for the queries
+    of every bin.
+    """
+    from regard.core.kernels import triton
+
+    total, bins = k.shape[2], -(-k.shape[2] // width)
+    received: Any = 0
+    cells, rows = [], []
+    for start in range(0, total, width):
+        own = slice(start, start + width)
+        part = triton.sums(q[:, :, own], k, lse[:, :, own], shift=start, **options)
+        columns = part.pop("received")
+        received = received + columns
+        padded = F.pad(columns, (0, bins * width - total))
+        cells.append(padded.unflatten(-1, (bins, width)).sum(-1))
+        rows.append(part)
+    found = {name: torch.cat([part[name] for part in rows], 2) for name in rows[0]}
+    looks = F.pad((lse[:, :1] != -torch.inf).float(), (0, bins * width - total))
+    counts = looks.unflatten(-1, (bins, width)).sum(-1)
+    return {**found, "received": received, "thumbnail": torch.stack(cells, 2), "looks": counts}
+
+
 def _sums(fact: Fact, found: dict[str, Tensor], counts: Tensor | None, view: View) -> Sums | None:
-    if fact.swept is None:
+    if fact.swept is None or fact.swept not in found:
         return None
     total = found[fact.swept].to(view.dtype).unflatten(1, (view.kv_heads, view.groups))
+    if isinstance(fact, Thumbnail):
+        looks = found["looks"][:, :, None, :, None].to(view.dtype)
+        return {"sum": total, "count": looks, "width": fact.begin(view)["width"]}
     if counts is not None and "count" in fact.begin(view):
         return {"sum": total, "count": counts.to(view.dtype)}
     return {"sum": total}

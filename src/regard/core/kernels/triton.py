@@ -77,6 +77,7 @@ def sums(
     weights: Tensor | None = None,
     entropy: bool = False,
     distance: bool = False,
+    shift: int | None = None,
 ) -> dict[str, Tensor]:
     """Column sums "received" `[batch, heads, keys]` of P, and of its rows "entropy" and "distance"
     `[batch, heads, queries]` where they are asked for, from one visit of every tile; float32,
@@ -88,6 +89,8 @@ def sums(
         lse: `[batch, heads, queries]` of the same call; a query with -inf gives nothing.
         weights: per-query weights w `[batch, heads, queries]` (or broadcast), of any sign; of the
             columns only.
+        shift: position of the first query among the keys; the last one stands at the last key
+            when None.
 
     Call it where `available()` is None and `supports(q, k, mask)` is true.
 
@@ -123,7 +126,8 @@ def sums(
             *(q, k, lse, w, hidden, out, *rows),
             *(*q.stride(), *k.stride(), *lse.stride(), *w.stride()),
             0 if valid is None or len(hidden) == 1 else hidden.stride(0),
-            *(queries, keys, heads, _together(q), heads // k.shape[1], keys - queries),
+            *(queries, keys, heads, _together(q), heads // k.shape[1]),
+            keys - queries if shift is None else shift,
             *(band.before or 0, band.after or 0, float(scale) / math.log(2)),
             DIM=dim,
             BEFORE=band.before is not None,

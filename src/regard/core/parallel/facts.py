@@ -54,6 +54,11 @@ def measure(
         for source, keys in run.rounds(k, "keys"):
             for piece in run.pieces(run.comm.place, source, mask):
                 _add(facts, sums, q, keys, lse, piece, scale, softcap)
+        # own rows at their places in the sequence: the others do not count here
+        placed = lse.new_full((*lse.shape[:2], run.tokens), -torch.inf)
+        for own in run.placement.runs[run.comm.place]:
+            placed[:, :, own.start : own.stop] = lse[:, :, own.rows]
+        sums = [fact.complete(s, placed, whole) for fact, s in zip(facts, sums)]
         return [_join(run, s, heads, kv_heads) for s in sums]
 
 
