@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
 import regard
-from regard.core import Mask, attend
+from regard.core import Mask, Thumbnail, attend
 from regard.core.facts import FACTS, measure
 from regard.core.kernels import reference, tiled
 from regard.errors import InputError
@@ -50,9 +51,13 @@ def test_gradients_of_out_and_lse() -> None:
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
-def test_facts_of_a_sweep_equal_those_of_tiles(dtype: torch.dtype) -> None:
+def test_facts_of_a_sweep_equal_those_of_tiles(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("regard.core.facts.sweep"), "NARROW", 16)
     q, k, v = on_gpu(dtype)
-    asked = [FACTS[n]() for n in ("mean_received", "received", "entropy", "distance", "waad")]
+    names = ("mean_received", "received", "entropy", "distance", "waad", "influence")
+    asked = [*(FACTS[n]() for n in names), Thumbnail(cells=8)]
     for name, mask in masks(2, 203, 203).items():
         state = attend(q, k, v, mask=mask)
         found = measure(q, k, state.lse, asked, mask=mask)
