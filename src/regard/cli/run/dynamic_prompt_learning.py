@@ -107,14 +107,19 @@ def dynamic_prompt_learning(
     write_json(result, json)
     if not made["learnt"][0].ground.any():
         err().print("note: no background was found, so its loss had nothing to do")
+    if blend and local is not None and None in result["outside"].values():
+        err().print("note: the edited words are looked at everywhere, so no part had to stay")
     if json is None or str(json) != "-":
         print(f"nouns: {', '.join(repr(n) for n in chosen)}; edit: {target!r}")
         for name in NAMES:
-            print(
-                f"{name}: change outside the edited words {result['outside'][name]:.4f} of 1, "
-                f"inside {result['inside'][name]:.4f}; reconstruction error "
-                f"{result['reconstruction'][name]:.4f}"
+            inside, outside = result["inside"][name], result["outside"][name]
+            where = (
+                f"of the picture {inside:.4f} of 1"  # nothing says which part was to stay
+                if outside is None
+                else f"outside the edited words {outside:.4f} of 1, inside {inside:.4f}"
             )
+            again = result["reconstruction"][name]
+            print(f"{name}: change {where}; reconstruction error {again:.4f}")
         for pair, value in result["leakage"]["after"]["pairs"].items():
             before = result["leakage"]["before"]["pairs"][pair]
             print(f"overlap of maps, {pair}: {before:.3f} before, {value:.3f} after")
@@ -232,9 +237,9 @@ def _result(
 ) -> dict[str, Any]:
     import numpy as np
 
-    def change(a: Any, b: Any, where: Any) -> float:
+    def change(a: Any, b: Any, where: Any) -> float | None:
         one, two = (np.asarray(x, dtype=np.float64) / 255 for x in (a, b))
-        return float(abs(one - two)[where].mean()) if where.any() else 0.0
+        return float(abs(one - two)[where].mean()) if where.any() else None
 
     outside, inside, again = {}, {}, {}
     for name, (learned, edited) in made.items():
