@@ -66,6 +66,18 @@ def test_a_concept_is_learnt_once(capsys: Any, folder: Path, tmp_path: Path) -> 
     assert code == 0 and "circle -> concept.safetensors" in said, err
 
 
+def test_without_a_caption_what_was_taken_for_it_is_told(
+    capsys: Any, folder: Path, tmp_path: Path
+) -> None:
+    words = common(folder, tmp_path / "out.png")
+    at = words.index("--caption")
+    more = ["--object", "circle", "--target", "star", "--mask", str(folder / "m.png")]
+    code, _, err = run(capsys, *words[:at], *words[at + 2 :], *more)
+    assert code == 0 and "taken to show 'a circle' and nothing else" in " ".join(err.split()), err
+    code, _, err = run(capsys, *words, *more)
+    assert code == 0 and "note:" not in err, err
+
+
 def test_words_are_found_as_words(capsys: Any, folder: Path, tmp_path: Path) -> None:
     """A longer word that holds the object stays; the target may stand elsewhere already."""
     out, data = tmp_path / "out.png", tmp_path / "out.json"

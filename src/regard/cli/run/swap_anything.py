@@ -96,6 +96,9 @@ def swap_anything(
         results.append(told)
     write_bytes(out, png(now.resize(picture.size)))
     err().print(f"picture: {out}", markup=False, highlight=False)
+    if not (caption or insert):
+        said = f"note: the picture was taken to show {results[0]['source']!r} and nothing else"
+        err().print(f"{said}: say what it shows with --caption", markup=False, highlight=False)
     write_json({"image": image.name, "model": model, "swaps": results}, json)
     if json is None or str(json) != "-":
         for (old, new), told in zip(targets, results):
