@@ -14,7 +14,7 @@ import torch
 from regard.bench import kernels as bench
 from regard.bench import kernels_page, kernels_verdicts, patterns_page, record, timer
 from regard.bench.cases import Case, masks, pointwise
-from regard.bench.kernel import Kernel
+from regard.bench.kernel import BLOCK, Kernel, flex_mask
 from regard.bench.registry import chosen, kernels, load, why_not
 from regard.cli import main
 from regard.core import attend, patterns
@@ -367,3 +367,13 @@ def test_lists_of_names() -> None:
     assert len(masks("all")) == 14 and len(masks("static,dynamic,causal")) == 14
     with pytest.raises(InputError, match="no kernel was named"):
         chosen(",", ["a"], "kernel")
+
+
+def test_the_block_mask_of_a_case_is_its_own() -> None:
+    """A kernel's rule does not come into what the mask keeps for the next who asks."""
+    case = Case("causal", 256, 2, 2, 16, torch.float32, "cpu", False, 0)
+    kept = case.mask.block_mask(256, 256, "cpu", BLOCK)
+    rule = kept.mask_mod
+    own = flex_mask(case)
+    assert own.mask_mod is not rule and kept.mask_mod is rule
+    assert own.to_dense().equal(kept.to_dense())

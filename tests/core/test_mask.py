@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -180,3 +182,5 @@ def test_the_last_block_mask_is_kept_with_the_mask_itself() -> None:
     other = mask.block_mask(200, 300)
     assert other is not first and other.seq_lengths == (200, 300)
     assert mask.block_mask(300, 300).to_dense().equal(first.to_dense())
+    sent = pickle.loads(pickle.dumps(mask))
+    assert sent.cells(300, 300).equal(mask.cells(300, 300))

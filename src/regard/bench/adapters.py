@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.bench.cases import Case, pointwise
+from regard.bench.cases import Case
 from regard.bench.kernel import (
-    BLOCK,
     Attention,
     Kernel,
     dense_bytes,
     dtype_name,
+    flex_mask,
     flex_refuses,
     gpu_flash,
     no_dense_mask,
@@ -167,8 +167,7 @@ def _transformers(name: str, case: Case) -> Attention:
     layer = _Layer(case.heads // case.kv_heads, case.pattern == "causal")
     mask: Any = case.sdpa.get("attn_mask") if "flex" not in name else None
     if "flex" in name and case.pattern != "full":
-        mask = case.mask.block_mask(case.total, case.total, case.device, BLOCK)
-        mask.mask_mod = pointwise(case.mask, case.device)
+        mask = flex_mask(case)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(layer, q, k, v, mask, dropout=0.0, scaling=case.dim**-0.5,

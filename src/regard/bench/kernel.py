@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.bench.cases import Case
+from regard.bench.cases import Case, pointwise
 
 Attention = Callable[[Tensor, Tensor, Tensor], Any]  # (q, k, v) -> out, or (out, ...)
 BLOCK = 128  # of FlexAttention's block masks
@@ -76,6 +77,14 @@ def not_half(case: Case) -> str | None:
 def dtype_name(case: Case) -> str:
     """The dtype as people write it."""
     return str(case.dtype).removeprefix("torch.")
+
+
+def flex_mask(case: Case) -> Any:
+    """The block mask of a case, with its rule in operations that FlexAttention can compile."""
+    block = case.mask.block_mask(case.total, case.total, case.device, BLOCK)
+    own = copy.copy(block)  # the mask keeps the other for the next who asks
+    own.mask_mod = pointwise(case.mask, case.device)
+    return own
 
 
 def flex_refuses(case: Case) -> str | None:

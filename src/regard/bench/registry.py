@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from regard.bench import adapters
-from regard.bench.cases import Case, pointwise
+from regard.bench.cases import Case
 from regard.bench.kernel import (
-    BLOCK,
     Attention,
     Kernel,
     dense_bytes,
+    flex_mask,
     flex_refuses,
     gpu_flash,
     not_half,
@@ -169,10 +169,7 @@ def _compiled() -> Any:
 def _flex(compiled: bool, case: Case) -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
-    block = None
-    if case.pattern != "full":
-        block = case.mask.block_mask(case.total, case.total, case.device, BLOCK)
-        block.mask_mod = pointwise(case.mask, case.device)
+    block = None if case.pattern == "full" else flex_mask(case)
     call, grouped = _compiled() if compiled else flex_attention, case.heads != case.kv_heads
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

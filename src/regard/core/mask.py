@@ -279,6 +279,10 @@ class Mask:
             kept[asked] = self._block_mask(queries, keys, device, block)
         return kept[asked]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the block mask, whose rule cannot be sent to other processes."""
+        return {n: value for n, value in self.__dict__.items() if n != "_block_masks"}
+
     def _block_mask(self, queries: int, keys: int, device: Any, block: int) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
