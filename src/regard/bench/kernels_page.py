@@ -328,6 +328,8 @@ def throughput_svg(result: Result) -> str:
     height = 60 + h * math.ceil(len(masks) / columns)
     out = svg(columns * w + 16, height, "Throughput against length, one panel a mask")
     out += _legend(drawn, 24)
+    unit, size = ("TFLOP/s", 1e12) if top >= 1e13 else ("GFLOP/s", 1e9)
+    out.append(f'<text x="46" y="44" fill="#666">{unit} of allowed pairs, forward</text>')
     for n, mask in enumerate(masks):
         x0, y0 = 46 + n % columns * w, 74 + n // columns * h
         inner, tall = w - 50, h - 62
@@ -336,7 +338,7 @@ def throughput_svg(result: Result) -> str:
             y = y0 + tall * (1 - part)
             out.append(f'<path d="M{x0} {y:.1f}h{inner}" stroke="#ddd"/>')
             out.append(f'<text x="{x0 - 5}" y="{y + 4:.1f}" fill="#666" text-anchor="end">'
-                       f"{top * part / 1e9:.0f}</text>")  # fmt: skip
+                       f"{top * part / size:.0f}</text>")  # fmt: skip
         at = {t: x0 + inner * (i + 0.5) / len(lengths) for i, t in enumerate(lengths)}
         for t, x in at.items():
             out.append(f'<text x="{x:.1f}" y="{y0 + tall + 16}" fill="#666" text-anchor="middle">'
