@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.cli.command import run
 
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'")
 
+from regard.cli.run.dynamic_prompt_learning import _result
 from regard.zoo.scenes import scene
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
@@ -51,15 +54,11 @@ def test_an_edit_side_by_side(
     made = json.loads(data.read_text())
     assert made["target"] == "a red circle and a green square"
     assert made["nouns"] == ["circle", "square"] and len(made["losses"]) == 2
+    # weights by chance look at the edited words from everywhere: there is no outside
+    assert "looked at everywhere" in err
     for name in ("plain", "learnt"):
-        inside, outside = made["inside"][name], made["outside"][name]
-        if outside is None:
-            assert f"{name}: change of the picture {inside:.4f} of 1" in text
-            assert "looked at everywhere" in err
-        else:
-            # outside the blend the latents are the source's; only the decoder's reach shows there
-            assert outside <= inside
-            assert f"{name}: change outside the edited words {outside:.4f} of 1" in text
+        assert made["outside"][name] is None
+        assert f"{name}: change of the picture {made['inside'][name]:.4f} of 1" in text
     assert "overlap of maps, circle / square" in text
     names = {p.name for p in out.glob("*.png")}
     assert names == {
@@ -77,6 +76,23 @@ def test_an_edit_side_by_side(
     assert code == 0 and again == text
     assert [p.stat().st_mtime_ns for p in kept] == stamps
     assert json.loads(data.read_text())["losses"] == made["losses"]
+
+
+def test_the_change_is_told_inside_and_outside_of_the_edited_words() -> None:
+    from PIL import Image
+
+    from regard.steer.dynamic_prompt_learning import DynamicPromptLearning
+
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:, 2:] = True
+    source, image = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
+    image.paste("white", (4, 0, 8, 8))
+    edited = SimpleNamespace(mask=mask, source=source, image=image)
+    learned = SimpleNamespace(losses=[{"error": 0.5}], nouns=["circle"], leakage=dict)
+    made = dict.fromkeys(("plain", "learnt"), (learned, edited))
+    told = _result("m", CAPTION, CAPTION, {}, DynamicPromptLearning(["circle"]), made, {})
+    assert told["outside"] == {"plain": 0, "learnt": 0}
+    assert told["inside"] == {"plain": 1, "learnt": 1}
 
 
 @pytest.mark.parametrize(

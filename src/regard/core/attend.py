@@ -128,8 +128,7 @@ class _Attend(torch.autograd.Function):
         out = out.to(q.dtype)
         lse = lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.settings = (mask, scale, softcap)
-        ctx.name = name
+        ctx.settings = (mask, scale, softcap, name)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -137,8 +136,8 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
-        mask, scale, softcap = ctx.settings
-        if ctx.name == "cuda" and grad_out is not None and grad_lse is None:
+        mask, scale, softcap, name = ctx.settings
+        if name == "cuda" and grad_out is not None and grad_lse is None:
             return (*cuda.backward(grad_out, q, k, v, mask, scale), *5 * (None,))
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse

@@ -237,9 +237,9 @@ def _result(
 ) -> dict[str, Any]:
     import numpy as np
 
-    def change(a: Any, b: Any, where: Any) -> float | None:
+    def change(a: Any, b: Any, where: Any) -> float:
         one, two = (np.asarray(x, dtype=np.float64) / 255 for x in (a, b))
-        return float(abs(one - two)[where].mean()) if where.any() else None
+        return float(abs(one - two)[where].mean()) if where.any() else 0.0
 
     outside, inside, again = {}, {}, {}
     for name, (learned, edited) in made.items():
@@ -248,7 +248,8 @@ def _result(
             small = edited.mask.cpu().numpy()
             times = [n // m for n, m in zip(mask.shape, small.shape)]
             mask = small.repeat(times[0], 0).repeat(times[1], 1)
-        outside[name] = change(edited.source, edited.image, ~mask)
+        # where the whole picture may change there is no outside
+        outside[name] = None if mask.all() else change(edited.source, edited.image, ~mask)
         inside[name] = change(edited.source, edited.image, mask)
         again[name] = float(learned.losses[-1]["error"])
     learned = made["learnt"][0]

@@ -84,10 +84,9 @@ def measure(
             done = _on_gpu(facts, q, k, lse, mask, scale, view)
         rest = [f for f, found in zip(facts, done) if found is None]
         if rest:  # the plan of the tiles takes a while on long calls
-            near = [f.near for f in rest]
-            if None not in near:
-                most = max(n for n in near if n is not None)
-                mask = (mask or Mask.full()) & Mask.band(most, most)
+            near = [f.near for f in rest if f.near is not None]
+            if len(near) == len(rest):
+                mask = (mask or Mask.full()) & Mask.band(max(near), max(near))
             tiles = Tiles(q, k, mask, scale, softcap, bias, lse=lse)
             left = iter(_by_tiles(rest, tiles, live, view))
             done = [next(left) if found is None else found for found in done]

@@ -69,12 +69,16 @@ def sweep(
 
 
 def _width(facts: Sequence[Fact], view: View) -> int | None:
-    """Tokens of a bin of the thumbnail that is asked for; None where there is none, or where its
-    bins are so narrow that tiles are faster.
+    """Tokens of a bin of the thumbnail that is asked for; None where tiles must give it: there are
+    several widths or none, the call goes on from another, or bins are so narrow that tiles are
+    faster.
     """
     widths = {f.width(view.keys) for f in facts if isinstance(f, Thumbnail)}
     square = view.queries == view.keys and view.query_offset == view.key_offset == 0
-    return min(widths) if len(widths) == 1 and square and min(widths) >= NARROW else None
+    if not square or len(widths) != 1:
+        return None
+    width = widths.pop()
+    return width if width >= NARROW else None
 
 
 def _by_bins(
@@ -86,6 +90,10 @@ def _by_bins(
     from regard.core.kernels import triton
 
     total, bins = k.shape[2], -(-k.shape[2] // width)
+
+    def binned(x: Tensor) -> Tensor:
+        return F.pad(x, (0, bins * width - total)).unflatten(-1, (bins, width)).sum(-1)
+
     received: Any = 0
     cells, rows = [], []
     for start in range(0, total, width):
@@ -93,13 +101,11 @@ def _by_bins(
         part = triton.sums(q[:, :, own], k, lse[:, :, own], shift=start, **options)
         columns = part.pop("received")
         received = received + columns
-        padded = F.pad(columns, (0, bins * width - total))
-        cells.append(padded.unflatten(-1, (bins, width)).sum(-1))
+        cells.append(binned(columns))
         rows.append(part)
     found = {name: torch.cat([part[name] for part in rows], 2) for name in rows[0]}
-    looks = F.pad((lse[:, :1] != -torch.inf).float(), (0, bins * width - total))
-    counts = looks.unflatten(-1, (bins, width)).sum(-1)
-    return {**found, "received": received, "thumbnail": torch.stack(cells, 2), "looks": counts}
+    looks = binned((lse[:, :1] != -torch.inf).float())
+    return {**found, "received": received, "thumbnail": torch.stack(cells, 2), "looks": looks}
 
 
 def _sums(fact: Fact, found: dict[str, Tensor], counts: Tensor | None, view: View) -> Sums | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..mask import Band, Both, Mask, Padding
 
-CACHE = 2**25  # bytes
+CACHE = 2**25  # bytes of queries that stay in a GPU's cache
 
 try:
     import triton
@@ -113,7 +113,7 @@ def sums(
         return {"received": out, **named}
     q, k = q.detach(), k.detach()
     # in log 2; a query without keys stands where every p is 0
-    lse = torch.where(lse.isneginf(), 1e30, lse.detach().float() / math.log(2))
+    lse = torch.where(lse.isneginf(), FAR.value, lse.detach().float() / math.log(2))
     if INTERPRETED and q.dtype == torch.bfloat16:
         q, k = q.float(), k.float()  # the interpreter multiplies the bits of bfloat16 as integers
     # without weights their pointer is never read, but it must point somewhere

@@ -112,7 +112,8 @@ def train_dit(
     steps: int | None = None,
     checked: int = 200,
 ) -> dict[str, Any]:
-    """Train `shapes-dit`: rectified flow, captions with filler words and parts of scenes.
+    """Train `shapes-dit`: rectified flow, captions with filler words and parts of scenes; and words
+    that are looked at from their things (`pointing`).
 
     On the autoencoder `vae`, or on from `start`, the folder of such a pipeline; with both, what
     `start` holds is moved onto `vae`.
