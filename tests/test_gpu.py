@@ -50,6 +50,22 @@ def test_gradients_of_out_and_lse() -> None:
         close(a, b, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["window", "prefix", "documents", "left padding", "rule"])
+def test_gradients_of_flex_are_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "backward", lambda *_: pytest.fail("took the slow way"))
+    mask = masks(2, 203, 203)[name]
+    q, k, v = on_gpu(torch.float32, grad=True)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    out, lse = reference.attend(*exact, mask, SIZE[-1] ** -0.5)
+    state = attend(q, k, v, mask=mask, kernel="flex")
+    seen = lse > -torch.inf
+    true = torch.autograd.grad(out.sin().sum() + lse[seen].sin().sum(), exact)
+    loss = state.out.sin().sum() + state.lse[seen].sin().sum()
+    for _ in range(2):
+        for a, b in zip(torch.autograd.grad(loss, (q, k, v), retain_graph=True), true):
+            close(a, b, 1e-4)
+
+
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_facts_of_a_sweep_equal_those_of_tiles(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

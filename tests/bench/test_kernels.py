@@ -100,6 +100,19 @@ def test_outcomes_are_told_apart() -> None:
     assert "wrong" in kernels_page.markdown(result, "x.json")
 
 
+def test_a_compiled_kernel_runs_backward_often() -> None:
+    """Checked with one backward, timed with several: torch frees what it compiled for one."""
+
+    def plain(q: Any, k: Any, v: Any) -> Any:
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        return (q @ k.mT / q.shape[-1] ** 0.5).tanh().softmax(-1) @ v
+
+    once = torch.compile(plain, backend="aot_eager")
+    own = [kernel(lambda q, k, v, m: once(q, k, v), "compiled")]
+    result = bench.run(masks="full", kernels="", extra=own, backward=True, **SMALL)
+    assert {c.outcome for c in kernels_verdicts.cells(result)} == {"measured"}
+
+
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out = tmp_path / "k.json"
     calls: list[int] = []

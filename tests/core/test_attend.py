@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.core import Mask, State, attend, choose, merge
-from regard.core.kernels import cpu, cuda, reference, tiled
+from regard.core.kernels import cpu, cuda, flex, reference, tiled
 
 from .cases import SHAPES, by_head, close, masks, tensors
 
@@ -46,6 +48,23 @@ def test_flex_equals_true(mask: str) -> None:
     found = attend(q, k, v, mask=m, scale=0.25, softcap=3.0, kernel="flex")
     close(found.out, out, 1e-5, "out")
     close(found.lse, lse, 1e-5, "lse")
+
+
+def test_one_compiled_flex_serves_many_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each graph is a kernel of its own, and takes seconds to compile."""
+    graphs = CompileCounter()
+    compiled = torch.compile(flex_attention, backend=graphs, dynamic=True)
+    monkeypatch.setattr(flex, "_call", lambda device: compiled)
+    torch._dynamo.reset()
+    for size in (300, 500):
+        q, k, v = tensors((2, 4, 2, size, size, 16))
+        for name in ("causal", "window", "causal window", "prefix", "documents", "band apart"):
+            m = masks(1, size, size)[name]
+            out, lse = reference.attend(q, k, v, m, 0.25)
+            found = attend(q, k, v, mask=m, kernel="flex")
+            close(found.out, out, 1e-5, f"{name}: out")
+            close(found.lse, lse, 1e-5, f"{name}: lse")
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("kernel", [None, "tiled", "flex"])

@@ -108,8 +108,9 @@ def test_block_mask_of_flex_attention(name: str) -> None:
     b, q, k = torch.meshgrid(
         torch.arange(2), torch.arange(0, 200, 17), torch.arange(0, 300, 13), indexing="ij"
     )
-    said = mask.mask_mod(queries, keys)(b, torch.zeros_like(b), q, k)
-    assert torch.equal(said, mask.cells(queries, keys)[:, 0].expand(2, -1, -1)[b, q, k])
+    true = mask.cells(queries, keys)[:, 0].expand(2, -1, -1)[b, q, k]
+    for rule in (mask.mask_mod(queries, keys), block.mask_mod):
+        assert torch.equal(rule(b, torch.zeros_like(b), q, k), true)
 
 
 @pytest.mark.parametrize("name", by_head(1, 1, 2, 2))
@@ -121,7 +122,12 @@ def test_a_mask_by_head_in_every_form(name: str) -> None:
     assert mask.head_count(queries, keys) == heads
     assert not torch.equal(cells[:, 0], cells[:, 3])
     index = torch.meshgrid(*map(torch.arange, (batch, heads, queries, keys)), indexing="ij")
-    assert torch.equal(mask.mask_mod(queries, keys)(*index), cells)
+    block = mask.block_mask(queries, keys, block=16)
+    for rule in (mask.mask_mod(queries, keys), block.mask_mod):
+        assert torch.equal(rule(*index), cells)
+    padded = torch.nn.functional.pad(cells, (0, -keys % 16, 0, -queries % 16))
+    some = padded.view(batch, heads, 3, 16, 4, 16).any(5).any(3)
+    assert torch.equal(block.to_dense().bool().expand(batch, heads, -1, -1), some)
     turned = mask.swap(queries, keys).cells(keys, queries)
     assert torch.equal(turned.expand(batch, heads, -1, -1), cells.transpose(2, 3))
     for h in (0, 3):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.core import Mask, patterns
-from regard.core.mask import Band, Both, Either, Inverse, Predicate, Prefix, Segments
+from regard.core.mask import Band, Inverse, Pair, Predicate, Prefix, Segments
 from regard.errors import InputError, nearest
 
 
@@ -178,11 +178,9 @@ def pointwise(mask: Mask, device: str = "cpu") -> Predicate:
     if isinstance(mask, Inverse):
         inner = pointwise(mask.inner, device)
         return lambda b, h, i, j: ~inner(b, h, i, j)
-    if isinstance(mask, (Both, Either)):
-        one, two = pointwise(mask.left, device), pointwise(mask.right, device)
-        if isinstance(mask, Both):
-            return lambda b, h, i, j: one(b, h, i, j) & two(b, h, i, j)
-        return lambda b, h, i, j: one(b, h, i, j) | two(b, h, i, j)
+    if isinstance(mask, Pair):
+        join, one, two = mask.join, pointwise(mask.left, device), pointwise(mask.right, device)
+        return lambda b, h, i, j: join(one(b, h, i, j), two(b, h, i, j))
     raise NotImplementedError(f"no pointwise rule for a {type(mask).__name__} mask")
 
 

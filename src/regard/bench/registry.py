@@ -161,8 +161,6 @@ def _no_compiler(device: str) -> str | None:
 def _compiled() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # every mask is a graph of its own
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -57,7 +57,10 @@ def attend(
     name = kernel or choose(q, k, v, mask=mask, softcap=softcap, bias=bias)
     if name not in KERNELS:
         raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}")
-    out, lse = _Attend.apply(q, k, v, bias, mask, scale, softcap, name)
+    if name == "flex" and flex.has_gradients(q, bias):
+        out, lse = flex.forward(q, k, v, mask, scale, softcap, bias)
+    else:
+        out, lse = _Attend.apply(q, k, v, bias, mask, scale, softcap, name)
     state = State(out, lse)
     if sinks is not None:
         learned = sinks.to(lse.dtype)[None, :, None].expand(lse.shape)
@@ -87,8 +90,8 @@ def choose(
 
 
 class _Attend(torch.autograd.Function):
-    """Any kernel forward; backward recomputes tiles, so that out and lse both carry gradients, or
-    on a GPU torch's own attention, where lse has none.
+    """A kernel forward that has no gradients of its own; backward recomputes tiles, so that out and
+    lse both carry them, or on a GPU torch's own attention, where lse has none.
     """
 
     @staticmethod

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import EMPTY, FULL, block_mask
 from .ranges import Range, runs_of, stack
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-EMPTY, SOME, FULL = 0, 1, 2
 
 
 class Mask:
@@ -269,42 +269,20 @@ class Mask:
         return lambda b, h, q, k: self._at(b, h, q + shift, k, (queries, keys))
 
     def block_mask(self, queries: int, keys: int, device: Any = "cpu", block: int = 128) -> Any:
-        """FlexAttention `BlockMask`; blocks that the description knows to be full or empty cost
-        no evaluation. The last one is kept: the layers of a model ask for the same.
+        """FlexAttention `BlockMask`, exact for every batch row and head; blocks that the
+        description knows to be full or empty cost no evaluation. The last one is kept: the layers
+        of a model ask for the same.
         """
         kept: dict[tuple[Any, ...], Any] = self.__dict__.setdefault("_block_masks", {})
         asked = (queries, keys, str(device), block)
         if asked not in kept:
             kept.clear()
-            kept[asked] = self._block_mask(queries, keys, device, block)
+            kept[asked] = block_mask(self, queries, keys, device, block)
         return kept[asked]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the block mask, whose rule cannot be sent to other processes."""
         return {n: value for n, value in self.__dict__.items() if n != "_block_masks"}
-
-    def _block_mask(self, queries: int, keys: int, device: Any, block: int) -> Any:
-        from torch.nn.attention.flex_attention import BlockMask
-
-        grid = self.grid(queries, keys, block, block)
-        exact = grid.clone()
-        for a, b in (grid == SOME).nonzero().tolist():
-            rows, cols = slice(a * block, (a + 1) * block), slice(b * block, (b + 1) * block)
-            tile = self.cells(queries, keys, rows, cols)
-            whole = tile.shape[-2] == block and tile.shape[-1] == block
-            exact[a, b] = EMPTY if not tile.any() else FULL if tile.all() and whole else SOME
-        # a ragged last block must be masked even where every pair in it is allowed
-        if queries % block:
-            exact[-1][exact[-1] == FULL] = SOME
-        if keys % block:
-            exact[:, -1][exact[:, -1] == FULL] = SOME
-        return BlockMask.from_kv_blocks(
-            *_kv_blocks(exact == SOME, device),
-            *_kv_blocks(exact == FULL, device),
-            BLOCK_SIZE=block,
-            mask_mod=self.to(device).mask_mod(queries, keys),
-            seq_lengths=(queries, keys),
-        )
 
     def swap(self, queries: int, keys: int) -> Mask:
         """The transposed mask, for a call in which keys and queries trade roles (`keys` queries,
@@ -484,53 +462,45 @@ class Rule(Mask):
 
 
 @dataclass(frozen=True, eq=False)
-class Both(Mask):
+class Pair(Mask):
+    """Two masks joined cell by cell."""
+
+    left: Mask
+    right: Mask
+
+    @staticmethod
+    def join(left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return max(self.left.batch, self.right.batch)
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.join(self.left._cells(i, j, size), self.right._cells(i, j, size))
+
+    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.join(self.left._at(b, h, i, j, size), self.right._at(b, h, i, j, size))
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        left, right = self.left._bounds(i, j, size), self.right._bounds(i, j, size)
+        return self.join(left[0], right[0]), self.join(left[1], right[1])
+
+
+class Both(Pair):
     """Intersection."""
 
-    left: Mask
-    right: Mask
-
-    @property
-    def batch(self) -> int:  # type: ignore[override]
-        return max(self.left.batch, self.right.batch)
-
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.left._cells(i, j, size) & self.right._cells(i, j, size)
-
-    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.left._at(b, h, i, j, size) & self.right._at(b, h, i, j, size)
-
-    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        (some, every), (some2, every2) = (
-            self.left._bounds(i, j, size),
-            self.right._bounds(i, j, size),
-        )
-        return some & some2, every & every2
+    @staticmethod
+    def join(left: Tensor, right: Tensor) -> Tensor:
+        return left & right
 
 
-@dataclass(frozen=True, eq=False)
-class Either(Mask):
+class Either(Pair):
     """Union."""
 
-    left: Mask
-    right: Mask
-
-    @property
-    def batch(self) -> int:  # type: ignore[override]
-        return max(self.left.batch, self.right.batch)
-
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.left._cells(i, j, size) | self.right._cells(i, j, size)
-
-    def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.left._at(b, h, i, j, size) | self.right._at(b, h, i, j, size)
-
-    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        (some, every), (some2, every2) = (
-            self.left._bounds(i, j, size),
-            self.right._bounds(i, j, size),
-        )
-        return some | some2, every | every2
+    @staticmethod
+    def join(left: Tensor, right: Tensor) -> Tensor:
+        return left | right
 
 
 @dataclass(frozen=True, eq=False)
@@ -571,15 +541,6 @@ def _blocks(length: int, block: int) -> Tensor:
 def _extremes(ids: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     spans = [ids[:, a:b] for a, b in blocks.tolist()]
     return torch.stack([s.amin(1) for s in spans], 1), torch.stack([s.amax(1) for s in spans], 1)
-
-
-def _kv_blocks(chosen: Tensor, device: Any) -> tuple[Tensor, Tensor]:
-    """Number and order of the chosen key blocks of each query block, as FlexAttention stores
-    them.
-    """
-    count = chosen.sum(-1, dtype=torch.int32)
-    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return count[None, None].to(device), order[None, None].to(device)
 
 
 def _one(cells: Tensor, row: int, head: int) -> Tensor:

@@ -1,5 +1,5 @@
 """FlexAttention: any mask, soft cap or bias in one fused call that returns its lse; compiled on
-GPUs.
+GPUs, where it brings its own gradients.
 
 On a CPU the eager form builds the whole score matrix, so `attend` never chooses it there; the
 tests do.
@@ -7,6 +7,8 @@ tests do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -23,11 +25,9 @@ def supports(
     return q.dtype != torch.float64 and q.shape[-1] >= 16 and v.shape[-1] >= 16
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
+def has_gradients(q: Tensor, bias: Tensor | None) -> bool:
+    """Whether gradients are FlexAttention's own: on GPUs, all but those of a bias."""
+    return q.device.type == "cuda" and (bias is None or not bias.requires_grad)
 
 
 def forward(
@@ -40,7 +40,7 @@ def forward(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of one FlexAttention call."""
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest
 
     queries, keys = q.shape[2], k.shape[2]
     block_mask = (
@@ -56,15 +56,37 @@ def forward(
             score = score + bias[b if bias.shape[0] > 1 else 0, h if bias.shape[1] > 1 else 0, i, j]
         return score
 
-    call = _compiled() if q.device.type == "cuda" else flex_attention
-    out, aux = call(
-        q.detach(),  # gradients are the caller's
-        k.detach(),
-        v.detach(),
-        score_mod=change if softcap is not None or bias is not None else None,
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
+    if not has_gradients(q, bias):  # they are the caller's
+        q, k, v = (t.detach() for t in (q, k, v))
+        bias = None if bias is None else bias.detach()
+    with many_graphs():
+        out, aux = _call(q.device.type)(
+            q,
+            k,
+            v,
+            score_mod=change if softcap is not None or bias is not None else None,
+            block_mask=block_mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
     return out, aux.lse
+
+
+@lru_cache
+def _call(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+@contextmanager
+def many_graphs() -> Iterator[None]:
+    """More graphs of one function than torch allows by default (past its limit FlexAttention builds
+    whole score matrices without a word), and ones whose backward can run twice.
+    """
+    from torch._dynamo import config as graphs
+    from torch._functorch import config as gradients
+
+    with graphs.patch(recompile_limit=256), gradients.patch(donated_buffer=False):
+        yield

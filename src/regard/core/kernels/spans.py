@@ -13,7 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..mask import EMPTY, FULL, Band, Mask
+from ..blocks import EMPTY, FULL
+from ..mask import Band, Mask
 from .tiled import MASKED
 
 BLOCK_Q, BLOCK_K = 256, 128

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..mask import EMPTY, FULL, Band, Mask
+from ..blocks import EMPTY, FULL
+from ..mask import Band, Mask
 
 MASKED = -1e30  # a score that no softmax notices, yet finite: MASKED - MASKED is 0, not NaN
 # exp, and the product of its result with the values, slow down a hundredfold where they are
