@@ -145,8 +145,9 @@ def test_a_table_over_a_folder_goes_on_past_a_bad_file(
     assert "Means" in shown and not list(tmp_path.glob(".*.partial"))
 
 
+@pytest.mark.parametrize("corrected", [False, True])
 def test_an_interrupted_table_goes_on(
-    ears: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    corrected: bool, ears: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from regard.see import cross_attention_explanation as method
 
@@ -165,9 +166,12 @@ def test_an_interrupted_table_goes_on(
     with pytest.raises(RuntimeError, match="killed"):
         run(capsys, *args)
     assert not out.exists() and len(explained) == 1
+    if corrected:
+        (data / "a.txt").write_text("what was said", encoding="utf-8")
     explained.append(1)
     assert run(capsys, *args)[0] == 0
-    assert len(explained) == 3  # the first utterance was not explained again
+    # the first utterance is not explained again, unless what is known of it is another
+    assert len(explained) == 3 + corrected
     assert len(json.loads(out.read_text())["utterances"]) == 2
 
 

@@ -13,29 +13,35 @@ from regard.cli.see_speech import check_words, chosen
 from regard.errors import InputError
 
 MODEL = "whisper-tiny.en"
+Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
+Masks = Annotated[int, typer.Option(min=2, help="Masks on the sound; the paper: 20000.")]
+StateMasks = Annotated[
+    int | None, typer.Option(min=2, help="Masks on the encoder's output; as many if left out.")
+]
+Segments = Annotated[str, typer.Option(help="Segments per 5 s of sound, one number a granularity.")]
+Width = Annotated[
+    int, typer.Option(min=1, help="Encoder steps taken out together; more need fewer masks.")
+]
+Frames = Annotated[
+    str, typer.Option(help="all: the model's window; real: cut to the sound, far faster.")
+]
+Baseline = Annotated[str, typer.Option(help="What stands in: mean of a mel bin, or zero.")]
+Language = Annotated[str | None, typer.Option(help="Language that is spoken; en when left out.")]
+Task = Annotated[str | None, typer.Option(help="transcribe, or translate into English.")]
+Step = Annotated[int, typer.Option(help="Percent between points of deletion; 0: none.")]
+Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
+Batch = Annotated[int, typer.Option(min=1, help="Masks run at once.")]
 
 
 def explain(
     audio: Annotated[str, typer.Argument(help="An audio file, or @name of a shipped clip.")],
-    model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = MODEL,
-    masks: Annotated[int, typer.Option(min=2, help="Masks on the sound; the paper: 20000.")] = 2000,
-    state_masks: Annotated[
-        int | None, typer.Option(min=2, help="Masks on the encoder's output; as many if left out.")
-    ] = None,
-    segments: Annotated[
-        str, typer.Option(help="Segments per 5 s of sound, one number a granularity.")
-    ] = "2000,2500,3000",
-    width: Annotated[
-        int, typer.Option(min=1, help="Encoder steps taken out together; more need fewer masks.")
-    ] = 1,
-    frames: Annotated[
-        str, typer.Option(help="all: the model's window; real: cut to the sound, far faster.")
-    ] = "all",
-    baseline: Annotated[str, typer.Option(help="What stands in: mean of a mel bin, or zero.")] = (
-        "mean"
-    ),
+    model: Model = MODEL,
+    masks: Masks = 2000,
+    state_masks: StateMasks = None,
+    segments: Segments = "2000,2500,3000",
+    width: Width = 1,
+    frames: Frames = "all",
+    baseline: Baseline = "mean",
     antithetic: Annotated[bool, typer.Option(help="Draw each mask with its complement.")] = False,
     transcript: Annotated[
         str | None, typer.Option(help="Explain these words; the model's own when left out.")
@@ -43,16 +49,14 @@ def explain(
     reference: Annotated[
         str | None, typer.Option(help="What was said, for the word errors of deletion.")
     ] = None,
-    language: Annotated[
-        str | None, typer.Option(help="Language that is spoken; en when left out.")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="transcribe, or translate into English.")] = None,
-    step: Annotated[int, typer.Option(help="Percent between points of deletion; 0: none.")] = 5,
+    language: Language = None,
+    task: Task = None,
+    step: Step = 5,
     gradients: Annotated[
         bool, typer.Option(help="Also gradient x input and integrated gradients (captum).")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Masks run at once.")] = 16,
+    seed: Seed = 0,
+    batch: Batch = 16,
     resume: Annotated[
         Path | None, typer.Option(help="Keep the work in this file, and go on from it.")
     ] = None,

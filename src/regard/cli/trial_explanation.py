@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +11,24 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import check_output, load, write_json
-from regard.cli.explain import MODEL, margin_of, number, segment_list
+from regard.cli.explain import (
+    MODEL,
+    Baseline,
+    Batch,
+    Frames,
+    Language,
+    Masks,
+    Model,
+    Seed,
+    Segments,
+    StateMasks,
+    Step,
+    Task,
+    Width,
+    margin_of,
+    number,
+    segment_list,
+)
 from regard.cli.see_speech import check_words, chosen
 from regard.errors import InputError
 
@@ -19,35 +37,21 @@ def explanation(
     data: Annotated[
         str, typer.Option(help="Folder of audio files, or @sentences: those that are shipped.")
     ],
-    model: Annotated[
-        str, typer.Option(help="A name of `regard models`, a folder or a hub id.")
-    ] = MODEL,
-    masks: Annotated[int, typer.Option(min=2, help="Masks on the sound.")] = 2000,
-    state_masks: Annotated[
-        int | None, typer.Option(min=2, help="Masks on the encoder's output; as many if left out.")
-    ] = None,
-    segments: Annotated[
-        str, typer.Option(help="Segments per 5 s of sound, one number a granularity.")
-    ] = "2000,2500,3000",
-    width: Annotated[
-        int, typer.Option(min=1, help="Encoder steps taken out together; more need fewer masks.")
-    ] = 1,
-    frames: Annotated[
-        str, typer.Option(help="all: the model's window; real: cut to the sound, far faster.")
-    ] = "all",
-    baseline: Annotated[str, typer.Option(help="What stands in: mean of a mel bin, or zero.")] = (
-        "mean"
-    ),
-    language: Annotated[
-        str | None, typer.Option(help="Language that is spoken; en when left out.")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="transcribe, or translate into English.")] = None,
-    step: Annotated[int, typer.Option(help="Percent between points of deletion; 0: none.")] = 5,
+    model: Model = MODEL,
+    masks: Masks = 2000,
+    state_masks: StateMasks = None,
+    segments: Segments = "2000,2500,3000",
+    width: Width = 1,
+    frames: Frames = "all",
+    baseline: Baseline = "mean",
+    language: Language = None,
+    task: Task = None,
+    step: Step = 5,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many utterances.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Masks run at once.")] = 16,
+    seed: Seed = 0,
+    batch: Batch = 16,
     json: Annotated[
         Path | None,
         typer.Option(
@@ -90,7 +94,7 @@ def explanation(
             try:
                 clip = _read(place)
                 make = partial(_row, explain, loaded, processor, clip, settings)
-                row = journal.get(f"{name} {clip['audio'].shape}", make)
+                row = journal.get(f"{name} {_mark(clip)}", make)
             except InputError as problem:  # the others are still worth the run
                 row = {"problem": str(problem)}
             rows.append({"name": name, **row})
@@ -124,6 +128,11 @@ def _items(data: str) -> list[tuple[str, Any]]:
 def _row(explain: Any, model: Any, processor: Any, clip: Any, settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = explain(model, processor, **clip, **settings, progress=False).as_dict()
     return found
+
+
+def _mark(clip: dict[str, Any]) -> str:
+    """The same for the same sound and text, so that what was changed is not taken for done."""
+    return hashlib.sha256(clip["audio"].tobytes() + repr(clip["reference"]).encode()).hexdigest()
 
 
 def _read(place: Any) -> dict[str, Any]:
