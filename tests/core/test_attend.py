@@ -52,10 +52,10 @@ def test_flex_equals_true(mask: str) -> None:
 
 def test_one_compiled_flex_serves_many_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each graph is a kernel of its own, and takes seconds to compile."""
-    graphs = CompileCounter()
-    compiled = torch.compile(flex_attention, backend=graphs, dynamic=True)
-    monkeypatch.setattr(flex, "_call", lambda device: compiled)
     torch._dynamo.reset()
+    graphs, theirs = CompileCounter(), CompileCounter()
+    compiled = torch.compile(flex._attention, backend=graphs, dynamic=True)
+    monkeypatch.setattr(flex, "_call", lambda device: compiled)
     for size in (300, 500):
         q, k, v = tensors((2, 4, 2, size, size, 16))
         for name in ("causal", "window", "causal window", "prefix", "documents", "band apart"):
@@ -65,6 +65,10 @@ def test_one_compiled_flex_serves_many_masks(monkeypatch: pytest.MonkeyPatch) ->
             close(found.out, out, 1e-5, f"{name}: out")
             close(found.lse, lse, 1e-5, f"{name}: lse")
     assert graphs.frame_count == 1
+    # what others compile of FlexAttention is counted apart
+    with torch._dynamo.config.patch(recompile_limit=1):
+        torch.compile(flex_attention, backend=theirs, dynamic=True)(q, q, q)
+    assert theirs.frame_count == 1
 
 
 @pytest.mark.parametrize("kernel", [None, "tiled", "flex"])
@@ -126,6 +130,58 @@ def test_a_learned_sink_is_one_more_key_with_value_zero() -> None:
     p = torch.softmax(wide, -1)[..., :-1]
     close(found.out, p @ v.repeat_interleave(2, 1), 1e-12)
     close(found.lse, torch.logsumexp(wide, -1), 1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min, -1e30])
+def test_a_bias_that_hides(low: float, softcap: float | None) -> None:
+    """The first keys of late queries: whole tiles in which a row sees nothing."""
+    q, k, v = tensors((1, 2, 2, 300, 300, 16))
+    bias = torch.zeros(1, 1, 300, 300).masked_fill(torch.ones(300, 300).triu(1).bool(), low)
+    given = [t.requires_grad_() for t in (q, k, v, bias.flip(2, 3).contiguous())]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    found = attend(*given[:3], bias=given[3], scale=0.25, softcap=softcap)
+    out, lse = reference.attend(*exact[:3], None, 0.25, softcap, exact[3])
+    close(found.out.detach(), out.detach(), 1e-5, "out")
+    close(found.lse.detach(), lse.detach(), 1e-5, "lse")
+    grads = (torch.autograd.grad(o.sin().sum(), g) for o, g in ((found.out, given), (out, exact)))
+    for name, a, b in zip("qkvb", *grads):
+        close(a, b, 1e-5, f"gradient of {name}")
+
+
+def test_gradients_of_halves_do_not_overflow() -> None:
+    q, k, v = (t.half() for t in tensors((1, 2, 2, 40, 40, 16)))
+    given = [t.requires_grad_() for t in (q * 0.1, k * 0.1, (v * 0.1 + 40).half())]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    scaled = torch.full_like(q, 1000.0)  # as a gradient scaler does
+    found = torch.autograd.grad(attend(*given, kernel="tiled").out, given, scaled)
+    out = reference.attend(*exact, None, 16**-0.5)[0]
+    true = torch.autograd.grad(out, exact, scaled.double())
+    assert float(true[2].max()) < 65504
+    assert all(bool(g.isfinite().all()) for g in found)
+    close(found[2], true[2], 5e-3)  # those of q and k lose digits with an out of 16 bits
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "rule"])
+def test_autocast_leaves_float32_exact(name: str) -> None:
+    grads = []
+    for on in (True, False):
+        q, k, v = tensors((2, 4, 2, 200, 200, 16), grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            state = attend(q, k, v, mask=masks(2, 200, 200)[name])
+            total = state.out.sin().sum() + state.lse.clamp_min(-9).sin().sum()
+            grads.append([state.out.detach(), *torch.autograd.grad(total, (q, k, v))])
+    for a, b in zip(*grads):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_a_mask_first_seen_without_gradients_serves_with_them() -> None:
+    mask = Mask.causal() | Mask.prefix(40)
+    with torch.inference_mode():
+        block = mask.block_mask(300, 300)
+    held = [c.cell_contents for c in block.mask_mod.__closure__ or ()]
+    for t in (*held, block.kv_indices, block.full_kv_indices, block.q_indices):
+        assert not (isinstance(t, torch.Tensor) and t.is_inference())
 
 
 @pytest.mark.parametrize("block", [16, 32])
@@ -219,6 +275,15 @@ def test_unknown_kernel_and_wrong_bias() -> None:
         attend(q, k, v, bias=torch.zeros(1, 1, 3, 4))
     with pytest.raises(ValueError, match="use 'tiled'"):
         attend(q, k, v, mask=Mask.window(2), kernel="cpu")
+    q, k, v = tensors((2, 4, 2, 4, 4, 8))
+    for rows, heads in ((3, 1), (1, 2)):  # read as of other rows, or of key heads
+        some = torch.ones(rows, heads, 4, 4)
+        with pytest.raises(ValueError, match=f"bias of {rows} batch rows and {heads} heads"):
+            attend(q, k, v, bias=some)
+        with pytest.raises(ValueError, match=f"mask of {rows} batch rows and {heads} heads"):
+            attend(q, k, v, mask=Mask.causal() & Mask.dense(some.bool()))
+    with pytest.raises(ValueError, match="one a head"):
+        attend(q, k, v, sinks=torch.zeros(2))
 
 
 def test_state_is_small_and_typed() -> None:

@@ -38,7 +38,7 @@ from regard.core import (
 from regard.core.facts import View
 from regard.core.kernels import reference, tiled
 
-from .cases import SHAPES, close, masks, tensors
+from .cases import SHAPES, by_head, close, masks, tensors
 
 CALLS = [(s, m) for s in SHAPES for m in masks(1, 8, 8)]
 
@@ -49,7 +49,7 @@ def dense(p: Tensor, cells: Tensor) -> dict[str, Tensor]:
     i = torch.arange(queries)[:, None] + keys - queries
     j = torch.arange(keys)
     d = (i - j).abs()
-    cells = cells.expand(p.shape[0], 1, queries, keys)
+    cells = cells.expand(p.shape[0], -1, queries, keys)
     band = (i - j >= 2) & (i - j <= 9)
     late = (i >= keys // 2) & (i < keys)
     width = Thumbnail(16).width(keys)
@@ -68,7 +68,7 @@ def dense(p: Tensor, cells: Tensor) -> dict[str, Tensor]:
         "collision": (p * p).sum(-1),
         "rows": p[:, :, [-1]],
         "columns": p[..., [0, keys - 1]],
-        "thumbnail": bins / bins.sum(-1, keepdim=True).clamp_min(1e-9),
+        "thumbnail": bins / (left.T @ cells.any(-1, keepdim=True).double()).clamp_min(1),
         "top": p[:, :, -1:].topk(3, -1).values,
     }
 
@@ -92,14 +92,21 @@ def facts(keys: int) -> dict[str, Fact]:
 
 
 def check(
-    shape: tuple[int, ...], mask: Mask | None, tolerance: float = 1e-5, **extra: object
+    shape: tuple[int, ...],
+    mask: Mask | None,
+    tolerance: float = 1e-5,
+    sinks: Tensor | None = None,
+    **extra: object,
 ) -> None:
     q, k, v = tensors(shape)
     keys, queries = shape[4], shape[3]
     cells = (mask or Mask.full()).cells(queries, keys)
     p = reference.probabilities(q, k, mask, **extra)  # type: ignore[arg-type]
+    lse = attend(q, k, v, mask=mask, sinks=sinks, **extra).lse  # type: ignore[arg-type]
+    if sinks is not None:  # they leave less for the keys
+        own = attend(q, k, v, mask=mask, **extra).lse  # type: ignore[arg-type]
+        p = p * (own - lse).double().exp()[..., None]
     true = dense(p, cells)
-    lse = attend(q, k, v, mask=mask, **extra).lse  # type: ignore[arg-type]
     chosen = facts(keys)
     sums = measure(
         q,
@@ -107,6 +114,7 @@ def check(
         lse,
         list(chosen.values()),
         mask=mask,
+        sinks=sinks,
         offsets=(keys - queries, 0),
         **extra,  # type: ignore[arg-type]
     )
@@ -136,6 +144,38 @@ def test_sizes_of_tiles_change_nothing(size: tiled.Size, monkeypatch: pytest.Mon
     monkeypatch.setitem(tiled.SIZES, "cpu", size)
     for mask in masks(2, 37, 53).values():
         check(SHAPES["B2-T37-S53-H4-Hkv2-D16"], mask)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "documents", "left padding"])
+def test_with_learned_sinks(mask: str) -> None:
+    shape, sinks = SHAPES["B2-T300-H6-Hkv2-D16"], torch.tensor([-2.0, 0.0, 1.0, 3.0, 6.0, 9.0])
+    m = masks(2, 300, 300)[mask]
+    if mask != "left padding":  # a query without keys looks at its sink alone
+        check(shape, m, sinks=sinks)
+    q, k, v = tensors(shape)
+    lse = attend(q, k, v, mask=m, sinks=sinks).lse
+    ids = torch.arange(300) // 100
+    plain = entropy(q, k, lse, mask=m), distance(q, k, lse, mask=m)
+    q.requires_grad_()
+    asked = entropy(q, k, lse, mask=m), distance(q, k, lse, mask=m)
+    for a, b in zip(asked, plain):
+        close(a.detach(), b, 1e-4)
+    spans = {str(n): (100 * n, 100 * n + 100) for n in range(3)}
+    share = Mass(spans).finish(measure(q.detach(), k, lse, [Mass(spans)], mask=m)[0])
+    close(segment_mass(q, k, lse, ids, mask=m).detach(), share, 1e-5)
+
+
+@pytest.mark.parametrize("name", by_head(1, 1, 2, 2))
+def test_with_masks_by_head(name: str) -> None:
+    shape = SHAPES["B2-T37-S53-H4-Hkv2-D16"]
+    check(shape, by_head(2, 4, 37, 53)[name])
+
+
+def test_autocast_leaves_facts_exact() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        for shape in ("B2-T37-S53-H4-Hkv2-D16", "B2-T300-H6-Hkv2-D16"):
+            batch, _, _, queries, keys, _ = SHAPES[shape]
+            check(SHAPES[shape], masks(batch, queries, keys)["causal window"])
 
 
 def test_half_precision_gives_float32_facts() -> None:
@@ -292,3 +332,24 @@ def test_settings_that_make_no_sense() -> None:
         WindowedDistance(0)
     with pytest.raises(ValueError, match="segments"):
         Mass()
+    with pytest.raises(ValueError, match="from 0 on"):
+        Mass({"a": (5, 3)})
+    with pytest.raises(ValueError, match="at least 1 cell"):
+        Thumbnail(0)
+    with pytest.raises(ValueError, match="at least 1 key"):
+        TopKeys(0)
+    with pytest.raises(ValueError, match="lower to the higher"):
+        Influence(band=(10, 3))
+    for wrong in ((-1,), 3):
+        with pytest.raises(ValueError, match="absolute positions"):
+            Rows(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="absolute positions"):
+            Columns(wrong)  # type: ignore[arg-type]
+
+
+def test_more_queries_than_keys() -> None:
+    q, k, v = tensors((1, 2, 2, 5, 1, 8))
+    lse = attend(q, k, v).lse
+    for asked in (False, True):
+        far = distance(q.requires_grad_(asked), k, lse).detach()
+        close(far, torch.tensor([4.0, 3, 2, 1, 0]).expand(1, 2, 5), 1e-6)

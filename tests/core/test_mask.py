@@ -119,7 +119,7 @@ def test_a_mask_by_head_in_every_form(name: str) -> None:
     batch, heads, queries, keys = 2, 4, 37, 53
     mask = by_head(batch, heads, queries, keys)[name]
     cells = mask.cells(queries, keys).expand(batch, heads, -1, -1)
-    assert mask.head_count(queries, keys) == heads
+    assert mask.heads == heads
     assert not torch.equal(cells[:, 0], cells[:, 3])
     index = torch.meshgrid(*map(torch.arange, (batch, heads, queries, keys)), indexing="ij")
     block = mask.block_mask(queries, keys, block=16)
@@ -179,6 +179,54 @@ def test_bad_masks() -> None:
 def test_negative_ids_see_nothing() -> None:
     mask = Mask.segments(torch.tensor([0, 0, -1, 1]))
     assert mask.draw(4).splitlines()[2] == "⬚ ⬚ ⬚ ⬚"
+
+
+@pytest.mark.parametrize("queries, keys", [(0, 20), (0, 0), (1, 20)])
+def test_calls_without_queries_or_keys(queries: int, keys: int) -> None:
+    for name, mask in masks(2, queries, keys).items():
+        if mask is None:
+            continue
+        assert mask.block_mask(queries, keys).to_dense().shape[2:] == (-(-queries // 128), keys > 0)
+        if min(queries, keys) == 0:
+            assert not mask.grid(queries, keys, 8, 8).any(), name
+            assert mask.area(queries, keys) in (0, [0, 0]), name
+
+
+def test_a_rule_that_holds_what_lies_elsewhere() -> None:
+    """Its answers come to where they are asked for."""
+
+    class Elsewhere(torch.Tensor):
+        asked = 0
+
+        def to(self, *args: object, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+            Elsewhere.asked += 1
+            return self.as_subclass(torch.Tensor)
+
+    mask = Mask.predicate(lambda b, h, i, j: (i >= j).as_subclass(Elsewhere))
+    both = mask & Mask.window(3)
+    assert type(both.cells(9, 9)) is torch.Tensor and Elsewhere.asked == 1
+
+
+def test_a_decoding_step_evaluates_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one query every block is ragged; those that are known to be full need no look."""
+    mask = Mask.causal() & Mask.padding(torch.arange(4096)[None] >= torch.tensor([[0], [300]]))
+    looks: list[int] = []
+    cells = type(mask).cells
+    monkeypatch.setattr(
+        type(mask), "cells", lambda self, *a, **k: looks.append(1) or cells(self, *a, **k)
+    )
+    block = mask.block_mask(1, 4096)
+    assert len(looks) == 3
+    dense = block.to_dense()
+    assert dense[0].all() and not dense[1, ..., :2].any() and dense[1, ..., 2:].all()
+
+
+def test_some_heads_of_a_mask() -> None:
+    for name, mask in by_head(2, 4, 37, 53).items():
+        some = mask.of_heads([3, 1])
+        true = mask.cells(37, 53).expand(2, 4, 37, 53)[:, [3, 1]]
+        assert torch.equal(some.cells(37, 53).expand(2, 2, 37, 53), true), name
+    assert Mask.causal().of_heads([1]) == Mask.causal()
 
 
 def test_the_last_block_mask_is_kept_with_the_mask_itself() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .kernels import cpu, cuda, flex, reference, spans, tiled
 from .mask import Mask
+from .precision import as_given
 from .state import State, merge
 
 KERNELS = ("cpu", "spans", "cuda", "flex", "tiled", "reference")
@@ -52,7 +53,7 @@ def attend(
     >>> torch.allclose(whole.out, parts.out, atol=1e-6)
     True
     """
-    _check(q, k, v, bias)
+    _check(q, k, v, mask, bias, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     name = kernel or choose(q, k, v, mask=mask, softcap=softcap, bias=bias)
     if name not in KERNELS:
@@ -106,28 +107,8 @@ class _Attend(torch.autograd.Function):
         softcap: float | None,
         name: str,
     ) -> tuple[Tensor, Tensor]:
-        if name == "cpu":
-            if not cpu.supports(q, k, v, mask, softcap, bias):
-                raise ValueError(
-                    "kernel 'cpu' computes plain causal or full attention of CPU tensors only: "
-                    "use 'tiled'"
-                )
-            out, lse = cpu.forward(q, k, v, mask, scale)
-        elif name == "spans":
-            if not spans.supports(q, k, v, mask, softcap, bias):
-                raise ValueError(
-                    "kernel 'spans' takes CPU tensors, some queries and neither soft cap nor bias: "
-                    "use 'tiled'"
-                )
-            out, lse = spans.forward(q, k, v, mask, scale)
-        elif name == "cuda":
-            out, lse = cuda.forward(q, k, v, mask, scale)
-        elif name == "flex":
-            out, lse = flex.forward(q, k, v, mask, scale, softcap, bias)
-        elif name == "reference":
-            out, lse = reference.attend(q, k, v, mask, scale, softcap, bias)
-        else:
-            out, lse = tiled.forward(q, k, v, mask, scale, softcap, bias)
+        with as_given(q):
+            out, lse = _forward(q, k, v, bias, mask, scale, softcap, name)
         out = out.to(q.dtype)
         lse = lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         ctx.save_for_backward(q, k, v, bias, out, lse)
@@ -140,15 +121,57 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         mask, scale, softcap, name = ctx.settings
-        if name == "cuda" and grad_out is not None and grad_lse is None:
-            return (*cuda.backward(grad_out, q, k, v, mask, scale), *5 * (None,))
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-        grads = tiled.backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale, softcap, bias)
+        with as_given(q):
+            if name == "cuda" and grad_out is not None and grad_lse is None:
+                return (*cuda.backward(grad_out, q, k, v, mask, scale), *5 * (None,))
+            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+            settings = (mask, scale, softcap, bias)
+            grads = tiled.backward(grad_out, grad_lse, q, k, v, out, lse, *settings)
         return (*grads, None, None, None, None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Mask | None,
+    scale: float,
+    softcap: float | None,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    if name == "cpu":
+        if not cpu.supports(q, k, v, mask, softcap, bias):
+            raise ValueError(
+                "kernel 'cpu' computes plain causal or full attention of CPU tensors only: "
+                "use 'tiled'"
+            )
+        return cpu.forward(q, k, v, mask, scale)
+    if name == "spans":
+        if not spans.supports(q, k, v, mask, softcap, bias):
+            raise ValueError(
+                "kernel 'spans' takes CPU tensors, some queries and neither soft cap nor bias: "
+                "use 'tiled'"
+            )
+        return spans.forward(q, k, v, mask, scale)
+    if name == "cuda":
+        return cuda.forward(q, k, v, mask, scale)
+    if name == "flex":
+        return flex.forward(q, k, v, mask, scale, softcap, bias)
+    if name == "reference":
+        return reference.attend(q, k, v, mask, scale, softcap, bias)
+    return tiled.forward(q, k, v, mask, scale, softcap, bias)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError("q, k and v are [batch, heads, tokens, head_dim]")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
@@ -161,3 +184,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"bias {tuple(bias.shape)} is not [batch, heads, {q.shape[2]}, {k.shape[2]}]"
         )
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks {tuple(sinks.shape)} are not [{q.shape[1]}], one a head")
+    for name, rows, heads in (
+        ("bias", *((1, 1) if bias is None else bias.shape[:2])),
+        ("mask", *((1, 1) if mask is None else (mask.batch, mask.heads))),
+    ):
+        if rows not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
+            raise ValueError(
+                f"a {name} of {rows} batch rows and {heads} heads does not fit {q.shape[0]} rows "
+                f"and {q.shape[1]} heads: give it 1 of either, or all"
+            )

@@ -23,58 +23,72 @@ def block_mask(mask: Mask, queries: int, keys: int, device: Any, block: int) -> 
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    kinds, which = _kinds(mask, queries, keys, block)
-    some, full = which > 1, which == 1
-    kinds, which = kinds.to(device), which.to(device)
-    rows, heads = (n > 1 for n in which.shape[:2])
+    with torch.inference_mode(False):  # it is kept, and may serve a call that wants gradients
+        kinds, which = (t.to(device) for t in _kinds(mask, queries, keys, block))
+        rows, heads = (n > 1 for n in which.shape[:2])
 
-    def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        at = which[b if rows else b * 0, h if heads else h * 0, i // block, j // block]
-        return kinds[at, i % block, j % block]
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            at = which[b if rows else b * 0, h if heads else h * 0, i // block, j // block]
+            return kinds[at, i % block, j % block]
 
-    return BlockMask.from_kv_blocks(
-        *_listed(some, device),
-        *_listed(full, device),
-        BLOCK_SIZE=block,
-        mask_mod=rule,
-        seq_lengths=(queries, keys),
-    )
+        return BlockMask.from_kv_blocks(
+            *_listed(which > 1),
+            *_listed(which == 1),
+            BLOCK_SIZE=block,
+            mask_mod=rule,
+            seq_lengths=(queries, keys),
+        )
+
+
+class _Kinds:
+    """Distinct blocks, numbered as they come: 0 is empty, 1 is full."""
+
+    def __init__(self, block: int) -> None:
+        self.block, self.all = block, list[Tensor]()
+        self._numbers: dict[bytes, int] = {}
+        self.corner(0, 0)
+        self.corner(block, block)
+
+    def number(self, kind: Tensor) -> int:
+        found = self._numbers.setdefault(kind.numpy().tobytes(), len(self.all))
+        if found == len(self.all):
+            self.all.append(kind.clone())
+        return found
+
+    def corner(self, rows: int, cols: int) -> int:
+        """A block of which only so many rows and columns are there."""
+        at = torch.arange(self.block)
+        return self.number((at[:, None] < rows) & (at < cols))
 
 
 def _kinds(mask: Mask, queries: int, keys: int, block: int) -> tuple[Tensor, Tensor]:
-    """The distinct blocks `[kinds, block, block]`, an empty and a full one first, and which of
-    them lies where, `[batch or 1, heads or 1, query blocks, key blocks]`.
+    """The distinct blocks `[kinds, block, block]` and which of them lies where, `[batch or 1,
+    heads or 1, query blocks, key blocks]`.
     """
-    grid, mask = mask.grid(queries, keys, block, block).clone(), mask.to("cpu")
+    grid, mask, kinds = mask.grid(queries, keys, block, block), mask.to("cpu"), _Kinds(block)
+    which = (grid == FULL).to(torch.int32)
     # a ragged last block ends where the tokens do, even where every pair in it is allowed
-    for ragged, edge in ((queries % block, grid[-1]), (keys % block, grid[:, -1])):
-        if ragged:
-            edge[edge == FULL] = SOME
-    kinds = [
-        torch.zeros(block, block, dtype=torch.bool),
-        torch.ones(block, block, dtype=torch.bool),
-    ]
-    number = {kind.numpy().tobytes(): n for n, kind in enumerate(kinds)}
-    which = (grid == FULL).to(torch.int32)[None, None]
+    tall, wide = queries % block or block, keys % block or block
+    last, every = slice(-1, None), slice(None)
+    for at, rows, cols in (
+        ((last, every), tall, block),
+        ((every, last), block, wide),
+        ((last, last), tall, wide),
+    ):
+        which[at][grid[at] == FULL] = kinds.corner(rows, cols)
+    which = which.expand(mask.batch, mask.heads, -1, -1).clone()
     for a, b in (grid == SOME).nonzero().tolist():
-        rows, cols = slice(a * block, (a + 1) * block), slice(b * block, (b + 1) * block)
-        cells = mask.cells(queries, keys, rows, cols)
+        spans = slice(a * block, (a + 1) * block), slice(b * block, (b + 1) * block)
+        cells = mask.cells(queries, keys, *spans)
         cells = F.pad(cells, (0, block - cells.shape[-1], 0, block - cells.shape[-2]))
-        if which.shape[:2] != cells.shape[:2]:  # the first one tells how many rows and heads
-            which = which.repeat(*cells.shape[:2], 1, 1)
-        for row, of_row in enumerate(cells):
-            for head, kind in enumerate(of_row):
-                found = number.setdefault(kind.numpy().tobytes(), len(kinds))
-                if found == len(kinds):
-                    kinds.append(kind.clone())
-                which[row, head, a, b] = found
-    return torch.stack(kinds), which
+        which[..., a, b] = torch.tensor([[kinds.number(kind) for kind in row] for row in cells])
+    return torch.stack(kinds.all), which
 
 
-def _listed(chosen: Tensor, device: Any) -> tuple[Tensor, Tensor]:
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Number and order of the chosen key blocks of each query block, as FlexAttention stores
     them.
     """
     count = chosen.sum(-1, dtype=torch.int32)
     order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return count.to(device), order.to(device)
+    return count, order

@@ -61,13 +61,13 @@ def entropy(
     query sees no key.
 
     The identity is lse - scale * q . E[k], with E[k] the attention output when the values are the
-    keys.
+    keys, times what of the query's attention lies on keys: less than 1 beside a learned sink.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.to(lse.dtype), k.to(lse.dtype)
-    looked = attend(q, k, k, mask=mask, scale=scale).out
-    seen = lse != -torch.inf
-    return torch.where(seen, torch.where(seen, lse, 0.0) - scale * (q * looked).sum(-1), 0.0)
+    own = attend(q, k, k, mask=mask, scale=scale)
+    share = _share(own, lse)
+    return share * (lse.masked_fill(lse == -torch.inf, 0.0) - scale * (q * own.out).sum(-1))
 
 
 def distance(
@@ -79,7 +79,7 @@ def distance(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.to(lse.dtype), k.to(lse.dtype)
     j = torch.arange(k.shape[2], device=k.device, dtype=lse.dtype)
-    i = j[-q.shape[2] :]
+    i = torch.arange(q.shape[2], device=k.device, dtype=lse.dtype) + k.shape[2] - q.shape[2]
     values = j[:, None].expand(*k.shape[:3], 1)
     total = torch.zeros_like(lse)
     for side, sign in (
@@ -108,7 +108,8 @@ def mass(
     count = int(ids.max()) + 1
     member = torch.nn.functional.one_hot(ids.clamp_min(0), count) * (ids >= 0)[..., None]
     values = member[:, None].to(lse.dtype).expand(-1, k.shape[1], -1, -1)
-    return attend(q.to(lse.dtype), k.to(lse.dtype), values, mask=mask, scale=scale).out
+    own = attend(q.to(lse.dtype), k.to(lse.dtype), values, mask=mask, scale=scale)
+    return _share(own, lse)[..., None] * own.out
 
 
 def collision(

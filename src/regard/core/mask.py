@@ -105,7 +105,7 @@ class Mask:
         return Rule(fn, batch, heads=heads)
 
     # -- what a subclass gives, `_cells` or `_at`: positions are absolute, in the frame of the keys
-    batch: int = 1
+    batch: int = 1  # how many rows and heads are told apart
     heads: int = 1
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
@@ -132,7 +132,7 @@ class Mask:
             # the new queries are the old keys, and the new frame starts `shift` later
             return self._at(b, h, j + shift, i + shift, size)
 
-        return Rule(turned, self.batch, self, size, self.head_count(queries, keys))
+        return Rule(turned, self.batch, self, size, self.heads)
 
     def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         """The rule at batch rows, heads, queries and keys that broadcast; FlexAttention can compile
@@ -182,10 +182,9 @@ class Mask:
             return False
         return self.before is None or self.before >= keys - 1
 
-    def head_count(self, queries: int, keys: int) -> int:
-        """How many heads the mask tells apart; 1 where all see the same."""
-        one = slice(0, 1)
-        return self.cells(queries, keys, one, one).shape[1]
+    def of_heads(self, chosen: Sequence[int]) -> Mask:
+        """The mask of some of its heads, in that order."""
+        return self if self.heads == 1 else OfHeads(self, list(chosen))
 
     def grid(self, queries: int, keys: int, block_q: int, block_k: int) -> Tensor:
         """EMPTY, SOME or FULL for every block, int8 `[query blocks, key blocks]`; SOME may be
@@ -275,10 +274,11 @@ class Mask:
         """
         kept: dict[tuple[Any, ...], Any] = self.__dict__.setdefault("_block_masks", {})
         asked = (queries, keys, str(device), block)
-        if asked not in kept:
+        found = kept.get(asked)
+        if found is None:
             kept.clear()
-            kept[asked] = block_mask(self, queries, keys, device, block)
-        return kept[asked]
+            kept[asked] = found = block_mask(self, queries, keys, device, block)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the block mask, whose rule cannot be sent to other processes."""
@@ -451,7 +451,7 @@ class Rule(Mask):
     heads: int = 1
 
     def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.fn(b, h, i, j)
+        return self.fn(b, h, i, j).to(i.device)  # what the rule holds may lie elsewhere
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if self.source is None:
@@ -475,6 +475,10 @@ class Pair(Mask):
     @property
     def batch(self) -> int:  # type: ignore[override]
         return max(self.left.batch, self.right.batch)
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return max(self.left.heads, self.right.heads)
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return self.join(self.left._cells(i, j, size), self.right._cells(i, j, size))
@@ -513,6 +517,10 @@ class Inverse(Mask):
     def batch(self) -> int:  # type: ignore[override]
         return self.inner.batch
 
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.inner.heads
+
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return ~self.inner._cells(i, j, size)
 
@@ -522,6 +530,29 @@ class Inverse(Mask):
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         some, every = self.inner._bounds(i, j, size)
         return ~(some & every), ~some
+
+
+@dataclass(frozen=True, eq=False)
+class OfHeads(Mask):
+    """Some heads of a mask that tells them apart."""
+
+    inner: Mask
+    chosen: list[int]
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return self.inner.batch
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return len(self.chosen)
+
+    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
+        cells = self.inner._cells(i, j, size)
+        return cells if cells.shape[1] == 1 else cells[:, self.chosen]
+
+    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return self.inner._bounds(i, j, size)
 
 
 def _row(held: Tensor, b: Tensor) -> Tensor:
@@ -540,6 +571,8 @@ def _blocks(length: int, block: int) -> Tensor:
 
 def _extremes(ids: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     spans = [ids[:, a:b] for a, b in blocks.tolist()]
+    if not spans:
+        return ids[:, :0], ids[:, :0]
     return torch.stack([s.amin(1) for s in spans], 1), torch.stack([s.amax(1) for s in spans], 1)
 
 

@@ -62,14 +62,16 @@ def rest(
     whole: State,
     part: State,
     recompute: Callable[[], State] | None = None,
-    threshold: float = 0.9,
+    threshold: float | None = None,
 ) -> State:
     """State of the complement, `whole` minus `part`.
 
     Subtraction is exact algebra but loses digits where the part holds nearly all the mass: there
     `recompute()` (a masked call over the complement) is used for the rows whose mass exceeds
-    `threshold`; without it the subtracted values stand.
+    `threshold` (0.9, or 0.5 for outs of 16 bits); without it the subtracted values stand.
     """
+    if threshold is None:
+        threshold = 0.9 if whole.out.dtype.itemsize > 2 else 0.5
     share = mass(part, whole)
     left = (1 - share).clamp_min(torch.finfo(share.dtype).tiny)
     gone = share >= 1

@@ -26,6 +26,7 @@ class Record:
     end: int  # position after the last query
     trace: Tensor  # one number of every cached key: tells when a cache was reordered
     causal: bool  # no query of the first call sees a later key
+    live: Tensor | None = None  # [batch, rows], false for padding; None where all are tokens
     total: Tensor | None = None  # of all q and k, on a GPU: not finite where one of them is not
 
 
@@ -50,6 +51,8 @@ class Collector(Handler):
         self.heads = None if heads is None else list(heads)
         self.part = part
         self.records: dict[int, Record] = {}
+        self._followed: set[int] = set()
+        self._beside: dict[int, Record] = {}  # only followed: where a cross attention goes on
 
     def sites(self, sites: list[Site]) -> list[Site]:
         parts = sorted({s.part for s in sites})
@@ -67,7 +70,10 @@ class Collector(Handler):
                     f"{min(known)} to {max(known)}"
                 )
             chosen = [s for s in chosen if s.layer in self.layers]
-        return chosen
+        wanted = {(_stack(s), s.layer) for s in chosen if s.kind == "cross"}
+        beside = [s for s in sites if s.kind == "self" and (s.part, s.layer) in wanted]
+        self._followed = {s.index for s in beside} - {s.index for s in chosen}
+        return chosen + [s for s in beside if s.index in self._followed]
 
     def after(self, call: Call, state: State) -> State | None:
         total = call.q.sum(dtype=torch.float32) + call.k.sum(dtype=torch.float32)
@@ -79,8 +85,9 @@ class Collector(Handler):
                 "facts of such calls are not measured yet: watch without that method"
             )
         facts = self._facts(call.site)
+        records = self._beside if call.site.index in self._followed else self.records
         q, k, lse = call.q, call.k, state.lse
-        bias = call.bias
+        mask, bias, sinks = call.mask, call.bias, call.sinks
         if self.heads is not None:
             wrong = [h for h in self.heads if not 0 <= h < q.shape[1]]
             if wrong:
@@ -90,7 +97,9 @@ class Collector(Handler):
                 )
             of_key = [h // (q.shape[1] // k.shape[1]) for h in self.heads]
             q, k, lse = q[:, self.heads], k[:, of_key], lse[:, self.heads]
+            mask = mask.of_heads(self.heads)
             bias = bias[:, self.heads] if bias is not None and bias.shape[1] > 1 else bias
+            sinks = None if sinks is None else sinks[self.heads]
         record = self._running(call)
         offsets = (call.query_offset, call.key_offset)
         if call.site.kind == "cross":
@@ -100,10 +109,11 @@ class Collector(Handler):
             k,
             lse,
             facts,
-            mask=call.mask,
+            mask=mask,
             scale=call.scale,
             softcap=call.softcap,
             bias=bias,
+            sinks=sinks,
             live=call.live,
             offsets=offsets,
         )
@@ -113,8 +123,8 @@ class Collector(Handler):
             end = call.query_offset + queries
             causal = call.site.kind == "self" and not _looks_ahead(call)
             unread = total if total.is_cuda else None
-            self.records[call.site.index] = Record(
-                call.site, sums, queries, end, trace, causal, unread
+            records[call.site.index] = Record(
+                call.site, sums, queries, end, trace, causal, call.live, unread
             )
             return None
         view = View(
@@ -128,6 +138,7 @@ class Collector(Handler):
             q.device,
         )
         record.sums = [f.extend(old, new, view) for f, old, new in zip(facts, record.sums, sums)]
+        record.live = _appended(record.live, record.rows, call.live, queries)
         record.rows, record.end, record.trace = (
             record.rows + queries,
             call.query_offset + queries,
@@ -137,22 +148,21 @@ class Collector(Handler):
         return None
 
     def _facts(self, site: Site) -> list[Fact]:
+        if site.index in self._followed:
+            return []
         return [f for f in self.facts if site.kind == "self" or not f.positional]
 
     def _running(self, call: Call) -> Record | None:
         """The record that this call goes on with, None when it begins a run."""
-        record = self.records.get(call.site.index)
+        known = {**self._beside, **self.records}
+        record = known.get(call.site.index)
         if record is None:
             return None
         if call.site.kind == "cross":
             # a cross attention sees no position; it goes on as long as the self attention beside
             # it does
-            beside = [
-                r
-                for r in self.records.values()
-                if r.site.part == call.site.part.removesuffix(" cross")
-            ]
-            same = [r for r in beside if r.site.layer == call.site.layer]
+            place = (_stack(call.site), call.site.layer)
+            same = [r for r in known.values() if (r.site.part, r.site.layer) == place]
             goes_on = bool(same) and same[0].rows == record.rows + call.q.shape[2]
             return record if goes_on else None
         if call.query_offset == 0:
@@ -187,6 +197,11 @@ class Collector(Handler):
         return fact.finish(record.sums[facts.index(fact)]) if fact in facts else None
 
 
+def _stack(site: Site) -> str:
+    """The part in which a cross attention has its self attention."""
+    return site.part.removesuffix(" cross")
+
+
 def must_be_finite(total: Tensor, site: Site) -> None:
     """Refuse a call whose queries and keys do not add up to a finite number."""
     if not bool(torch.isfinite(total)):
@@ -194,6 +209,18 @@ def must_be_finite(total: Tensor, site: Site) -> None:
             f"the attention scores of {site.name} are not finite: the weights or the inputs hold "
             "NaN or inf"
         )
+
+
+def _appended(old: Tensor | None, rows: int, new: Tensor | None, more: int) -> Tensor | None:
+    """Which queries count, of the calls so far and of one more; None where all do."""
+    known = old if old is not None else new
+    if known is None:
+        return None
+    old, new = (
+        known.new_ones(len(known), n) if live is None else live
+        for live, n in ((old, rows), (new, more))
+    )
+    return torch.cat([old, new], 1)
 
 
 def _looks_ahead(call: Call) -> bool:

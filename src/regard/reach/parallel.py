@@ -92,7 +92,11 @@ class SharedCollector(Collector):
         assert isinstance(call, SharedCall) and call.run is not None
         found = call.run.comm.sum(call.q.sum(dtype=torch.float32) + call.k.sum())
         must_be_finite(found, call.site)  # the same on every rank, so that all stop
-        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
+        options: dict[str, Any] = {
+            "scale": call.scale,
+            "softcap": call.softcap,
+            "sinks": call.sinks,
+        }
         sums = measure(call.run, call.q, call.k, state.lse, self.facts, mask=call.whole, **options)
         tokens = call.run.tokens
         assert isinstance(call.whole, Band)

@@ -29,6 +29,10 @@ class Picked(Mask):
     def batch(self) -> int:  # type: ignore[override]
         return len(self.picked_rows)
 
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.inner.heads
+
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         at = i - (size[1] - size[0])
         rows = self.picked_rows[:, at] + self.size[1] - self.size[0]

@@ -30,7 +30,7 @@ from regard.core import Mask, MeanReceived, State, attend, mass, measure
 from regard.errors import InputError
 from regard.reach import Call, Handler, Site
 
-from .act_picks import OfHeads, alike, by_head, lines, pick
+from .act_picks import alike, lines, pick
 
 Heads = Mapping[int, Sequence[int]]
 BLOCK = 256  # queries whose complement is computed at once
@@ -376,14 +376,7 @@ def _received(call: Call, lse: Tensor, of_key: Tensor) -> tuple[Tensor, Tensor]:
     settings: dict[str, Any] = {n: getattr(call, n) for n in ("softcap", "bias", "live")}
     fact = MeanReceived()
     sums = measure(call.q, k, lse, [fact], mask=call.mask, scale=call.scale, **settings)[0]
-    total = sums["sum"].flatten(1, 2)
-    if call.positions is None and not by_head(call.mask, (call.q.shape[2], k.shape[2])):
-        return total, sums["count"].flatten(1, 2)
-    # heads that see other keys have counts of their own; such calls have few queries
-    cells = call.mask.cells(call.q.shape[2], k.shape[2], device=total.device)
-    if call.live is not None:
-        cells = cells & call.live[:, None, :, None]
-    return total, cells.sum(-2).to(total.dtype).expand(len(total), -1, -1)
+    return sums["sum"].flatten(1, 2), sums["count"].flatten(1, 2)
 
 
 def _positions(call: Call, of_key: Tensor) -> Tensor:
@@ -402,9 +395,7 @@ def _select(call: Call, heads: list[int]) -> Call:
     if bias is not None and bias.shape[1] > 1:
         bias = bias[:, heads]
     learned = None if call.sinks is None else call.sinks[heads]
-    mask = call.mask
-    if by_head(mask, (call.q.shape[2], call.k.shape[2])):
-        mask = OfHeads(mask, heads)
+    mask = call.mask.of_heads(heads)
     return call.change(q=call.q[:, heads], bias=bias, sinks=learned, mask=mask)
 
 

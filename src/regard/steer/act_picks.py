@@ -13,24 +13,6 @@ STEP = 128  # keys are left out in steps of so many
 
 
 @dataclass(frozen=True, eq=False)
-class OfHeads(Mask):
-    """A mask that differs by head, for a few of the heads."""
-
-    inner: Mask
-    chosen: list[int]
-
-    @property
-    def batch(self) -> int:  # type: ignore[override]
-        return self.inner.batch
-
-    def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.inner._cells(i, j, size)[:, self.chosen]
-
-    def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        return self.inner._bounds(i, j, size)
-
-
-@dataclass(frozen=True, eq=False)
 class Picked(Mask):
     """A mask over picked keys: `order` `[batch, heads, picked]` ascends, `valid` marks real ones.
 
@@ -45,6 +27,10 @@ class Picked(Mask):
     @property
     def batch(self) -> int:  # type: ignore[override]
         return len(self.order)
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.order.shape[1]
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         order, valid = self.order[..., j][:, :, None], self.valid[..., j][:, :, None]
@@ -61,12 +47,6 @@ class Picked(Mask):
         rows, keys = i + self.size[1] - size[1], torch.stack([low, high], -1)
         some, every = self.inner._bounds(rows, keys, self.size)
         return some, every & valid[..., j[:, 1] - 1].all(0).all(0)
-
-
-def by_head(mask: Mask, size: tuple[int, int]) -> bool:
-    """Whether the mask may differ from head to head."""
-    one = slice(0, 1)
-    return mask.cells(*size, one, one).shape[1] > 1
 
 
 def pick(mask: Mask, chosen: Tensor, queries: int) -> Picked:

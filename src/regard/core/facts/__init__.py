@@ -22,6 +22,7 @@ from regard.core import identities
 from regard.core.attend import attend  # noqa: F401  (the examples use it)
 from regard.core.kernels.tiled import Tiles
 from regard.core.mask import Mask
+from regard.core.precision import as_given
 
 from .base import Fact, Sums, View
 from .cells import Columns, Rows, Thumbnail, TopKeys
@@ -58,6 +59,7 @@ def measure(
     scale: float | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     live: Tensor | None = None,
     offsets: tuple[int, int] = (0, 0),
 ) -> list[Sums]:
@@ -65,19 +67,21 @@ def measure(
 
     Args:
         lse: `[batch, heads, queries]` of the same call, as `attend` gives it.
+        sinks: learned sink logit of each head, `[heads]`, which the lse holds too.
         live: `[batch, queries]`, false for queries that do not count (padding).
         offsets: absolute position of the first query and of the first key.
 
     No gradients; needs a few MiB beside the results, whatever the length (on a GPU a few hundred,
     where a fact is none that the sweep of the Triton kernel gives).
     """
-    with torch.no_grad():
+    with torch.no_grad(), as_given(q):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if live is not None:
             lse = lse.masked_fill(~live[:, None], -torch.inf)
         (batch, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
-        view = View(batch, kv_heads, heads // kv_heads, queries, keys, *offsets, work, q.device)
+        groups, apart = heads // kv_heads, mask is not None and mask.heads > 1
+        view = View(batch, kv_heads, groups, queries, keys, *offsets, work, q.device, apart)
         plain = softcap is None and bias is None
         done: list[Sums | None] = [None] * len(facts)
         if plain:
@@ -91,7 +95,7 @@ def measure(
             left = iter(_by_tiles(rest, tiles, live, view))
             done = [next(left) if found is None else found for found in done]
         return [
-            f.start(f.complete(found, lse, view), view)
+            f.start(f.complete(found, lse, sinks, view), view)
             for f, found in zip(facts, done)
             if found is not None
         ]

@@ -29,6 +29,7 @@ class View:
     key_offset: int
     dtype: torch.dtype
     device: torch.device
+    apart: bool = False  # whether heads may look at different keys
 
     def zeros(self, *tail: int) -> Tensor:
         shape = (self.batch, self.kv_heads, self.groups, *tail)
@@ -64,8 +65,10 @@ class Fact:
         total = max(view.key_offset + view.keys, next(iter(old.values())).shape[-1])
         return {n: place(old[n], 0, total) + place(new[n], 0, total) for n in new}
 
-    def complete(self, sums: Sums, lse: Tensor, view: View) -> Sums:
-        """Sums of a call after its last tile; `lse` is -inf for queries that do not count."""
+    def complete(self, sums: Sums, lse: Tensor, sinks: Tensor | None, view: View) -> Sums:
+        """Sums of a call after its last tile; `lse` is -inf for queries that do not count, and
+        holds the learned `sinks` `[heads]` too, where there are any.
+        """
         return sums
 
     def start(self, sums: Sums, view: View) -> Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,11 @@ class TopKeys(Fact):
     title: ClassVar[str] = "top keys"
     k: int = 8
     queries: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"top takes at least 1 key, got {self.k}")
+        _positions("queries", self.queries or ())
 
     def begin(self, view: View) -> Sums:
         n = len(_within(self.queries, view))
@@ -60,6 +66,9 @@ class Rows(Fact):
     title: ClassVar[str] = "rows"
     queries: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        _positions("queries", self.queries)
+
     def begin(self, view: View) -> Sums:
         return {"sum": view.zeros(len(_within(self.queries, view)), view.keys)}
 
@@ -87,6 +96,9 @@ class Columns(Fact):
     title: ClassVar[str] = "columns"
     keys: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        _positions("keys", self.keys)
+
     def begin(self, view: View) -> Sums:
         return {"sum": view.zeros(view.queries, len(self.keys))}
 
@@ -103,8 +115,8 @@ class Thumbnail(Fact):
     rows add up to 1.
 
     A cell is the share of attention that the queries of its row bin give, on average, to its key
-    bin. Bins are a
-    power of two wide, the narrowest that fit, so that a map can grow token by token.
+    bin; what a learned sink takes is in none. Bins are a power of two wide, the narrowest that
+    fit, so that a map can grow token by token.
     """
 
     name: ClassVar[str] = "thumbnail"
@@ -112,6 +124,10 @@ class Thumbnail(Fact):
     title: ClassVar[str] = "thumbnail"
     positional: ClassVar[bool] = True
     cells: int = 64
+
+    def __post_init__(self) -> None:
+        if self.cells < 1:
+            raise ValueError(f"a thumbnail holds at least 1 cell a side, got {self.cells}")
 
     def width(self, tokens: int) -> int:
         """Tokens per bin for a map of this many tokens."""
@@ -129,7 +145,6 @@ class Thumbnail(Fact):
         n = -(-end // self.width(end))
         return {
             "sum": view.zeros(n, n),
-            "count": view.zeros(n, 1)[:, :1, :1],
             "width": torch.tensor(self.width(end)),
         }
 
@@ -142,10 +157,15 @@ class Thumbnail(Fact):
         block = left.T @ row_sums(tile.p, right)
         rows, cols = slice(low_i, low_i + left.shape[1]), slice(low_j, low_j + right.shape[1])
         sums["sum"][tile.batch, tile.heads, :, rows, cols] += block
-        if tile.heads.start == 0:
-            # a row adds up to 1 if its query sees anything: the sums count the queries themselves
-            sums["count"][tile.batch, :, :, rows] += block[:, :1, :1].sum(-1, keepdim=True)
         assert cols.stop <= n
+
+    def complete(self, sums: Sums, lse: Tensor, sinks: Tensor | None, view: View) -> Sums:
+        """How many queries of each bin see anything."""
+        i = torch.arange(view.queries, device=lse.device) + view.query_offset
+        looks = (lse != -torch.inf).to(view.dtype).unflatten(1, (view.kv_heads, view.groups))
+        count = view.zeros(sums["sum"].shape[-1])
+        count.index_add_(-1, i // int(sums["width"]), looks)
+        return {**sums, "count": count[..., None]}
 
     def extend(self, old: Sums, new: Sums, view: View) -> Sums:
         width, n = int(new["width"]), new["sum"].shape[-1]
@@ -156,7 +176,7 @@ class Thumbnail(Fact):
         }
 
     def finish(self, sums: Sums) -> Tensor:
-        return (sums["sum"] / sums["count"].clamp_min(1e-9)).flatten(1, 2)
+        return (sums["sum"] / sums["count"].clamp_min(1)).flatten(1, 2)
 
 
 def _rebin(old: Sums, name: str, width: int, n: int) -> Tensor:
@@ -168,6 +188,11 @@ def _rebin(old: Sums, name: str, width: int, n: int) -> Tensor:
         x = torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, step)).sum(-1)
         x = torch.nn.functional.pad(x, (0, n - x.shape[-1])).transpose(dim, -1)
     return x
+
+
+def _positions(name: str, given: Sequence[int]) -> None:
+    if not isinstance(given, Sequence) or any(n < 0 for n in given):
+        raise ValueError(f"{name} are absolute positions such as (0, 7), not {given!r}")
 
 
 def _within(queries: tuple[int, ...] | None, view: View) -> list[int]:

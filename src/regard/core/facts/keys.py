@@ -32,6 +32,11 @@ class Received(Fact):
     band: tuple[int, int] | None = None
     queries: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        for name, pair in (("band", self.band), ("queries", self.queries)):
+            if pair is not None and pair[0] > pair[1]:
+                raise ValueError(f"{name} goes from the lower to the higher, got {pair}")
+
     def begin(self, view: View) -> Sums:
         return {"sum": view.zeros(view.keys)}
 
@@ -95,21 +100,23 @@ class MeanReceived(Received):
     title: ClassVar[str] = "mean attention received"
 
     def begin(self, view: View) -> Sums:
-        return {"sum": view.zeros(view.keys), "count": view.zeros(view.keys)[:, :1, :1]}
+        count = view.zeros(view.keys)
+        return {"sum": view.zeros(view.keys), "count": count if view.apart else count[:, :1, :1]}
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
         super().add(sums, tile, view)
         chosen = self._chosen(tile, view)
-        if tile.heads.start or chosen is None:  # who may look does not depend on the head
+        if chosen is None or (tile.heads.start and not view.apart):
             return
-        at = (tile.batch, slice(None), slice(None), tile.cols)
+        heads = tile.heads if view.apart else slice(None)  # one count where all see the same
+        at = (tile.batch, heads, slice(None), tile.cols)
         if chosen is _ALL and tile.allowed is None and tile.live is None:
             sums["count"][at] += len(tile.i)
             return
         seen = torch.ones(
             1, 1, 1, len(tile.i), len(tile.j), dtype=tile.p.dtype, device=tile.p.device
         )
-        for factor in (chosen, None if tile.allowed is None else tile.allowed[:, :1, :1]):
+        for factor in (chosen, tile.allowed):
             if factor is not None:
                 seen = seen * factor
         if tile.live is not None:

@@ -41,6 +41,9 @@ class Entropy(Fact):
     def swept(self) -> str | None:
         return "entropy"
 
+    def finish(self, sums: Sums) -> Tensor:
+        return sums["sum"].clamp_min(0.0).flatten(1, 2)  # a certain query is 0 but for rounding
+
 
 @dataclass(frozen=True)
 class Distance(Fact):
@@ -108,9 +111,12 @@ class WindowedDistance(Fact):
         at = (tile.batch, tile.heads, slice(None), tile.rows)
         sums["sum"][at] -= tile.times(saved).sum(-1)
 
-    def complete(self, sums: Sums, lse: Tensor, view: View) -> Sums:
+    def complete(self, sums: Sums, lse: Tensor, sinks: Tensor | None, view: View) -> Sums:
         """The whole window for all that is looked at, less what is nearer."""
-        looks = (lse != -torch.inf).unflatten(1, (view.kv_heads, view.groups))
+        looks = (lse != -torch.inf).to(view.dtype)
+        if sinks is not None:  # what a sink takes is looked at nowhere
+            looks = looks * -torch.expm1(sinks.to(lse.dtype)[:, None] - lse).clamp_max(0.0)
+        looks = looks.unflatten(1, (view.kv_heads, view.groups))
         return {"sum": (sums["sum"] + self.window * looks).clamp_min(0.0)}
 
 
@@ -133,6 +139,9 @@ class Mass(Fact):
         rows = [(n, *s) for n, s in spans.items()] if isinstance(spans, dict) else list(spans)
         if not rows:
             raise ValueError('mass needs segments: Mass({"question": (20, 64)})')
+        for n, start, stop in rows:
+            if not 0 <= start <= stop:
+                raise ValueError(f"a segment is (start, stop) from 0 on: {n!r} is {start, stop}")
         object.__setattr__(self, "spans", tuple((str(n), int(a), int(b)) for n, a, b in rows))
 
     @property

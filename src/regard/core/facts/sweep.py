@@ -104,8 +104,7 @@ def _by_bins(
         cells.append(binned(columns))
         rows.append(part)
     found = {name: torch.cat([part[name] for part in rows], 2) for name in rows[0]}
-    looks = binned((lse[:, :1] != -torch.inf).float())
-    return {**found, "received": received, "thumbnail": torch.stack(cells, 2), "looks": looks}
+    return {**found, "received": received, "thumbnail": torch.stack(cells, 2)}
 
 
 def _sums(fact: Fact, found: dict[str, Tensor], counts: Tensor | None, view: View) -> Sums | None:
@@ -113,8 +112,7 @@ def _sums(fact: Fact, found: dict[str, Tensor], counts: Tensor | None, view: Vie
         return None
     total = found[fact.swept].to(view.dtype).unflatten(1, (view.kv_heads, view.groups))
     if isinstance(fact, Thumbnail):
-        looks = found["looks"][:, :, None, :, None].to(view.dtype)
-        return {"sum": total, "count": looks, "width": fact.begin(view)["width"]}
+        return {"sum": total, "width": fact.begin(view)["width"]}
     if counts is not None and "count" in fact.begin(view):
         return {"sum": total, "count": counts.to(view.dtype)}
     return {"sum": total}

@@ -22,7 +22,8 @@ def supports(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, softcap: float | None, bias: Tensor | None
 ) -> bool:
     """Head sizes and dtypes that the compiled kernel takes."""
-    return q.dtype != torch.float64 and q.shape[-1] >= 16 and v.shape[-1] >= 16
+    wide = q.dtype != torch.float64 and q.shape[-1] >= 16 and v.shape[-1] >= 16
+    return wide and min(q.shape[2], k.shape[2]) > 0
 
 
 def has_gradients(q: Tensor, bias: Tensor | None) -> bool:
@@ -75,9 +76,16 @@ def forward(
 
 @lru_cache
 def _call(device: str) -> Any:
+    return torch.compile(_attention, dynamic=True) if device == "cuda" else _attention
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Any:
+    """A function of our own: graphs are counted by function, and those of another user's
+    `torch.compile(flex_attention)` are not to end at his limit because of ours.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+    return flex_attention(q, k, v, **settings)
 
 
 @contextmanager

@@ -173,7 +173,8 @@ class Tiles:
         if self.lse is not None:
             s.sub_(self.lse[b, h, :, rows, None])
         if self.bias is not None:
-            s.add_(_grouped(self.bias[..., rows, cols], b, h, self.kv_heads))
+            # a bias of -inf hides its pair; of two such scores the difference must be a number
+            s.add_(_grouped(self.bias[..., rows, cols], b, h, self.kv_heads)).clamp_min_(MASKED)
         allowed = None
         if state != FULL:
             allowed, penalty = self._partial(b, h, rows, cols)
@@ -261,7 +262,8 @@ def backward(
     groups = (tiles.kv_heads, tiles.groups)
     k, v = k.to(tiles.work).contiguous(), v.to(tiles.work).contiguous()
     q5, dout = (t.to(tiles.work).unflatten(1, groups) for t in (q, grad_out))
-    shift = (grad_lse.to(tiles.work) - (grad_out * out).to(tiles.work).sum(-1)).unflatten(1, groups)
+    both = grad_out.to(tiles.work) * out.to(tiles.work)  # in 16 bits the product would overflow
+    shift = (grad_lse.to(tiles.work) - both.sum(-1)).unflatten(1, groups)
     dq, dk, dv = torch.zeros_like(q5), torch.zeros_like(k), torch.zeros_like(v)
     dbias = torch.zeros_like(bias, dtype=tiles.work) if bias is not None else None
     for tile in tiles:
@@ -281,7 +283,7 @@ def backward(
             capped = tile.scores + _rows(lse, tiles, b, h, rows)
             if bias is not None:
                 capped = capped - _grouped(bias[..., rows, cols], b, h, tiles.kv_heads)
-            ds = ds * (1 - (capped.clamp_min(-softcap) / softcap) ** 2)
+            ds = ds * (1 - (capped.clamp(-softcap, softcap) / softcap) ** 2)
         dq[b, h, :, rows] += _product(ds, k[b, h, cols]) * scale
         dk[b, h, cols] += _gather(ds, q5[b, h, :, rows]) * scale
     return (

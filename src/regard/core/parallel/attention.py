@@ -223,7 +223,7 @@ def _ranks() -> int:
 
 
 def _check_mask(mask: Mask, tokens: int) -> None:
-    if mask.head_count(tokens, tokens) > 1:
+    if mask.heads > 1:
         raise ValueError(
             "this mask differs between heads, and the schemes deal heads out to ranks: give a mask "
             "that holds for all heads, or run the heads it holds for on their own"

@@ -26,6 +26,7 @@ def measure(
     mask: Mask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> list[Sums]:
     """Sums of every fact over the whole sequence, on every rank; `fact.finish(sums)` gives the
     result, as with `core.measure`.
@@ -33,6 +34,7 @@ def measure(
     Args:
         q: `[batch, heads, rows, head_dim]`; k: `[batch, kv_heads, rows, head_dim]`, own rows only.
         lse: `[batch, heads, rows]`, of `Parallel.attend` on the same call.
+        sinks: learned sink logit of each head, `[heads]`, which the lse holds too.
 
     The keys go round once more, rows stay where they are, and column sums are added over ranks. A
     rank holds one number a token, head and fact, never a matrix.
@@ -58,7 +60,9 @@ def measure(
         placed = lse.new_full((*lse.shape[:2], run.tokens), -torch.inf)
         for own in run.placement.runs[run.comm.place]:
             placed[:, :, own.start : own.stop] = lse[:, :, own.rows]
-        sums = [fact.complete(s, placed, whole) for fact, s in zip(facts, sums)]
+        if sinks is not None:
+            sinks = sinks.unflatten(0, (run.grid.ulysses, -1))[run.comm.member]
+        sums = [fact.complete(s, placed, sinks, whole) for fact, s in zip(facts, sums)]
         return [_join(run, s, heads, kv_heads) for s in sums]
 
 

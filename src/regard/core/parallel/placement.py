@@ -169,6 +169,10 @@ class Block(Mask):
     def batch(self) -> int:  # type: ignore[override]
         return self.inner.batch
 
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.inner.heads
+
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         i = i - (size[1] - size[0]) + self.first
         return self.inner._cells(i, j + self.start, (self.tokens, self.tokens))
