@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,3 +280,19 @@ def test_facts_of_groups_of_heads_are_refused() -> None:
     session = Session(tiny("llama"), [Split(), Collector([Received()])])
     with pytest.raises(ReachError, match="different keys"), torch.no_grad(), session:
         session.model(IDS)
+
+
+def test_a_model_saved_in_a_session_is_as_it_was(tmp_path: Path) -> None:
+    model: Any = tiny("llama")
+    before = model.config.to_dict()
+    with Session(model):
+        assert model.config.to_dict() == before
+        model.save_pretrained(tmp_path)
+    assert "regard" not in (tmp_path / "config.json").read_text()
+
+
+def test_an_attention_chosen_within_a_session_stays() -> None:
+    model: Any = tiny("llama")
+    with Session(model), Session(model):
+        model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"

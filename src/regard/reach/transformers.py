@@ -26,6 +26,9 @@ NAME = "regard"
 SOFTMAX = {"eager", "sdpa", "flex_attention", NAME, None} | {
     f"flash_attention_{n}" for n in (2, 3, 4)
 }
+# id of a config -> what it named before each of its open sessions; not kept in the config, which is
+# saved and copied with the model
+_before: dict[int, list[str | None]] = {}
 _CROSS = re.compile(r"cross|enc_?dec|encoder_?attn", re.IGNORECASE)
 
 
@@ -112,22 +115,19 @@ def enter(model: PreTrainedModel) -> Callable[[], None]:
             'replace by plain softmax attention: load it with attn_implementation="sdpa", or '
             "watch it without that method"
         )
-    before = []
-    for config in configs.values():
-        stack = config.__dict__.setdefault("_regard_before", [])
-        stack.append(config._attn_implementation)
-        before.append(config)
+    for key, config in configs.items():
+        _before.setdefault(key, []).append(config._attn_implementation)
         config._attn_implementation_internal = NAME
 
     def leave() -> None:
         # sessions may end in any order: the implementation returns when the last one leaves
-        for config in before:
-            stack = config.__dict__["_regard_before"]
-            first = stack[0]
-            stack.pop()
-            if not stack:
-                config._attn_implementation_internal = first
-                del config.__dict__["_regard_before"]
+        for key, config in configs.items():
+            first = _before[key][0]
+            _before[key].pop()
+            if not _before[key]:
+                del _before[key]
+                if config._attn_implementation == NAME:  # else somebody chose anew in between
+                    config._attn_implementation_internal = first
 
     return leave
 
