@@ -296,3 +296,13 @@ def test_an_attention_chosen_within_a_session_stays() -> None:
     with Session(model), Session(model):
         model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_wrapper_is_told_where_its_model_is() -> None:
+    model: Any = tiny("llama")
+    for wrapper, name in (
+        (torch.compile(model), "_orig_mod"),
+        (torch.nn.DataParallel(model), "module"),
+    ):
+        with pytest.raises(ReachError, match=rf"its \.{name}\)"):
+            Session(wrapper)

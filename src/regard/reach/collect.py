@@ -180,8 +180,9 @@ class Collector(Handler):
             new[:, new.shape[1] - call.q.shape[2] - kept : new.shape[1] - call.q.shape[2]],
         ):
             raise ReachError(
-                "the rows of the cache changed places (beam search does that), so sums over it "
-                "cannot go on: watch with num_beams=1, or watch one forward over the finished text"
+                "the keys in the cache are other ones than before (beam search changes their "
+                "places, a quantized cache their values), so sums over it cannot go on: watch with "
+                "num_beams=1 and a plain cache, or watch one forward over the finished text"
             )
         return record
 

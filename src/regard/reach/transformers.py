@@ -72,9 +72,10 @@ def sites(model: Any) -> list[Site]:
             interface.
     """
     if not isinstance(model, PreTrainedModel):
+        held = [n for n in ("_orig_mod", "module", "model") if hasattr(model, n)]
         raise ReachError(
             f"{type(model).__name__} is not a transformers model: pass the PreTrainedModel itself "
-            "(of a wrapper, usually its .model)"
+            f"(of a wrapper, its .{held[0] if held else 'model'})"
         )
     found: list[Site] = []
     asking = [(name, m) for name, m in model.named_modules() if _asks_interface(m)]
