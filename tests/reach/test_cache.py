@@ -109,6 +109,26 @@ def test_a_cache_without_layers_is_filled_and_wrong_ones_are_refused() -> None:
         assert model(IDS, use_cache=False).past_key_values is None
 
 
+class Stores(Keeps):
+    stores_rows = True
+
+
+def test_a_second_method_that_stores_is_refused_however_the_sessions_nest() -> None:
+    model, method = tiny("llama"), Stores()
+    for inner in (method, Stores(), Stores("Other")):
+        with (
+            Session(model, [method]),
+            pytest.raises(InputError, match="Stores and Stores both store keys and values"),
+            Session(model, [inner]),
+        ):
+            pass
+    with torch.no_grad(), Session(model, [method]):
+        cache = model(IDS).past_key_values
+    with torch.no_grad(), Session(model), Session(model, [Stores()]):
+        model(IDS[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 11, "another session may go on, with a method of its own"
+
+
 def test_layers_with_a_window_stay_as_they_are() -> None:
     model = tiny("mistral")
     keeps = Keeps()

@@ -113,6 +113,40 @@ class Failing(Handler):
         raise KeyError
 
 
+class Interrupted(Handler):
+    def before(self, call: Call) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_an_interrupt_leaves_the_attention_of_others_alone(kind: str) -> None:
+    from torch.overrides import _get_current_function_mode_stack
+
+    pipe, x = tiny_pipeline(kind), torch.ones(1, 1, 2, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, Interrupted())
+    assert not _get_current_function_mode_stack()
+    torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    method = Interrupted()
+    session = Session(pipe, [method]).attach()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            plain(pipe)
+        assert len(_get_current_function_mode_stack()) == 1, "a new run ends what the last left on"
+    session.detach()
+
+
+def test_a_copy_made_in_a_session_is_plain(sd: Any) -> None:
+    noise = torch.randn(1, 4, 8, 8), 1, torch.randn(1, 7, sd.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        want = sd.unet(*noise).sample
+        with Session(sd, [log := Log()]):
+            other = copy.deepcopy(sd.unet)
+            assert torch.equal(other(*noise).sample, want)
+    assert torch.equal(other(*noise).sample, want)
+    assert not log.calls
+
+
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
 def test_sizes_that_are_not_square(pipe: Any, size: tuple[int, int]) -> None:
     log = Log()

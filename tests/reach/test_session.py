@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import regard
 from regard.core import Received, State
 from regard.errors import InputError, ReachError
-from regard.reach import Call, Collector, Handler, Session
+from regard.reach import Call, Collector, Handler, Session, dispatch
 from regard.reach.dispatch import _active
+from regard.shrink import Recycled, SnapKV
 from regard.zoo.tiny import inputs, tiny
 
 WHOLE = {"do_sample": False, "return_dict_in_generate": True}
@@ -107,6 +111,29 @@ def test_two_models_at_once_do_not_mix() -> None:
         assert not seen.records
         one(IDS)
     assert len(seen.records) == 2
+
+
+def test_models_that_share_a_config_do_not_mix() -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
+    config = BartConfig(vocab_size=128, d_model=16, decoder_ffn_dim=16, **layers, **heads)
+    given = {
+        "input_ids": IDS.repeat(2, 1),
+        "attention_mask": torch.ones(2, 10).long(),
+        "decoder_input_ids": IDS[:, :4].repeat(2, 1),
+    }
+    given["attention_mask"][0, 6:] = 0
+    one, two = (BartForConditionalGeneration(config).eval() for _ in range(2))
+    seen = Collector([Received()])
+    with torch.no_grad():
+        plain = two(**given).logits
+        with Session(one, [seen]):
+            assert torch.allclose(two(**given).logits, plain, atol=1e-5)
+        with Session(two.model.encoder):
+            assert torch.allclose(two(**given).logits, plain, atol=1e-5)
+    assert not seen.records
 
 
 def test_a_submodel_on_its_own() -> None:
@@ -212,6 +239,76 @@ def test_totals_that_a_gpu_left_unread_are_read_with_the_result() -> None:
     record.total = torch.tensor(float("nan"))
     with pytest.raises(InputError, match=r"layers\.1\.self_attn are not finite"):
         seen.value(record, seen.facts[0])
+
+
+def test_a_model_that_changed_since_the_session_was_made() -> None:
+    model: Any = tiny("llama")
+    session, whole = Session(model), model.model.layers
+    model.model.layers = whole[:1]
+    with pytest.raises(ReachError, match="make the session anew"), session:
+        pass
+    assert model.config._attn_implementation == "sdpa"
+    assert not _active and not session.attached
+    model.model.layers = whole
+    with session:
+        model(IDS)
+
+
+def test_an_error_on_the_way_in_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, join = tiny("llama"), dispatch.join
+    session, before = Session(model), fingerprint(model)
+
+    def fails(module: Any, *rest: Any) -> Any:
+        if _active:
+            raise MemoryError
+        return join(module, *rest)
+
+    monkeypatch.setattr(dispatch, "join", fails)
+    with pytest.raises(MemoryError):
+        session.attach()
+    assert fingerprint(model) == before
+    assert not _active and not session.attached
+
+
+def test_a_generation_in_another_thread_is_seen() -> None:
+    model, seen = tiny("llama"), Collector([Received()])
+
+    def stream() -> None:
+        model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+    with Session(model, [seen]):
+        thread = threading.Thread(target=stream)
+        thread.start()
+        thread.join()
+    assert [r.rows for r in seen.records.values()] == [13, 13]
+
+
+@pytest.mark.parametrize("method", [SnapKV(budget=12, window=4), Recycled(budget=4, stride=3)])
+def test_a_copy_made_in_a_session_is_plain(method: Handler) -> None:
+    model, ids = tiny("llama"), IDS.repeat(1, 3)
+
+    def logits(model: Any) -> torch.Tensor:
+        out = model.generate(ids, max_new_tokens=6, output_logits=True, **WHOLE)
+        return torch.stack(out.logits)
+
+    plain = logits(model)
+    with Session(model, [method]):
+        own = logits(model)
+        other = copy.deepcopy(model)
+        assert torch.allclose(logits(other), plain, atol=1e-4)
+        assert torch.equal(logits(model), own)
+    assert torch.allclose(logits(other), plain, atol=1e-4)
+    assert not torch.allclose(own, plain, atol=1e-2)
+
+
+def test_a_copy_of_a_watched_model_is_not_watched() -> None:
+    model = tiny("llama")
+    with regard.watch(model, ["received"]) as seen:
+        model(IDS)
+        other = copy.deepcopy(model)
+        other(IDS[:, :4])
+    other(IDS[:, :4])
+    assert torch.equal(seen.input_ids, IDS) and seen["received"][0].shape[-1] == 10
 
 
 def test_attaching_twice() -> None:

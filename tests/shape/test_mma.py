@@ -281,6 +281,28 @@ def test_a_subset_of_layers() -> None:
     assert float((found[0][2] - plain[2]).abs().max()) > 1e-3
 
 
+def test_a_second_one_is_refused_however_it_gets_there() -> None:
+    model = tiny_vlm("llava")
+    inputs = conversation("llava", model, [1, 1])
+    one, other, mask = MMA(**SET), MMA(**SET), MMA(**SET, form="mask")
+    with (
+        pytest.raises(InputError, match="acts on layer 0 already"),
+        regard.apply(model, one, other),
+    ):
+        pass
+    for outer, inner in ((regard.apply(model, one), other), (mask.on(model), one)):
+        with outer, pytest.raises(InputError, match="already"), regard.apply(model, inner):
+            pass
+    with regard.apply(model, one), pytest.raises(InputError, match="already"), mask.on(model):
+        pass
+    halves = [MMA(**SET, layers=[0, 1]), MMA(**SET, layers=[2, 3])]
+    with torch.no_grad():
+        with regard.apply(model, one):
+            whole = model(**inputs).logits
+        with regard.apply(model, *halves):
+            assert torch.equal(model(**inputs).logits, whole)
+
+
 def test_the_released_rule_opens_the_role_token() -> None:
     ids = torch.tensor([[5, IMAGE, IMAGE, 6, 7, 103, 8]])
     image, live = ids == IMAGE, torch.ones(1, 7, dtype=torch.bool)

@@ -379,6 +379,10 @@ def test_act_cannot_follow_rows_that_differ() -> None:
         ({"pool": 4}, "odd"),
         ({"nearest": -1}, "nearest"),
         ({"distance": "manhattan"}, "distance"),
+        ({"ratio": "0.5"}, "ratio is a number, not '0.5'"),
+        ({"ratio": None}, "ratio is a number"),
+        ({"sinks": 1.5}, "sinks is a whole number"),
+        ({"recent": None}, "recent is a whole number"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

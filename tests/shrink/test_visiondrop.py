@@ -462,6 +462,12 @@ def test_the_causal_score_favours_early_tokens() -> None:
         ({"cuts": {4: (5, 1)}}, "inside the model"),
         ({"tokens": 2}, "cannot be reached"),
         ({"tokens": 3, "stages": "fastv"}, "raise tokens"),
+        ({"tokens": "4"}, "tokens is a number, not '4'"),
+        ({"tokens": float("nan")}, "tokens is a number"),
+        ({"encoder": 8}, "a cut is a pair"),
+        ({"encoder": (4.5, 1)}, "whole number"),
+        ({"cuts": {"1": (5, 1)}}, "the layer of a cut is a whole number"),
+        ({"cuts": {1: 5}}, "a cut is a pair"),
     ],
 )
 def test_bad_settings(how: dict[str, Any], message: str) -> None:

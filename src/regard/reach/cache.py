@@ -1,10 +1,13 @@
 """What methods that store keys and values in their own way share: rows that grow, layers of a
-cache that answer `generate`, and putting them into a cache that is still empty.
+cache that answer `generate`, putting them into a cache that is still empty, and what their settings
+must be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,6 +19,18 @@ from regard.errors import InputError, ReachError
 from .call import Site
 
 GROWTH = 64  # a full store grows by 1/64 of its rows: held bytes stay within 2 % of the used
+
+
+def check_whole(name: str, given: Any, least: int) -> None:
+    """Refuse a setting that is no whole number of at least `least`."""
+    if not isinstance(given, Integral) or isinstance(given, bool) or int(given) < least:
+        raise InputError(f"{name} is a whole number of at least {least}, not {given!r}")
+
+
+def check_number(name: str, given: Any) -> None:
+    """Refuse a setting that is no finite number; its range is for the method to check."""
+    if not isinstance(given, Real) or isinstance(given, bool) or not math.isfinite(given):
+        raise InputError(f"{name} is a number, not {given!r}")
 
 
 class Rows:

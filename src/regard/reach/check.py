@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core import Distance, Entropy, Received, State
+from regard.core import (
+    Distance,
+    Entropy,
+    Fact,
+    Received,
+    State,
+    Thumbnail,
+    WindowedDistance,
+)
 from regard.core.kernels.reference import probabilities
-from regard.errors import RegardError
+from regard.errors import InputError, RegardError
 
 from .call import Call, Handler, Site
 from .collect import Collector
@@ -71,8 +79,11 @@ def check(model: Any, *, tokens: int = TOKENS, seed: int = 0) -> Report:
     True
 
     Raises:
+        InputError: fewer than 2 tokens.
         ReachError: the model cannot be reached at all.
     """
+    if tokens < 2:
+        raise InputError(f"a check takes at least 2 tokens, not {tokens}")
     report = Report(type(model).__name__)
     Session(model)  # refuses a model without a door before anything runs
     was_training = model.training
@@ -194,17 +205,35 @@ def _facts(recorder: _Recorder) -> tuple[str, str]:
             p = p * (1 - (call.sinks[None, :, None] - state.lse).exp().double())[..., None]
         if call.live is not None:
             p = p * call.live[:, None, :, None]
-        for fact, true in (
-            (Received(), p.sum(2)),
-            (Entropy(), -torch.special.xlogy(p, p).sum(-1)),
-        ):
-            collector = Collector([fact])
-            collector.after(call, state)
+        facts = _true_facts(p)
+        collector = Collector(list(facts))
+        collector.after(call, state)
+        for fact, true in facts.items():
             found = collector.value(collector.records[call.site.index], fact)
+            if found is None:  # positions mean nothing between two texts
+                continue
             error = _error(found.double(), true)
             if error > worst:
                 worst, where = error, f" ({fact.name}, {call.site.name})"
     return _verdict(worst <= TOLERANCE), f"largest relative error {worst:.1e}{where}"
+
+
+def _true_facts(p: Tensor) -> dict[Fact, Tensor]:
+    """Facts from the dense map `[batch, heads, queries, keys]`, by their definitions."""
+    away = (torch.arange(p.shape[2])[:, None] - torch.arange(p.shape[3])).abs().to(p)
+    waad, cells = WindowedDistance(), Thumbnail(8)
+    width = cells.width(p.shape[3])
+    rows, columns = (
+        torch.nn.functional.one_hot(torch.arange(n) // width).to(p) for n in p.shape[2:]
+    )
+    looking = (p.sum(-1) > 0).to(p) @ rows  # queries of each bin that see anything
+    return {
+        Received(): p.sum(2),
+        Entropy(): -torch.special.xlogy(p, p).sum(-1),
+        Distance(): (p * away).sum(-1),
+        waad: (p * away.clamp_max(waad.window)).sum(-1),
+        cells: rows.T @ p @ columns / looking.clamp_min(1)[..., None],
+    }
 
 
 def _decode(model: Any, inputs: dict[str, Tensor]) -> tuple[str, str]:

@@ -43,7 +43,7 @@ from regard.errors import ReachError
 
 from .call import Call, Site
 from .denoising import Denoising, Prompts
-from .dispatch import run, site_of
+from .dispatch import Hook, run, site_of
 
 ATTENTION = (Attention, FluxAttention)
 DENOISERS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)
@@ -221,6 +221,7 @@ def enter(model: Any) -> Callable[[], None]:
 
 
 def _close(state: _Open) -> None:
+    _end_watches(state)
     while state.undo:
         state.undo.pop()()
 
@@ -236,7 +237,7 @@ def new_cache(model: Any) -> Any:
 
 def _hook(state: _Open) -> None:
     first = state.denoiser.register_forward_pre_hook(
-        lambda _, args, kwargs: _begin(state, args, kwargs), with_kwargs=True
+        Hook(lambda _, args, kwargs: _begin(state, args, kwargs)), with_kwargs=True
     )
     state.undo.append(first.remove)
     for name, module in state.denoiser.named_modules():
@@ -245,10 +246,10 @@ def _hook(state: _Open) -> None:
         _check(name, module)
         _stand_in(state, module)
         before = module.register_forward_pre_hook(
-            lambda m, args, kwargs: _watch(state, m, args, kwargs), with_kwargs=True
+            Hook(lambda m, args, kwargs: _watch(state, m, args, kwargs)), with_kwargs=True
         )
         after = module.register_forward_hook(
-            lambda m, args, out: _unwatch(state, m, out), always_call=True
+            Hook(lambda m, args, out: _unwatch(state, m, out)), always_call=True
         )
         state.undo += [before.remove, after.remove]
 
@@ -286,6 +287,7 @@ def _begin(state: _Open, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = {**dict(zip(names, args)), **kwargs}
     flux = isinstance(state.denoiser, FluxTransformer2DModel)
     unet = isinstance(state.denoiser, UNet2DConditionModel)
+    _end_watches(state)
     sample = given["sample" if unet else "hidden_states"]
     text = given.get("encoder_hidden_states")
     schedule = getattr(getattr(state.pipeline, "scheduler", None), "timesteps", None)
@@ -463,6 +465,14 @@ def _unwatch(state: _Open, module: Any, out: Any) -> None:
             f"{site.name if site else 'an attention module'} asked for {watch.calls} attentions "
             "where regard stands in for one: take it off first (set_attn_processor)"
         )
+
+
+def _end_watches(state: _Open) -> None:
+    """End what an interrupt left on: after a KeyboardInterrupt torch runs no hook, even one that is
+    always called, and a watch would go on answering the attention of others.
+    """
+    while state.watches:
+        state.watches.pop().__exit__(None, None, None)
 
 
 def _attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -10,11 +10,13 @@ import torch
 from regard.core import State
 from regard.errors import ReachError
 
-from .call import Call, Site
+from .call import Call, Handler, Site
 
 
 class Acting(Protocol):
     """What a session shows of itself here."""
+
+    handlers: list[Handler]
 
     def visit(self, sites: list[Site]) -> Site: ...
 
@@ -43,10 +45,28 @@ def join(module: Any, session: Acting, sites: list[Site]) -> Callable[[], None]:
     return leave
 
 
+def acting(modules: Iterable[Any]) -> list[Acting]:
+    """The sessions that act on any of these modules, each once, the outer ones first."""
+    return list(dict.fromkeys(s for m in modules for s, _ in _active.get(id(m), [])))
+
+
 def site_of(module: Any) -> Site | None:
     """The site of a module under an open session, None for any other."""
     entries = _active.get(id(module))
     return entries[0][1][0] if entries else None
+
+
+class Hook:
+    """What a session hangs on a module; a copy of the module, or a stored one, has it empty."""
+
+    def __init__(self, run: Callable[..., Any] | None = None) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.run is None else self.run(*args)
+
+    def __reduce__(self) -> Any:
+        return Hook, ()
 
 
 class _Captured(BaseException):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from regard.core import State
-from regard.errors import InputError
+from regard.errors import InputError, ReachError
 
 from . import dispatch, transformers
 from .call import Call, Handler, Site
@@ -17,17 +20,16 @@ class Session:
 
     Sessions nest; the calls pass the handlers of the outer session first. However a session ends,
     the model is as it was: same attention implementation, same hooks, bit-equal outputs.
+
+    A session sees every forward of its model, whichever thread runs it: a generation that streams
+    from a thread of its own is followed, and so is the work of any other thread. What must not mix
+    with it runs on a copy of the model, which has no part in the session.
     """
 
     def __init__(self, model: Any, handlers: Sequence[Handler] = ()) -> None:
         self.model = model
         self.handlers = list(handlers)
-        storing = [type(h).__name__ for h in self.handlers if h.stores_rows]
-        if len(storing) > 1:
-            raise InputError(
-                f"{' and '.join(storing)} both store keys and values in their own way: apply one "
-                "of them"
-            )
+        _one_stores(self.handlers)
         self.door = _door(model)
         # the part whose forwards count: of a diffusion pipeline its denoiser
         self.module = model if self.door is transformers else self.door.body(model)
@@ -44,24 +46,45 @@ class Session:
         """Start; the same as entering the context."""
         if self.attached:
             raise RuntimeError("this session is attached already: detach it first, or make another")
+        if self.door.sites(self.model) != self.sites:
+            raise ReachError(
+                f"the attention modules of this {type(self.module).__name__} have changed since "
+                "the session was made: make the session anew"
+            )
         modules = dict(self.module.named_modules())
-        self._undo.append(self.door.enter(self.model))
-        for name in dict.fromkeys(s.name for s in self.sites):
-            own = [s for s in self.sites if s.name == name]
-            self._undo.append(dispatch.join(modules[name], self, own))
-        if len({s.name for s in self.sites}) < len(self.sites):
-            hook = self.module.register_forward_pre_hook(lambda *_: self._visits.clear())
-            self._undo.append(hook.remove)
-        if any(type(h).cache is not Handler.cache for h in self.handlers):
-            hook = self.module.register_forward_pre_hook(self._show_cache, with_kwargs=True)
-            self._undo.append(hook.remove)
+        outer = dispatch.acting(modules[s.name] for s in self.sites)
+        _one_stores([h for session in (*outer, self) for h in session.handlers])
         try:
+            self._undo.append(self.door.enter(self.model))
+            for name in dict.fromkeys(s.name for s in self.sites):
+                own = [s for s in self.sites if s.name == name]
+                self._undo.append(dispatch.join(modules[name], self, own))
+            if len({s.name for s in self.sites}) < len(self.sites):
+                hook = self.module.register_forward_pre_hook(lambda *_: self._visits.clear())
+                self._undo.append(hook.remove)
+            if any(type(h).cache is not Handler.cache for h in self.handlers):
+                hook = self.module.register_forward_pre_hook(self._show_cache, with_kwargs=True)
+                self._undo.append(hook.remove)
             for handler in self.handlers:
                 self._undo += handler.attach(self.module)
+            self._keep_hooks()
         except BaseException:
             self.detach()
             raise
         return self
+
+    def _keep_hooks(self) -> None:
+        """A copy of the model takes no hook along: it has no session to end."""
+        for handle in (getattr(undo, "__self__", None) for undo in self._undo):
+            if isinstance(handle, RemovableHandle):
+                hooks: Any = handle.hooks_dict_ref()
+                hooks[handle.id] = dispatch.Hook(hooks[handle.id])
+
+    def __deepcopy__(self, memo: Any) -> Session:
+        # only a hook on a model that is copied leads here, and the copy is no part of the session
+        blank = copy.copy(self)
+        blank._undo = []
+        return blank
 
     def _show_cache(self, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Show the cache to the handlers; one that the model would make itself is made here."""
@@ -105,6 +128,16 @@ class Session:
             if call.site.index in wanted:
                 state = handler.after(call, state) or state
         return state
+
+
+def _one_stores(handlers: Sequence[Handler]) -> None:
+    """Refuse a second method that stores keys and values: a cache takes the layers of one."""
+    storing = [type(h).__name__ for h in handlers if h.stores_rows]
+    if len(storing) > 1:
+        raise InputError(
+            f"{' and '.join(storing)} both store keys and values in their own way: apply one of "
+            "them"
+        )
 
 
 def _listed(given: Call | Sequence[Call] | None, old: Call) -> Sequence[Call]:

@@ -265,10 +265,12 @@ def _attention(
         )
         if site.kind == "self":
             live = attention_mask.live
-            end = offsets[0] + q_length - offsets[1]
-            if end < key.shape[2]:
-                key, value = key[:, :, :end], value[:, :, :end]
-                bias = None if bias is None else bias[..., :end]
+        # the mask knows how many keys there are; a module outside the session does not know whether
+        # it looks across
+        end = attention_mask.shape[-1]
+        if end < key.shape[2]:
+            key, value = key[:, :, :end], value[:, :, :end]
+            bias = None if bias is None else bias[..., :end]
     elif attention_mask is not None:
         mask, extra = _from_tensor(attention_mask[..., : key.shape[2]])
         bias = extra if bias is None else bias if extra is None else bias + extra

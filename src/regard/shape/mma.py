@@ -31,6 +31,8 @@ from regard.reach import Call, Handler, Site
 from regard.reach.picks import over, put, take_queries
 from regard.reach.vision import decoder, locate
 
+# the layers that an MMA acts on now, whichever way it got there
+_taken: weakref.WeakSet[Any] = weakref.WeakSet()
 GENERATED = -1  # stands for the id of a token that the model wrote itself
 
 
@@ -106,9 +108,10 @@ class MMA(Handler):
     torch.Size([2, 26, 128])
 
     Raises:
-        InputError: no marker in a row with an image; labels inside the question; a cache of an
-            image whose question is cut off or was read without MMA (its states depend on the
-            question: a prefix cache must not be shared between questions); packed rows.
+        InputError: a second MMA on a layer; no marker in a row with an image; labels inside the
+            question; a cache of an image whose question is cut off or was read without MMA (its
+            states depend on the question: a prefix cache must not be shared between questions);
+            packed rows.
         ReachError: an attention that ignores masks (flash attention), layers with a sliding
             window.
     """
@@ -166,8 +169,15 @@ class MMA(Handler):
                 f"layer {wrong[0]} is out of range: this model has layers 0 to "
                 f"{len(body.layers) - 1}"
             )
+        twice = [n for n in wanted if body.layers[n] in _taken]
+        if twice:
+            raise InputError(
+                f"MMA acts on layer {twice[0]} already, and a second one would count the question "
+                "again: apply one of them"
+            )
+        own = {body.layers[n] for n in wanted}
         names = {id(m): n for n, m in model.named_modules()}
-        prefixes = tuple(names[id(body.layers[n])] + "." for n in wanted)
+        prefixes = tuple(names[id(layer)] + "." for layer in own)
         self._sites = {s.index for s in self._all if s.name.startswith(prefixes)}
         hooks = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         hooks.append(model.register_forward_hook(self._leave))
@@ -175,7 +185,8 @@ class MMA(Handler):
             hooks.append(body.register_forward_pre_hook(self._make, with_kwargs=True))
             for n in wanted:
                 hooks.append(body.layers[n].register_forward_pre_hook(self._give, with_kwargs=True))
-        return [hook.remove for hook in hooks]
+        _taken.update(own)
+        return [*(hook.remove for hook in hooks), lambda: _taken.difference_update(own)]
 
     @contextmanager
     def on(self, model: Any) -> Iterator[MMA]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from regard.core import State
 from regard.errors import InputError
 from regard.reach import Call
+from regard.reach.cache import check_number, check_whole
 
 from .kept import Evicting, Group, check_pool, ends_and_best, grouped, observed, pooled
 
@@ -48,12 +49,16 @@ class EqualRows(Evicting):
         super().__init__()
         if (budget is None) == (ratio is None):
             raise InputError(f"{self.name} takes either budget (rows) or ratio (of the prompt)")
-        if ratio is not None and not 0 < ratio <= 1:
-            raise InputError(f"ratio is the share of the cache that is kept, not {ratio}")
-        if budget is not None and budget < least:
-            raise InputError(
-                f"a budget of {budget} rows is too small for {self.name}: take {least} or more"
-            )
+        if ratio is not None:
+            check_number("ratio", ratio)
+            if not 0 < ratio <= 1:
+                raise InputError(f"ratio is the share of the cache that is kept, not {ratio}")
+        if budget is not None:
+            check_whole("budget", budget, 1)
+            if budget < least:
+                raise InputError(
+                    f"a budget of {budget} rows is too small for {self.name}: take {least} or more"
+                )
         self.budget, self.ratio = budget, ratio
 
     @property
@@ -90,8 +95,7 @@ class StreamingLLM(EqualRows):
     def __init__(
         self, *, budget: int | None = None, ratio: float | None = None, sinks: int = 4
     ) -> None:
-        if sinks < 0:
-            raise InputError(f"sinks is a number of tokens, not {sinks}")
+        check_whole("sinks", sinks, 0)
         super().__init__(budget=budget, ratio=ratio, least=sinks + 1)
         self.sinks = sinks
 
@@ -118,8 +122,7 @@ class SnapKV(EqualRows):
         window: int = 32,
         pool: int = 7,
     ) -> None:
-        if window < 1:
-            raise InputError(f"window is a number of queries, not {window}")
+        check_whole("window", window, 1)
         check_pool(pool)
         super().__init__(budget=budget, ratio=ratio, least=window + 1)
         self.window, self.pool = window, pool
@@ -142,6 +145,7 @@ class H2O(EqualRows):
     def __init__(
         self, *, budget: int | None = None, ratio: float | None = None, recent: float = 0.5
     ) -> None:
+        check_number("recent", recent)
         if not 0 <= recent <= 1:
             raise InputError(
                 f"recent is the share of the rows kept for recent tokens, not {recent}"
@@ -164,6 +168,7 @@ class RandomEviction(EqualRows):
         self, *, budget: int | None = None, ratio: float | None = None, seed: int = 0
     ) -> None:
         super().__init__(budget=budget, ratio=ratio)
+        check_whole("seed", seed, 0)
         self.seed = seed
 
     def pick(self, call: Call, state: State, rows: int) -> Tensor:

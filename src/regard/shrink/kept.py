@@ -14,7 +14,7 @@ from regard.core import Mask, Received, State, measure
 from regard.core.mask import Band
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Handler, Site
-from regard.reach.cache import MethodLayer, Rows, layers
+from regard.reach.cache import MethodLayer, Rows, check_whole, layers
 
 
 class Group:
@@ -300,7 +300,8 @@ def ends_and_best(scores: Tensor, first: int, best: int, last: int) -> Tensor:
 
 def check_pool(pool: int) -> None:
     """Refuse a kernel without a middle."""
-    if pool < 1 or pool % 2 == 0:
+    check_whole("pool", pool, 1)
+    if pool % 2 == 0:
         raise InputError(f"pool is an odd number of neighbours, 7 for example, not {pool}")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from regard.core import Mask
 from regard.errors import InputError
 from regard.reach import Call, Handler, Site
-from regard.reach.cache import MethodLayer, Rows, layers
+from regard.reach.cache import MethodLayer, Rows, check_number, check_whole, layers
 
 NAME = "Recycled"
 FULL = Mask.full()
@@ -99,16 +99,26 @@ class Recycled(Handler):
     stores_rows = True
 
     def __post_init__(self) -> None:
-        for name in ("budget", "stride", "query_check"):
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, bool) or int(given) != given or given < 1):
-                raise InputError(f"{name} is a whole number of at least 1, not {given}")
+        check_whole("budget", self.budget, 1)
+        check_whole("stride", self.stride, 1)
+        if self.query_check is not None:
+            check_whole("query_check", self.query_check, 1)
+        check_number("threshold", self.threshold)
         if not -1 <= self.threshold <= 1:
             raise InputError(f"threshold is a cosine, from -1 to 1, not {self.threshold}")
-        if self.pool is not None and (self.pool < 1 or self.pool % 2 == 0):
-            raise InputError(f"pool is an odd number of positions, not {self.pool}")
+        if self.pool is not None:
+            check_whole("pool", self.pool, 1)
+            if self.pool % 2 == 0:
+                raise InputError(f"pool is an odd number of positions, not {self.pool}")
         if self.evict not in ("last_full", "current"):
             raise InputError(f"evict is 'last_full' or 'current', not {self.evict!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the layers belong to a cache of this process
+        return {name: value for name, value in vars(self).items() if name != "_layers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _layers=weakref.WeakValueDictionary())
 
     # -- read-outs ---------------------------------------------------------------------------------
     def steps(self) -> dict[int, Steps]:

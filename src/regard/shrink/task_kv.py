@@ -33,6 +33,7 @@ from torch import Tensor
 from regard.core import State
 from regard.errors import InputError
 from regard.reach import Call, Site
+from regard.reach.cache import check_number, check_whole
 
 from .kept import Evicting, Group, check_pool, ends_and_best, grouped, observed, pooled
 
@@ -120,18 +121,18 @@ class TaskKV(Evicting):
     ) -> None:
         super().__init__()
         for name, share in (("ratio", ratio), ("beta", beta)):
+            check_number(name, share)
             if not 0 < share <= 1:
                 raise InputError(f"{name} is a share, above 0 and at most 1, not {share}")
-        for name, least, number in (
-            ("m", 0, m),
+        for name, least, given in (
+            ("m", 0, 0 if m is None else m),
             ("window", 1, window),
-            ("top", 1, top),
+            ("top", 1, 1 if top is None else top),
             ("sinks", 0, sinks),
             ("recent", 0, recent),
             ("nearest", 0, nearest),
         ):
-            if number is not None and number < least:
-                raise InputError(f"{name} is a number from {least} on, not {number}")
+            check_whole(name, given, least)
         check_pool(pool)
         if distance not in DISTANCES:
             raise InputError(f"distance is one of {', '.join(DISTANCES)}, not {distance!r}")

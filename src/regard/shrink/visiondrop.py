@@ -26,7 +26,7 @@ from torch import Tensor
 from regard.core import Mask, State
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Handler, Site
-from regard.reach.cache import layers
+from regard.reach.cache import check_number, check_whole, layers
 from regard.reach.dispatch import capture
 from regard.reach.transformers import Handed
 from regard.reach.vision import Images, decoder, has_class_token, locate
@@ -147,8 +147,13 @@ class VisionDrop(Handler):
         by_hand = self.encoder is not None or self.cuts is not None
         if self.tokens is not None and by_hand:
             raise InputError("tokens makes a schedule: give it, or encoder and cuts by hand")
-        if self.tokens is not None and self.tokens <= 0:
-            raise InputError(f"tokens is a count, or a share between 0 and 1, not {self.tokens}")
+        if self.tokens is not None:
+            check_number("tokens", self.tokens)
+            if self.tokens <= 0:
+                raise InputError(
+                    f"tokens is a count, or a share between 0 and 1, not {self.tokens}"
+                )
+        check_whole("seed", self.seed, 0)
         for name, value, known in (
             ("stages", self.stages, ("progressive", "encoder", "fastv")),
             ("score", self.score, ("visual", "text", "random")),

@@ -14,6 +14,7 @@ from torch import Tensor
 from regard.core import Mask, Received, attend, measure
 from regard.errors import InputError
 from regard.reach import Call
+from regard.reach.cache import check_whole
 
 Size = tuple[int, int]
 RATIOS = (1.5, 1.09, 0.81, 0.59)  # tokens of the four segments over their mean, as released
@@ -31,6 +32,15 @@ class Plan:
 
     encoder: Size | None
     cuts: Mapping[int, Size]
+
+    def __post_init__(self) -> None:
+        for size in (*([] if self.encoder is None else [self.encoder]), *self.cuts.values()):
+            if not isinstance(size, (tuple, list)) or len(size) != 2:
+                raise InputError(f"a cut is a pair (dominant, contextual) of tokens, not {size!r}")
+            for tokens in size:
+                check_whole("a number of tokens that a cut keeps", tokens, 0)
+        for layer in self.cuts:
+            check_whole("the layer of a cut", layer, 0)
 
     def counts(self, image_tokens: int, layers: int) -> list[int]:
         """Image tokens in every layer."""
