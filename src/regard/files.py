@@ -12,11 +12,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """The same for bytes."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    """The same for bytes. Links are followed; devices and pipes are written to, not replaced."""
+    if straight(path):
+        path.write_bytes(data)
+        return
+    place = real(path)
+    part = place.with_name(f".{place.name}.part{os.getpid()}")
     try:
         part.write_bytes(data)
-        os.replace(part, path)
+        os.replace(part, place)
     except OSError as problem:
         if problem.errno is None:
             raise
@@ -24,3 +28,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise OSError(problem.errno, problem.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, links followed; one that leads round in a circle stays as it is."""
+    return Path(os.path.realpath(path))
+
+
+def straight(path: Path) -> bool:
+    """Whether something other than a file or a folder lies there: a device, a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()

@@ -47,6 +47,10 @@ def test_a_run_goes_on_and_makes_a_page(tmp_path: Path) -> None:
         act.run("tiny", rounds=3, **{**given, "tokens": 32})
     with pytest.raises(InputError, match="at least 16"):
         act.run("tiny", tokens=4)
+    with pytest.raises(InputError, match="4096 positions"):
+        act.run("tiny", tokens=2**20)
+    with pytest.raises(InputError, match="the text has 200 tokens"):
+        act.run("tiny", tokens=300)
 
 
 def test_verdicts(tmp_path: Path) -> None:

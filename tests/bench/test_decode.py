@@ -129,3 +129,10 @@ def test_bytes_come_from_storage() -> None:
 def test_what_cannot_be(settings: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         decode.run("tiny", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["whisper", "t5"])
+def test_an_encoder_decoder_is_refused(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setattr(zoo, "load", lambda name: (tiny(family), Words()))
+    with pytest.raises(InputError, match=f"{family} is an encoder-decoder: name a decoder"):
+        decode.run(family)

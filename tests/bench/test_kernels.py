@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +280,23 @@ def test_pages(small: record.Result) -> None:
     json.dumps(kernels_page.grids(small))
 
 
+def test_plots_are_whole_and_leave_out_what_is_wrong() -> None:
+    """Names stay inside, small figures keep their digits, and what is not drawn is counted."""
+    own = [kernel(lambda q, k, v, m: attend(q, k, v, mask=m).out, f"a_kernel_of_mine_{n}.py:fn")
+           for n in range(9)]  # fmt: skip
+    own += [kernel(lambda q, k, v, m: q + 1, "wrong.py:fn")]
+    result = bench.run(masks="causal", kernels="attend", extra=own, **SMALL)
+    for cell in kernels_verdicts.cells(result):
+        cell.values["throughput"] = 1e15 if cell.settings["kernel"] == "wrong.py:fn" else 0.5e9
+    plot, roof = kernels_page.throughput_svg(result), kernels_page.roofline(result)
+    assert ">0.54</text>" in plot and ">0.27</text>" in plot
+    for drawing in (plot, roof):
+        assert "wrong.py" not in drawing and ">3 more in the tables<" in drawing
+        wide, height = map(float, re.findall(r'viewBox="0 0 (\d+) (\d+)"', drawing)[0])
+        for x, y, words in re.findall(r'<text x="([\d.]+)" y="([\d.]+)">([^<]*)<', drawing):
+            assert float(x) + 7.2 * len(words) <= wide and float(y) < height, words
+
+
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_names_of_masks_stay_whole_in_a_terminal(small: record.Result, width: int) -> None:
     from rich.console import Console
@@ -355,6 +374,17 @@ def test_masks_show(capsys: Any, tmp_path: Path) -> None:
         (["kernels", "--lengths", "zero"], "is not a length"),
         (["kernels", "--lengths", ","], "is empty"),
         (["kernels", "--out", "/nowhere/x.json"], "does not exist"),
+        (["kernels", "--out", "-"], "name one in place of -"),
+        (["kernels", "--html", "-"], "name one in place of -"),
+        (["kernels", "--kernels", ""], "no kernel was named"),
+        (["kernels", "--lengths", "\u00b2"], "is not a length"),
+        (["kernels", "--heads", "8:\u00b2"], "--heads takes"),
+        (["kernels", "--memory-limit", "inf"], "a number of GiB above 0, got inf"),
+        (["kernels", "--threads", "100000"], "cores of this machine, got 100000"),
+        (["kernels", "--device", "cpux"], "unknown device 'cpux'"),
+        (["facts", "--device", "meta"], "unknown device 'meta'"),
+        (["masks", "show", f"sliding_window:window={10**21}"], "is too large"),
+        (["masks", "show", "block_sparse:density=inf"], "is too large"),
         (["add", "missing.py:fn"], "no file missing.py"),
         (["add", "missing"], "write mykernel.py:function"),
         (["masks", "show", "nope"], "unknown mask"),
@@ -390,3 +420,53 @@ def test_the_block_mask_of_a_case_is_its_own() -> None:
     own = flex_mask(case)
     assert own.mask_mod is not rule and kept.mask_mod is rule
     assert own.to_dense().equal(kept.to_dense())
+
+
+# -- a user's own files ----------------------------------------------------------------------------
+RIGHT = """from regard.core import attend
+
+def fn(q, k, v, mask):
+    return attend(q, k, v, mask=mask).out
+"""
+
+
+def written(path: Path, text: str) -> Kernel:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return load(f"{path}:fn")
+
+
+def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
+    own = [written(tmp_path / folder / "mk.py", RIGHT) for folder in "ab"]
+    with pytest.raises(InputError, match=r"two kernels are named mk\.py:fn: rename one"):
+        bench.run(masks="causal", kernels="", extra=own, **SMALL)
+    with pytest.raises(InputError, match="two kernels are named attend"):
+        bench.run(masks="causal", kernels="attend", extra=[kernel(torch.add, "attend")], **SMALL)
+
+
+def test_a_kernel_is_measured_anew_when_its_file_was_edited(tmp_path: Path) -> None:
+    """Cells of the old file go, those of other lengths included: one column is one kernel."""
+    file, out = tmp_path / "mk.py", tmp_path / "r.json"
+    refuses = "def fn(q, k, v, mask):\n    raise NotImplementedError('not yet')\n"
+    ends = []
+    for text, length in ((refuses, 48), (RIGHT, 48), (RIGHT, 32), (RIGHT + "# later\n", 32)):
+        own = written(file, text)
+        found = bench.run(masks="causal", kernels="attend", extra=[own], out=out,
+                          **(SMALL | {"lengths": [length]}))  # fmt: skip
+        ends.append([(c.settings["tokens"], c.outcome) for c in kernels_verdicts.cells(found)
+                     if c.settings["kernel"] == "mk.py:fn"])  # fmt: skip
+    assert ends == [[(48, "unsupported")], [(48, "measured")],
+                    [(48, "measured"), (32, "measured")], [(32, "measured")]]  # fmt: skip
+
+
+def test_a_file_that_leaves_is_told_and_dataclasses_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not run: SystemExit: 3"):
+        written(tmp_path / "leaves.py", "import sys\nsys.exit(3)\n")
+    assert not any(n.startswith("regard_user_leaves") for n in sys.modules)
+    late = written(tmp_path / "late.py", "import sys\n\ndef fn(q, k, v, mask):\n    sys.exit(4)\n")
+    data = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    data += "\n@dataclass\nclass Size:\n    n: int\n\n" + RIGHT
+    result = bench.run(masks="causal", kernels="", extra=[late, written(tmp_path / "d.py", data)],
+                       **SMALL)  # fmt: skip
+    ends = {c.settings["kernel"]: (c.outcome, c.reason) for c in kernels_verdicts.cells(result)}
+    assert ends == {"late.py:fn": ("failed", "SystemExit: 4"), "d.py:fn": ("measured", "")}

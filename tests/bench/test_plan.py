@@ -111,6 +111,11 @@ def test_documents_are_padded_and_cost_less() -> None:
         (lambda: machine("h100", "-3"), "positive"),
         (lambda: machine("0:3", "450"), "positive"),
         (lambda: machine("h100", "450", efficiency=1.5), "efficiency"),
+        (lambda: machine("h100", "450", latency=float("inf")), "latency at least 0 and finite"),
+        (lambda: machine("h100", "450", latency=float("nan")), "latency at least 0 and finite"),
+        (lambda: machine("h100", "450", reserve=float("inf")), "below the 80 GiB .* got inf"),
+        (lambda: machine("h100", "450", reserve=100), "below the 80 GiB of the device, got 100"),
+        (lambda: plan(8, 1024, FAST, schemes=[]), "at least one scheme"),
         (lambda: plan(8, 1024, FAST, mask="prefix"), "unknown mask"),
         (lambda: plan(8, 1024, FAST, schemes=["rings"]), "Did you mean 'ring'"),
         (lambda: plan(8, 4, FAST), "a token for every rank"),
@@ -130,6 +135,12 @@ def test_the_table_names_the_best_and_the_walls() -> None:
     assert "best: usp" in text and "ulysses hits a wall" in text and "not measured" in text
 
 
+def test_a_scheme_named_twice_is_planned_once() -> None:
+    assert [e.scheme for e in plan(8, 1024, FAST, schemes=["ring", "usp", "ring"])].count(
+        "ring"
+    ) == 1
+
+
 def test_one_process_runs_the_bench_too(tmp_path: Path) -> None:
     """The whole of `bench parallel` on a single rank: measured, saved, resumed, shown."""
     said: list[str] = []
@@ -141,7 +152,9 @@ def test_one_process_runs_the_bench_too(tmp_path: Path) -> None:
     assert first.cells["ring"].values["forward"]["as_formula"]
     assert max(first.cells["ring"].values["error"].values()) < 1e-5
     said.clear()
-    again = parallel.run(["ulysses", "ring", "usp"], out=out, progress=said.append, **options)
+    again = parallel.run(
+        ["ulysses", "ring", "usp", "usp"], out=out, progress=said.append, **options
+    )
     assert len(said) == 1 and said[0].startswith("usp")
     assert "usp" in again.cells
     text = parallel_page.page([out])

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from regard import zoo
+from regard.cli import main
 from regard.errors import InputError
 from regard.zoo import vlm as assembled
 from regard.zoo.pipelines import load_pipeline
 from regard.zoo.scenes import SHAPES, is_held_out
 from regard.zoo.shipped import MODELS, PIPELINES, shipped
 from regard.zoo.tiny_diffusion import tiny_pipeline
-from regard.zoo.train import captions, coder, diffusion, loop, questions, reading, recipe
+from regard.zoo.train import captions, coder, diffusion, loop, mma, questions, reading, recipe
 from regard.zoo.train import vlm as train
 from regard.zoo.train.drawing import sample
 from regard.zoo.train.guides import Guides
@@ -455,3 +456,70 @@ def test_names() -> None:
         recipe("shape-sd")
     with pytest.raises(InputError, match="makes images"):
         zoo.load("shapes-sd")
+
+
+def test_only_a_folder_of_a_model_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else lies at the place is refused, and is still there."""
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("new")
+
+    notes, place, link = tmp_path / "notes", tmp_path / "model", tmp_path / "link"
+    notes.mkdir()
+    (notes / "config.json").write_text("of another program")
+    with pytest.raises(InputError, match=r"holds no model.*name a new folder"):
+        loop.save_folder(notes, write)
+    assert (notes / "config.json").read_text() == "of another program"
+    place.mkdir()
+    link.symlink_to(place)
+    for _ in range(2):  # an empty folder, and what a training that was cut off left
+        loop.save_folder(link, write)
+        assert (place / "model.safetensors").read_text() == "new" and link.is_symlink()
+        (place / "model.safetensors").write_text("old")
+    monkeypatch.chdir(place)
+    for here in (Path(), Path("..")):
+        with pytest.raises(InputError, match="the folder you work in"):
+            loop.replaceable(here)
+    with pytest.raises(InputError, match="is a file"):
+        loop.replaceable(place / "config.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model", "notes"]
+
+
+def test_zoo_train_says_so_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what it says on the way goes to stderr: stdout is for the record."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    args = ["zoo", "train", "shapes-vae", "--out", str(tmp_path), "--json", "-"]
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2 and "holds no model" in capsys.readouterr().err
+    for device in ("cpux", "tpu", "mps", "meta", "cuda:x", "cuda:99"):
+        with pytest.raises(SystemExit) as ended:
+            main([*args, "--out", str(tmp_path / "new"), "--device", device])
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1
+        assert "choose cpu" in err or "here" in err
+    monkeypatch.setattr(coder, "_passing", lambda vae, out, record, checked: record)
+    with pytest.raises(SystemExit) as ended:
+        main([*args, "--out", str(tmp_path / "new"), "--minutes", "0.01", "--batch", "1"])
+    said = capsys.readouterr()
+    assert not ended.value.code and json.loads(said.out)["name"] == "shapes-vae"
+    assert "shapes-vae: step" in said.err
+
+
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"settings": {}}', '{"cells": {}, "settings": 1}']
+)
+def test_a_comparison_refuses_a_file_of_something_else(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "r.json"
+    out.write_text(text)
+    with pytest.raises(InputError, match=r"r\.json holds no trainings .*name another file"):
+        mma.compare(out)
+    out.write_text('{"settings": {"steps": 1}, "runs": {}}')
+    with pytest.raises(InputError, match="other settings"):
+        mma.compare(out)
+    assert out.read_text().startswith('{"settings"')

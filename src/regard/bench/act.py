@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from regard.bench.decode import opening
 from regard.bench.record import (
     Cell,
     Result,
@@ -65,7 +66,6 @@ def run(
     Raises:
         InputError: a length or number of rounds that cannot be, a file that holds another run.
     """
-    from regard import zoo
     from regard.api import apply
     from regard.steer.act import ACT
     from regard.steer.act_heads import shape_of
@@ -74,8 +74,7 @@ def run(
         raise InputError("tokens is at least 16 and rounds at least 1")
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    loaded, tokenizer = zoo.load(model)
-    ids = tokenizer(zoo.text("northanger-abbey"), return_tensors="pt").input_ids[:, :tokens]
+    loaded, ids = opening(model, tokens, tokens)
     shape, _ = shape_of(loaded)
     inner = [(n, h) for n in range(2, shape["layers"] - 1) for h in range(shape["heads"])]
     drawn = random.Random(seed).sample(inner, round(SHARE * len(inner)))
@@ -83,7 +82,7 @@ def run(
     settings = {
         "model": Path(model).name,
         **shape,
-        "tokens": ids.shape[1],
+        "tokens": tokens,
         "seed": seed,
         "beta": 0.4,
         "alpha": 5.0,

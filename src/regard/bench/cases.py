@@ -14,6 +14,8 @@ from regard.core import Mask, patterns
 from regard.core.mask import Band, Inverse, Pair, Predicate, Prefix, Segments
 from regard.errors import InputError, nearest
 
+MOST = 2**62  # of a mask's parameter: positions are added to it in 64 bits
+
 
 @dataclass
 class Case:
@@ -115,6 +117,8 @@ def parameters(name: str, total: int, seed: int) -> dict[str, Any]:
             found[key] = float(value) if key == "density" else int(value)
         except ValueError:
             raise InputError(f"{piece!r} in the mask {name!r} is no number") from None
+        if abs(found[key]) >= MOST:
+            raise InputError(f"{piece!r} in the mask {name!r} is too large: stay below 2**62")
     if "lengths" in known and pattern != "block_causal_document":
         found["lengths"] = patterns.documents(total, seed=found.get("seed", seed))
     return found

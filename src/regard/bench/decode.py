@@ -71,8 +71,6 @@ def run(
     Raises:
         InputError: a context or number of rounds that cannot be, a file that holds another run.
     """
-    from regard import zoo
-
     prompt = context - 2 - rounds * BLOCK  # reading it gives a token, and one more warms up
     if rounds < 1 or prompt < 16:
         raise InputError(
@@ -81,14 +79,8 @@ def run(
         )
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    loaded, tokenizer = zoo.load(model)
-    room = loaded.config.get_text_config().max_position_embeddings
-    if context > room:
-        raise InputError(f"{model} has {room} positions: choose a context of at most that")
+    loaded, ids = opening(model, prompt, context)
     loaded.generation_config.eos_token_id = None  # every way writes as many tokens
-    ids = tokenizer(zoo.text("northanger-abbey"), return_tensors="pt").input_ids[:, :prompt]
-    if ids.shape[1] < prompt:
-        raise InputError(f"the text has {ids.shape[1]} tokens: choose a shorter context")
     settings = {
         "model": Path(model).name,
         "context": context,
@@ -134,6 +126,26 @@ def run(
         result.save(out)
         progress(f"round {count + 1} of {rounds}: {_words(taken)}")
     return result
+
+
+def opening(model: str, tokens: int, context: int) -> tuple[Any, torch.Tensor]:
+    """The model, and so many first tokens of northanger-abbey for it.
+
+    Raises:
+        InputError: an encoder-decoder, fewer positions than `context`, a text that is too short.
+    """
+    from regard import zoo
+
+    loaded, tokenizer = zoo.load(model)
+    if loaded.config.is_encoder_decoder:
+        raise InputError(f"{model} is an encoder-decoder: name a decoder, such as smollm2-135m")
+    room = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and context > room:
+        raise InputError(f"{model} has {room} positions: choose at most so many tokens")
+    ids = tokenizer(zoo.text("northanger-abbey"), return_tensors="pt").input_ids[:, :tokens]
+    if ids.shape[1] < tokens:
+        raise InputError(f"the text has {ids.shape[1]} tokens: choose fewer")
+    return loaded, ids
 
 
 class _Way:

@@ -23,6 +23,7 @@ from regard.bench.record import (
     device_name,
     environment,
     outcome_of,
+    pick_device,
     resume,
     show_progress,
     spread,
@@ -110,13 +111,11 @@ def run(
     >>> result.cells["64 | attend"].outcome
     'measured'
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     if dtype not in DTYPES or DTYPES[dtype] not in TOLERANCE:
         raise InputError(f"unknown dtype {dtype!r}: choose float32, bfloat16 or float16")
     if heads[1] < 1 or heads[0] % heads[1]:
         raise InputError(f"{heads[0]} query heads are not a multiple of {heads[1]} key heads")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here: write --device cpu")
     if not lengths or min(lengths) < 2 or rounds < 1:
         raise InputError("lengths are at least 2 tokens, rounds at least 1")
     setting = Setting(heads, dim, DTYPES[dtype], device, seed)

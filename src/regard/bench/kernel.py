@@ -25,6 +25,7 @@ class Kernel:
         missing: why it is not there at all on this device, or None.
         refuses: why it cannot take a case, or None.
         need: bytes a call takes beside q, k, v and out, roughly; a bound of the memory guard.
+        source: hash of the file that a user's own kernel comes from.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Kernel:
     missing: Callable[[str], str | None] = lambda device: None
     refuses: Callable[[Case], str | None] = lambda case: None
     need: Callable[[Case], float] = lambda case: 0.0
+    source: str = ""
 
 
 def only(device: str, what: str) -> Callable[[str], str | None]:

@@ -9,7 +9,10 @@ so that the machine's moods hit all alike.
 from __future__ import annotations
 
 import gc
+import math
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +33,7 @@ from regard.bench.record import (
     device_name,
     environment,
     outcome_of,
+    pick_device,
     resume,
     show_progress,
 )
@@ -47,6 +51,7 @@ EXACT = {
 DTYPES = {str(d).removeprefix("torch."): d for d in EXACT}
 CHECKED = 333  # tokens at which a kernel is compared with the truth: odd, and more than two blocks
 WARM, ROUNDS = 1, 5
+BROKEN = (Exception, SystemExit)  # a user's own kernel may call sys.exit
 PATIENCE = 4.0  # seconds after which a kernel gets no further round
 TARGETS = [
     {
@@ -118,7 +123,10 @@ def run(
     >>> run(masks="causal", lengths=[64], kernels="attend,naive", progress=None).name
     'kernels'
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= cores:
+        raise InputError(f"threads are 1 to the {cores} cores of this machine, got {threads}")
     cases, pool, settings = _plan(
         masks, lengths, kernels, extra, heads, dim, dtype, device, backward, rounds, seed,
         memory_limit,
@@ -130,6 +138,7 @@ def run(
         machine = {**environment(torch.get_num_threads()), "device": device_name(device)}
         fresh = Result("kernels", settings, machine, [dict(t) for t in TARGETS])
         result = resume(out, fresh)
+        _forget_edited(result, pool)
         result.save(out)  # no space or no permission shows before any work
         if "machine" not in result.cells:
             peaks = timer.ceilings(device, DTYPES[dtype])
@@ -172,12 +181,15 @@ def _plan(
         raise InputError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
     if dim < 1 or rounds < 1 or not lengths or min(lengths) < 2:
         raise InputError("lengths are at least 2 tokens, dim and rounds at least 1")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here: write --device cpu")
+    if not 0 < memory_limit < math.inf:
+        raise InputError(f"the memory limit is a number of GiB above 0, got {memory_limit}")
     own = list(extra)
     known = kernels()
-    names = chosen(kernels_, known, "kernel") if kernels_ else []
+    names = chosen(kernels_, known, "kernel") if kernels_ or not own else []
     pool = [known[n] for n in names] + own
+    twice = [name for name, count in Counter(k.name for k in pool).items() if count > 1]
+    if twice:
+        raise InputError(f"two kernels are named {twice[0]}: rename one file or function")
     cases = [
         Case(name, total, heads[0], heads[1], dim, DTYPES[dtype], device, way, seed)
         for total in sorted(set(lengths))
@@ -201,6 +213,15 @@ def _plan(
         "checked_at": CHECKED,
     }
     return cases, pool, settings
+
+
+def _forget_edited(result: Result, pool: list[Kernel]) -> None:
+    """Drop the cells of kernels whose file has changed: they are another kernel's."""
+    now = {kernel.name: kernel.source for kernel in pool}
+    for key, cell in list(result.cells.items()):
+        name = cell.settings.get("kernel")
+        if name in now and cell.settings.get("source", "") != now[name]:
+            del result.cells[key]
 
 
 def _key(kernel: Kernel, case: Case) -> str:
@@ -235,7 +256,7 @@ def _row(
             try:
                 _error(kernel, case, checked)
                 live.append(_start(kernel, case, (q, k, v)))
-            except Exception as problem:
+            except BROKEN as problem:
                 end(kernel, *outcome_of(problem))
     for _ in range(rounds):
         for one in list(live):
@@ -243,7 +264,7 @@ def _row(
                 continue
             try:
                 one.times.append(timer.seconds(one.call, case.device))
-            except Exception as problem:
+            except BROKEN as problem:
                 end(one.kernel, *outcome_of(problem))
                 live.remove(one)
     for one in live:
@@ -255,7 +276,7 @@ def _row(
     for one in live:
         try:
             amount, how = timer.peak(partial(_whole, one.kernel, case, (q, k, v)), case.device)
-        except Exception as problem:
+        except BROKEN as problem:
             end(one.kernel, *outcome_of(problem))
             continue
         finally:
@@ -361,4 +382,5 @@ def _settings(kernel: Kernel, case: Case) -> dict[str, Any]:
         "tokens": case.total,
         "backward": case.backward,
         "area_share": case.area / case.total**2,
+        **({"source": kernel.source} if kernel.source else {}),
     }

@@ -311,34 +311,40 @@ def _machine(result: Result) -> list[str]:
 
 
 # -- plots ---- ----------------------------------------------------------------------------------
-def _drawn(result: Result) -> list[tuple[str, str]]:
-    there = present(result)
-    order = [n for n in DRAWN if n in there]
-    order += [n for n in there if n not in DRAWN and ":" in n and n.split(":")[0].endswith(".py")]
-    return list(zip(order, COLORS))
+def _plotted(result: Result) -> list[Cell]:
+    """Cells of the forward; what is wrong is in the tables alone, as its speed says nothing."""
+    return [c for c in cells(result)
+            if c.ok and c.values["exact"] and not c.settings["backward"]]  # fmt: skip
+
+
+def _drawn(result: Result) -> tuple[list[tuple[str, str]], int]:
+    """(kernel, color) of those that are drawn, and how many others are in the tables alone."""
+    there = dict.fromkeys(c.settings["kernel"] for c in _plotted(result))
+    own = [n for n in there if n.partition(":")[0].endswith(".py")]
+    drawn = list(zip([n for n in DRAWN if n in there] + own, COLORS))
+    return drawn, len(present(result)) - len(drawn)
 
 
 def throughput_svg(result: Result) -> str:
     """Throughput of the forward against length, one panel a mask."""
     lengths = values(result, "tokens")
     masks = [m for m in values(result, "mask") if ":" not in m] or values(result, "mask")
-    drawn, columns, w, h = _drawn(result), 4, 262, 190
-    top = max([c.values["throughput"] for c in cells(result)
-               if c.ok and not c.settings["backward"]], default=1.0) * 1.08  # fmt: skip
-    height = 60 + h * math.ceil(len(masks) / columns)
-    out = svg(columns * w + 16, height, "Throughput against length, one panel a mask")
-    out += _legend(drawn, 24)
+    (drawn, others), columns, w, h = _drawn(result), 4, 262, 190
+    top = max([c.values["throughput"] for c in _plotted(result)], default=1.0) * 1.08
+    names, more = _legend(drawn, others, columns * w)
+    height = 60 + more + h * math.ceil(len(masks) / columns)
+    out = svg(columns * w + 16, height, "Throughput against length, one panel a mask") + names
     unit, size = ("TFLOP/s", 1e12) if top >= 1e13 else ("GFLOP/s", 1e9)
-    out.append(f'<text x="46" y="44" fill="#666">{unit} of allowed pairs, forward</text>')
+    out.append(f'<text x="46" y="{44 + more}" fill="#666">{unit} of allowed pairs, forward</text>')
     for n, mask in enumerate(masks):
-        x0, y0 = 46 + n % columns * w, 74 + n // columns * h
+        x0, y0 = 46 + n % columns * w, 74 + more + n // columns * h
         inner, tall = w - 50, h - 62
         out.append(f'<text x="{x0}" y="{y0 - 10}" font-weight="600">{escape(mask)}</text>')
         for part in (0.0, 0.5, 1.0):
             y = y0 + tall * (1 - part)
             out.append(f'<path d="M{x0} {y:.1f}h{inner}" stroke="#ddd"/>')
             out.append(f'<text x="{x0 - 5}" y="{y + 4:.1f}" fill="#666" text-anchor="end">'
-                       f"{top * part / size:.0f}</text>")  # fmt: skip
+                       f"{_tick(top * part / size)}</text>")  # fmt: skip
         at = {t: x0 + inner * (i + 0.5) / len(lengths) for i, t in enumerate(lengths)}
         for t, x in at.items():
             out.append(f'<text x="{x:.1f}" y="{y0 + tall + 16}" fill="#666" text-anchor="middle">'
@@ -347,7 +353,7 @@ def throughput_svg(result: Result) -> str:
             points = []
             for t in lengths:
                 cell = result.get(key_of(name, mask, t, False))
-                if cell:
+                if cell and cell.values["exact"]:
                     points.append((at[t], y0 + tall * (1 - cell.values["throughput"] / top)))
             out += _line(points, color)
     return "\n".join([*out, "</svg>", ""])
@@ -356,15 +362,15 @@ def throughput_svg(result: Result) -> str:
 def roofline(result: Result) -> str:
     """Throughput over intensity (FLOPs by bytes of q, k, v and out) under the roofs."""
     machine = result.cells.get("machine")
-    drawn = _drawn(result)
-    out = svg(760, 400, "Roofline: throughput over arithmetic intensity, forward")
-    out += _legend(drawn, 24)
+    drawn, others = _drawn(result)
+    names, more = _legend(drawn, others, 750)
+    out = svg(760, 400 + more, "Roofline: throughput over arithmetic intensity, forward") + names
     s, points = result.settings, list[tuple[float, float, str, str]]()
     width = {"float64": 8, "float32": 4}.get(s["dtype"], 2)
-    for cell in cells(result):
+    for cell in _plotted(result):
         name = cell.settings["kernel"]
         color = dict(drawn).get(name)
-        if cell.ok and not cell.settings["backward"] and color:
+        if color:
             once = cell.settings["tokens"] * s["dim"] * width
             intensity = cell.values["flops"] / (2 * once * (s["heads"] + s["kv_heads"]))
             label = f"{name}, {cell.settings['mask']}, {k(cell.settings['tokens'])}"
@@ -379,7 +385,7 @@ def roofline(result: Result) -> str:
     def at(x: float, y: float) -> tuple[float, float]:
         return (
             70 + 660 * (math.log10(x) - x0) / max(x1 - x0, 1),
-            340 - 280 * (math.log10(y) - y0) / max(y1 - y0, 1),
+            340 + more - 280 * (math.log10(y) - y0) / max(y1 - y0, 1),
         )
 
     for power in range(x0, x1 + 1):
@@ -399,8 +405,8 @@ def roofline(result: Result) -> str:
         a, b = at(x, y)
         out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.4" fill="{color}" fill-opacity=".75">'
                    f"<title>{escape(label)}</title></circle>")  # fmt: skip
-    out.append('<text x="400" y="386" fill="#666" text-anchor="middle">FLOP by byte of q, k, v '
-               "and out; upwards: GFLOP/s; dashed: the machine's ceilings</text>")  # fmt: skip
+    said = "FLOP by byte of q, k, v and out; upwards: GFLOP/s; dashed: the machine's ceilings"
+    out.append(f'<text x="400" y="{386 + more}" fill="#666" text-anchor="middle">{said}</text>')
     return "\n".join([*out, "</svg>", ""])
 
 
@@ -413,13 +419,25 @@ def svg(width: float, height: float, title: str) -> list[str]:
     ]
 
 
-def _legend(drawn: list[tuple[str, str]], y: float) -> list[str]:
-    out, x = [], 46.0
-    for name, color in drawn:
+def _legend(drawn: list[tuple[str, str]], others: int, width: float) -> tuple[list[str], int]:
+    """Kernels by color, and the height of the lines after the first that `width` asks for."""
+    out, x, y = list[str](), 46.0, 24
+    for name, color in [*drawn, *([(f"{others} more in the tables", "none")] if others else [])]:
+        if x > 46 and x + 10 + 7.2 * len(name) > width:
+            x, y = 46.0, y + 18
         out.append(f'<circle cx="{x}" cy="{y - 4}" r="5" fill="{color}"/>')
         out.append(f'<text x="{x + 10}" y="{y}">{escape(name)}</text>')
         x += 34 + 7.2 * len(name)
-    return out
+    return out, y - 24
+
+
+def _tick(value: float) -> str:
+    """A figure of an axis: whole from 10 on, else its two leading digits.
+
+    >>> _tick(1234.5), _tick(0.537), _tick(0.0)
+    ('1234', '0.54', '0')
+    """
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _line(points: list[tuple[float, float]], color: str) -> list[str]:

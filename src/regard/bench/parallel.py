@@ -111,7 +111,7 @@ def run(
     }
     result = _begin(comm, out, Result("parallel", settings, environment(torch.get_num_threads())))
     data = _Data(tokens, heads, dim, TYPES[dtype], described, backward, comm.rank)
-    names = [*schemes, *(PEERS if peer else [])]
+    names = [*dict.fromkeys(schemes), *(PEERS if peer else [])]
     settled = _same(comm, [result.settled(name) for name in names])
     for name, done in zip(names, settled):
         if done:

@@ -7,6 +7,7 @@ nothing here stands for a measurement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -99,8 +100,13 @@ def machine(device: str, link: str, **others: Any) -> Machine:
     found = Machine(tflops, memory, speeds[0], speeds[-1], **others)
     if not 0 < found.efficiency <= 1:
         raise InputError(f"the efficiency is a share above 0 and up to 1, got {found.efficiency}")
-    if found.node < 1 or found.latency < 0 or found.reserve < 0:
-        raise InputError("ranks of a node are at least 1, latency and reserve at least 0")
+    if found.node < 1 or not 0 <= found.latency < math.inf:
+        raise InputError("ranks of a node are at least 1, latency at least 0 and finite")
+    if not 0 <= found.reserve < found.memory:
+        raise InputError(
+            f"the reserve lies from 0 to below the {found.memory:g} GiB of the device, "
+            f"got {found.reserve:g}"
+        )
     return found
 
 
@@ -122,6 +128,8 @@ def plan(
     >>> [e.scheme for e in found if not e.possible]
     ['ulysses']
     """
+    if not schemes:
+        raise InputError(f"name at least one scheme: {', '.join(SCHEMES)}")
     if mask not in MASKS:
         raise InputError(f"unknown mask {mask!r}.{nearest(mask, MASKS)}")
     if ranks < 1 or tokens < ranks or dim < 1 or min(heads) < 1:
@@ -131,7 +139,7 @@ def plan(
     parts = documents(tokens) if "document" in mask else None
     work = _area(tokens, parts, causal=mask.startswith("causal"))
     found = []
-    for name in schemes:
+    for name in dict.fromkeys(schemes):
         limit = most_ranks(name, heads)
         degree = ulysses if name in ("usp", "loongtrain") else None
         try:

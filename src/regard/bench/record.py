@@ -98,7 +98,7 @@ def resume(path: str | Path | None, new: Result) -> Result:
     Numbers are comparable only within one machine and one set of settings: another run in the same
     file is refused, with the first thing that differs. Targets stay as they were first stated.
     """
-    if path is None or not Path(path).exists():
+    if path is None or not Path(path).is_file():
         return new
     old = load(path)
     if old.name != new.name:
@@ -140,6 +140,29 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
+def pick_device(given: str | None) -> str:
+    """The device that was asked for; a GPU if there is one and nothing was said.
+
+    Raises:
+        InputError: neither cpu nor cuda, or a GPU that is not here.
+
+    >>> pick_device("cpu")
+    'cpu'
+    """
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if given is None:
+        return "cuda" if there else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", given):
+        raise InputError(f"unknown device {given!r}: choose cpu, cuda, or cuda:1 for the second")
+    if given != "cpu" and not there:
+        raise InputError("there is no CUDA device here: write --device cpu")
+    if ":" in given and int(given.partition(":")[2]) >= there:
+        raise InputError(f"there is no {given} here: the last one is cuda:{there - 1}")
+    return given
+
+
 def device_name(device: str) -> str:
     """The model of a GPU; "cpu" for anything else.
 
@@ -151,7 +174,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
 
 
-def outcome_of(problem: Exception) -> tuple[str, str]:
+def outcome_of(problem: BaseException) -> tuple[str, str]:
     """(outcome, reason) of an exception that a measured call raised.
 
     >>> outcome_of(NotImplementedError("only on Sundays"))

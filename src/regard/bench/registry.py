@@ -7,7 +7,9 @@ cannot: not installed or no such device (`missing`), or this call is not one of 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Iterable
 from functools import lru_cache, partial
@@ -197,13 +199,16 @@ def load(where: str) -> Kernel:
         raise InputError(f"{where!r} names no kernel: write mykernel.py:function")
     if not path.is_file():
         raise InputError(f"there is no file {file}: write mykernel.py:function")
-    spec = importlib.util.spec_from_file_location(f"regard_user_{path.stem}", path)
+    source = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(f"regard_user_{path.stem}_{source}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} is no Python file: write mykernel.py:function")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
+        del sys.modules[spec.name]
         raise InputError(f"{file} does not run: {type(problem).__name__}: {problem}") from problem
     fn = getattr(module, function, None)
     if not callable(fn):
@@ -214,7 +219,7 @@ def load(where: str) -> Kernel:
         mask = case.mask
         return lambda q, k, v: fn(q, k, v, mask)
 
-    return Kernel(f"{path.name}:{function}", "user", "your own", prepare)
+    return Kernel(f"{path.name}:{function}", "user", "your own", prepare, source=source)
 
 
 def kernels() -> dict[str, Kernel]:

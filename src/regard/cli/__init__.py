@@ -17,13 +17,26 @@ def main(argv: list[str] | None = None) -> None:
     # transformers' own bars and hints would break into ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    given = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        app(args=argv, prog_name="regard", standalone_mode=True)
+        app(args=given, prog_name="regard", standalone_mode=True)
     except (RegardError, ValueError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("REGARD_DEBUG"):
             raise
         print(f"regard: {_line(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def _at_home(word: str) -> str:
+    """`--json=~/x.json` with the home folder for `~`, which shells open in words of its own alone.
+
+    >>> _at_home("--json=~/x.json") == f"--json={os.path.expanduser('~')}/x.json"
+    True
+    """
+    option, equals, value = word.partition("=~/")
+    if not equals or not option.startswith("--"):
+        return word
+    return f"{option}={os.path.expanduser('~/')}{value}"
 
 
 def _line(error: BaseException) -> str:

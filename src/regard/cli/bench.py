@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import bench_costs, parallel
-from regard.cli.common import check_output, count, write_json
+from regard.cli.common import check_file, check_output, count, write_json
 from regard.cli.parallel import pair_of
 from regard.errors import InputError
 
@@ -46,7 +46,7 @@ def see(
     sizes = [count(n) for n in lengths.split(",") if n.strip()]
     if not sizes:
         raise InputError("--lengths is empty: write, for example, 1k,2k,4k")
-    check_output(out)
+    check_file(out)
     from regard.bench import see as bench
 
     result = bench.run(
@@ -124,7 +124,7 @@ def bench_kernels(
     if not sizes:
         raise InputError("--lengths is empty: write, for example, 1k,4k")
     for path in (out, html):
-        check_output(path)
+        check_file(path)
     from regard.bench import kernels as bench
     from regard.bench import kernels_page
     from regard.bench.registry import load
@@ -176,7 +176,7 @@ def facts(
     from regard.bench import facts as bench
 
     for path in (out, page):
-        check_output(path)
+        check_file(path)
     result = bench.run(
         [count(n) for n in lengths.split(",") if n.strip()],
         heads=pair_of(heads),
@@ -248,8 +248,8 @@ def show(
     """
     from rich.console import Console
 
-    for path in (html, json):
-        check_output(path)
+    check_file(html)
+    check_output(json)
     from regard.bench import patterns_page
 
     made = patterns_page.cases(masks, size, seed)

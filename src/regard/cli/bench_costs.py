@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, count
+from regard.cli.common import check_file, count
 
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often each way has its turn.")]
@@ -75,7 +75,7 @@ def speech(
 
 def _measure(bench: Any, out: Path | None, page: Path | None, model: str, **settings: Any) -> None:
     for path in (out, page):
-        check_output(path)
+        check_file(path)
     finish(bench, bench.run(model, out=out, **settings), out, page)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import diffusion
-from regard.cli.common import check_output, err, write_json
+from regard.cli.common import check_file, check_output, err, write_json
 from regard.errors import InputError
 
 app = typer.Typer(
@@ -91,7 +91,7 @@ def stable_semantics(
     if ray is not None:
         need_ray()
     noun_phrases("a", parser)
-    check_output(html)
+    check_file(html)
     check_output(json)
     found = read_prompts(_lines(prompts))
     folder = diffusion.make_folder(out)

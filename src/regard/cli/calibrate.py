@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, load, numbers
+from regard.cli.common import check_file, load, numbers
 from regard.errors import InputError
 
 app = typer.Typer(
@@ -66,7 +67,9 @@ def act(
 
     from regard.steer.act_heads import HeadFilter
 
-    check_output(out)
+    check_file(out)
+    if not math.isfinite(least):
+        raise InputError(f"--least is a finite number, not {least}: write, say, 0.01")
     skipped = numbers(skip_layers, "skip-layers") or []
     if len(skipped) != 2:
         raise InputError(f"--skip-layers takes two numbers such as 2,1, not {skip_layers!r}")

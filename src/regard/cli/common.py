@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError, nearest
-from regard.files import write_text
+from regard.files import real, straight, write_text
 
 
 def read_text(given: str) -> str:
@@ -24,12 +24,14 @@ def read_text(given: str) -> str:
         from regard import zoo
 
         name = given[1:]
+        if not name:
+            raise InputError("name a file or a shipped text after the @")
         path = Path(name).expanduser()
         if path.is_dir():
             raise InputError(f"{name} is a folder: name a text file in it")
         if path.exists():
             try:
-                text = path.read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
             except UnicodeDecodeError:
                 raise InputError(
                     f"{name} is not UTF-8 text: convert it, or name a text file"
@@ -50,13 +52,22 @@ def check_output(path: Path | None) -> None:
     """Refuse an output path that cannot be written, before any work is done."""
     if path is None or str(path) == "-":
         return
-    folder = path.expanduser().absolute().parent
-    if not folder.is_dir():
+    folder = real(path).parent
+    if straight(path):  # nothing is made beside it
+        folder = path
+    elif not folder.is_dir():
         raise InputError(f"{path}: the folder {folder} does not exist: make it first")
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file in it")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise InputError(f"{path}: no permission to write there: choose another place")
+
+
+def check_file(path: Path | None) -> None:
+    """The same for what goes to a file and never to stdout."""
+    if str(path) == "-":
+        raise InputError("this is written to a file, not to stdout: name one in place of -")
+    check_output(path)
 
 
 def write_json(data: Any, path: Path | None) -> None:
@@ -103,9 +114,10 @@ def numbers(given: str | None, what: str) -> list[int] | None:
     found: list[int] = []
     for piece in given.split(","):
         first, dash, last = piece.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise InputError(f"--{what} takes numbers such as 0,3,5-7, not {given!r}")
-        found += range(int(first), int(last or first) + 1)
+        found += range(int(first), int(last) + 1)
     return found
 
 
@@ -114,6 +126,6 @@ def count(given: str) -> int:
     text = given.strip().lower()
     factor = {"k": 1024, "m": 1024 * 1024}.get(text[-1:], 1)
     digits = text[:-1] if factor > 1 else text
-    if not digits.isdigit() or int(digits) < 1:
+    if not digits.isdecimal() or int(digits) < 1:
         raise InputError(f"{given!r} is not a length: write 4096 or 4k")
     return int(digits) * factor

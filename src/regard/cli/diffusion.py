@@ -28,7 +28,7 @@ def seeds(given: str) -> list[int]:
     ([0, 1, 2], [0, 3, 5, 6, 7])
     """
     text = given.strip()
-    if text.isdigit():
+    if text.isdecimal():
         if int(text) < 1:
             raise InputError("--seeds needs at least one seed: give 8, or 0,3,5-7")
         return list(range(int(text)))
@@ -82,7 +82,7 @@ def settings(
         height = height or width
         factor = pipe.vae_scale_factor
         unit = math.lcm(8, factor) if hasattr(pipe, "unet") else 2 * factor
-        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
             raise InputError(f"--size is 512 or 768x512 (width x height), not {size!r}")
         if int(width) % unit or int(height) % unit:
             raise InputError(f"width and height are multiples of {unit} for this pipeline")

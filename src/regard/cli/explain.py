@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, err, load, working
+from regard.cli.common import check_file, err, load, working
 from regard.cli.pages import check_outputs, command, deliver
 from regard.cli.see_speech import check_words, chosen
 from regard.errors import InputError
@@ -74,7 +74,7 @@ def explain(
       regard explain @minutes --frames real --masks 300 --segments 120,240 --width 4
     """
     check_outputs(html, json)
-    check_output(resume)
+    check_file(resume)
     check_words(transcript, task)
     counts, margin = segment_list(segments), margin_of(frames)
     from regard.zoo import audio as sound
@@ -117,7 +117,7 @@ def explain(
 def segment_list(given: str) -> list[int]:
     """ "2000,2500" as numbers."""
     pieces = [p.strip() for p in given.split(",") if p.strip()]
-    if not pieces or not all(p.isdigit() and int(p) > 0 for p in pieces):
+    if not pieces or not all(p.isdecimal() and int(p) > 0 for p in pieces):
         raise InputError(f"--segments takes numbers such as 2000,2500,3000, not {given!r}")
     return [int(p) for p in pieces]
 

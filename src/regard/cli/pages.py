@@ -6,9 +6,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from regard.cli.common import check_output, err, write_json
+from regard.cli.common import check_file, check_output, err, write_json
+from regard.errors import InputError
+from regard.files import real, straight, write_bytes
 
 
 def command() -> str:
@@ -20,15 +23,33 @@ def check_outputs(html: Path | None, json: Path | None) -> None:
     """Refuse, before any work is done, what could not be written or drawn in the end.
 
     Raises:
-        InputError: a place that cannot be written to.
+        InputError: a place that cannot be written to, or one place for both.
         ImportError: a page without plotly; names the extra.
     """
-    for path in (html, json):
-        check_output(path)
+    check_places(json, html)
     if html is not None:
         from regard.report.figures import plotly
 
         plotly()
+
+
+def check_places(json: Path | None, *files: Path | None) -> None:
+    """Refuse places that cannot be written to, and one file for two outputs; JSON alone may go to
+    stdout.
+    """
+    for path in files:
+        check_file(path)
+    check_output(json)
+    given = [p for p in (json, *files) if p is not None and str(p) != "-" and not straight(p)]
+    twice = [p for n, p in enumerate(given) if real(p) in map(real, given[:n])]
+    if twice:
+        raise InputError(f"two outputs would go to {twice[0]}: name another file for one of them")
+
+
+def check_png(path: Path | None) -> None:
+    """Refuse another ending for what is written as PNG."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise InputError(f"--out is a .png file, not {path}")
 
 
 def deliver(
@@ -51,4 +72,6 @@ def deliver(
             err().print(f"note: {note}", markup=False, highlight=False)
     write_json(view, json)
     if html is not None:
-        err().print(f"report: {write_page(view, html)}", markup=False, highlight=False)
+        with TemporaryDirectory() as folder:
+            write_bytes(html, write_page(view, Path(folder) / "page.html").read_bytes())
+        err().print(f"report: {html}", markup=False, highlight=False)

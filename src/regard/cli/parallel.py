@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, count, write_json
+from regard.cli.common import check_file, check_output, count, write_json
 from regard.errors import InputError
 from regard.files import write_text
 
@@ -68,7 +68,7 @@ def parallel(
         from regard.core.parallel import started
 
         for path in (out, html):
-            check_output(path)
+            check_file(path)
         names = [n.strip() for n in schemes.split(",") if n.strip()]
         pair = pair_of(heads)
         rows = count(tokens_per_rank)
@@ -187,7 +187,7 @@ def see_shared(model: Any, ids: Any, facts: Any, wanted: tuple[Any, Any], ranks:
 def pair_of(heads: str) -> tuple[int, int]:
     """ "64:8" or "64" as query and key heads."""
     parts = heads.split(":")
-    if len(parts) > 2 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+    if len(parts) > 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise InputError(f"--heads takes query and key heads such as 64:8, not {heads!r}")
     return int(parts[0]), int(parts[-1])
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from regard.cli.common import check_output
+from regard.cli.common import err
 from regard.errors import InputError, nearest
 
 
@@ -21,7 +21,10 @@ def reproduce(
     ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer samples: a look, not a result.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the result; ./reproductions by default.")
+        Path | None,
+        typer.Option(
+            help="Folder for the result; reproductions of the clone, or of the working folder."
+        ),
     ] = None,
 ) -> None:
     """Rerun the claims of a paper that this machine can measure, with control, interval and
@@ -38,6 +41,7 @@ def reproduce(
 
     from regard import catalog
     from regard import reproduce as harness
+    from regard.reproduce.harness import results_folder
 
     known = harness.available()
     if method not in known:
@@ -45,7 +49,8 @@ def reproduce(
         if method in slugs:
             raise InputError(f"{method} cannot be reproduced yet: {', '.join(known)} can")
         raise InputError(f"unknown method {method!r}.{nearest(method, slugs)}")
-    if out is not None:
-        check_output(out / f"{method}.json")
-    result = harness.run(method, quick=quick, model=model, out=out)
+    folder = results_folder() if out is None else out
+    result = harness.run(method, quick=quick, model=model, out=folder)
     Console().print(harness.table(result))
+    place = folder / f"{method}{'.quick' if quick else ''}.json"
+    err().print(f"result: {place}", markup=False, highlight=False, soft_wrap=True)

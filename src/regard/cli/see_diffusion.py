@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from regard.cli import diffusion
-from regard.cli.common import check_output, err, write_json
+from regard.cli.common import err, write_json
+from regard.cli.pages import check_places
 from regard.errors import InputError
 
 PICTURE = 128  # pixels of a heat map's longer side on the page
@@ -36,8 +37,7 @@ def see(
         ReachError: a pipeline of a class that regard does not reach.
     """
     diffusion.check_prompt(prompt)
-    check_output(html)
-    check_output(json)
+    check_places(json, html)
     pipe = diffusion.load(model)
     keywords = diffusion.settings(pipe, steps, None, None)
     image, maps, layered, seconds, notes = _run(pipe, prompt, seed, keywords, layers, heads)

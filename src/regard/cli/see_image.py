@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from regard.cli.common import check_output, err, write_json
+from regard.cli.common import err, write_json
+from regard.cli.pages import check_places
 from regard.errors import InputError, RegardError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -35,8 +36,7 @@ def see(
     """
     from regard.cli.run import vlm
 
-    for path in (html, json):
-        check_output(path)
+    check_places(json, html)
     if question is None or not question.strip():
         raise InputError('ask something about the picture: regard see photo.png "what is this?"')
     pictures = vlm.read_images([Path(given)])
@@ -64,13 +64,14 @@ def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[s
     """The answer, what every word looked at, the sinks of each layer, and the cuts' bias."""
     from regard.cli.run import vlm
     from regard.see.pictures import PictureLooks
+    from regard.see.tokens import pieces
 
     looks = PictureLooks()
     sinks, why = _sinks(loaded, inputs)
     handlers = [looks] if sinks is None else [looks, sinks]
     with vlm.working("answering"):
         ids, _ = vlm.answer(loaded, inputs, tokens, handlers)
-    names = [processor.tokenizer.decode([t]).strip() or "·" for t in looks.tokens]
+    names = [said.strip() or "·" for said in pieces(processor.tokenizer, looks.tokens)]
     asked = len(names) - max(0, len(ids) - 1)
     by_word = looks.by_word()
     words = []

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from regard.cli.common import check_output
+from regard.cli.common import check_file
 from regard.errors import InputError
 
 app = typer.Typer(
@@ -51,10 +51,10 @@ def mma(
 
       regard train mma --steps 700 --out mma-training.json
     """
-    import torch
     from rich.console import Console
     from rich.table import Table
 
+    from regard.bench.record import pick_device
     from regard.zoo.train import mma as trainings
 
     if model != "shapes-vlm":
@@ -62,17 +62,14 @@ def mma(
             f"the comparison is made in the layout of shapes-vlm, not {model}: to train a model of "
             'your own with MMA, use regard.MMA(form="mask").on(model) around Trainer.train()'
         )
-    check_output(out)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here: write --device cpu")
+    check_file(out)
     result = trainings.compare(
         out,
         steps=steps,
         batch=batch,
         seeds=range(seeds),
         arms=[a.strip() for a in arms.split(",") if a.strip()],
-        device=chosen,
+        device=pick_device(device),
         pool=pool,
         tower_minutes=tower_minutes,
     )

@@ -52,19 +52,15 @@ def train(
 
       regard zoo train shapes-sd --vae vae --out shapes-sd --minutes 10 --device cuda
     """
-    import torch
-
+    from regard.bench.record import pick_device
     from regard.cli.common import check_output
     from regard.zoo import train as recipes
+    from regard.zoo.train.loop import replaceable
 
     run = recipes.recipe(name)
     check_output(json)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here: write --device cpu")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: name a folder for the weights")
-    settings: dict[str, Any] = {"device": chosen, "seed": seed}
+    out = replaceable(out)
+    settings: dict[str, Any] = {"device": pick_device(device), "seed": seed}
     for part, folder in {"vae": vae, "tower": tower, "start": start}.items():
         if part in recipes.TAKES.get(name, ()):
             settings[part] = folder

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -87,7 +88,7 @@ class Diary:
     """The loss as it goes: a line on the terminal now and then, a short curve for the record."""
 
     name: str
-    say: Callable[[str], None] = lambda line: print(line, flush=True)
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     curve: list[tuple[int, float]] = field(default_factory=list)
     samples: int = 0
     _losses: list[Tensor] = field(default_factory=list)
@@ -264,8 +265,29 @@ class Counted(TorchFunctionMode):
         return func(*args, **named)
 
 
+def replaceable(out: Path) -> Path:
+    """The place of a folder of weights, links followed; what lies there is replaced by a training.
+
+    Raises:
+        InputError: a file, the working folder or one around it, a folder of anything but a model.
+    """
+    out = out.expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: name a folder for the weights")
+    if Path.cwd().is_relative_to(out):
+        raise InputError(f"{out} is the folder you work in, or around it: name a new one in it")
+    names = {file.name for file in out.iterdir()} if out.is_dir() else set[str]()
+    # a training that was cut off leaves no training.json
+    made = {"training.json", "model_index.json", "projector.safetensors"} & names
+    weights = "config.json" in names and any(n.endswith(".safetensors") for n in names)
+    if names and not (made or weights):
+        raise InputError(f"{out} holds no model, and all in it would be lost: name a new folder")
+    return out
+
+
 def save_folder(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a folder beside its place, then put it there: a reader never meets half of one."""
+    target = replaceable(target)
     part = target.with_name(f".{target.name}.part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

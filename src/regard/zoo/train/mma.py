@@ -8,6 +8,7 @@ arms that differ in one thing are trained on the same questions by transformers'
 from __future__ import annotations
 
 import json
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -141,10 +142,16 @@ def compare(
     result: dict[str, Any] = {"settings": settings, "device": named, "versions": versions(),
                               "runs": {}}  # fmt: skip
     if out.is_file():
-        known = json.loads(out.read_text(encoding="utf-8"))
-        if known["settings"] != settings:
+        try:
+            known = json.loads(out.read_text(encoding="utf-8"))
+            same = known["settings"] == settings
+            result = {**known, "runs": dict(known["runs"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{out} holds no trainings of this comparison: name another file, or remove it"
+            ) from None
+        if not same:
             raise InputError(f"{out} holds trainings of other settings: name another file")
-        result = known
     folder = out.with_name(f".{out.stem}-tower")
     if not (folder / "training.json").is_file():
         if result["runs"]:
@@ -162,7 +169,8 @@ def compare(
                     arm, folder, steps=steps, batch=batch, seed=seed, device=device, rate=rate,
                     checked=checked, pool=pool,
                 )  # fmt: skip
-                print(f"{key}: {result['runs'][key]['accuracy']['all']:.3f}", flush=True)
+                right = result["runs"][key]["accuracy"]["all"]
+                print(f"{key}: {right:.3f}", file=sys.stderr, flush=True)
                 write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 
