@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,13 @@ class Watch(Session):
         part: str | None = None,
         tokenizer: Any = None,
     ) -> None:
-        named = [facts] if isinstance(facts, (str, Fact)) else facts
+        named = facts if isinstance(facts, Iterable) and not isinstance(facts, str) else [facts]
         self.facts = [_fact(f, model) for f in named]
         if not self.facts:
             raise InputError(
                 f'name at least one fact, for example "received"; known are {", ".join(FACTS)}'
             )
+        layers, heads = _numbers("layers", layers), _numbers("heads", heads)
         self._collector = Collector(self.facts, layers, heads, part)
         super().__init__(model, [self._collector])
         _check_heads(model, heads)
@@ -159,7 +161,9 @@ class Watch(Session):
     def _enter_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args and torch.is_tensor(args[0]) else None)
         self._started = time.perf_counter()
-        if torch.is_tensor(ids) and not ids.is_floating_point():
+        if not torch.is_tensor(ids) or ids.is_floating_point():
+            self.input_ids = None  # given as embeddings: what is known of another text is not this
+        else:
             cache = kwargs.get("past_key_values")
             going_on = (
                 self.input_ids is not None and cache is not None and cache.get_seq_length() > 0
@@ -193,10 +197,9 @@ class Watch(Session):
         if wanted is None:
             names = [f.name for f in self.facts]
             raise KeyError(f"{fact!r} was not watched.{nearest(str(fact), names)}")
-        if not self._records():
-            raise RuntimeError("nothing was seen yet: run the model inside the `with`")
+        main = self.record.site.part
         values = {r.site: self._collector.value(r, wanted) for r in self._records()}
-        return Layers({s: v for s, v in values.items() if v is not None}, self.main)
+        return Layers({s: v for s, v in values.items() if v is not None}, main)
 
     def __contains__(self, fact: object) -> bool:
         return any(fact in (f, f.name) for f in self.facts)
@@ -207,6 +210,20 @@ class Watch(Session):
     def _records(self) -> list[Any]:
         records = self._collector.records
         return [records[i] for i in sorted(records)]
+
+    @property
+    def record(self) -> Any:
+        """The `reach.collect.Record` of the first layer seen of the main part."""
+        main = self.main
+        found = [r for r in self._records() if r.site.part == main]
+        if not found:
+            raise InputError("nothing was seen yet: run the model inside the `with`")
+        return found[0]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers and heads were measured."""
+        return self._collector.layers is None and self._collector.heads is None
 
     def table(self) -> list[dict[str, Any]]:
         """One row a layer of the main part: the mean of each fact over batch, heads and tokens.
@@ -225,20 +242,34 @@ class Watch(Session):
         return show(overview(self))
 
     def report(self, path: str | Path, **meta: Any) -> Path:
-        """Write one self-contained HTML page that opens offline."""
+        """Write one self-contained HTML page that opens offline.
+
+        Raises:
+            InputError: a place that cannot be written to, or nothing to report yet.
+        """
         from regard.report import write_page
         from regard.see.overview import overview
 
-        return write_page(overview(self, **meta), path)
+        page = overview(self, **meta)
+        try:
+            return write_page(page, path)
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise InputError(str(error)) from None
 
 
 def _fact(fact: str | Fact, model: Any) -> Fact:
     if isinstance(fact, Fact):
         return fact
+    if not isinstance(fact, str):
+        raise InputError(
+            f'{fact!r} is no fact: give a name such as "entropy", or an object such as '
+            "core.Influence(band=(10, 100))"
+        )
     if fact.lower() in _MATRIX:
         text = _text_config(model)
         heads = getattr(text, "num_attention_heads", 1) * getattr(text, "num_hidden_layers", 1)
-        at = {n: f"{heads * n**2 * 4096 * 4096 * 4 / 2**30:,.0f} GiB" for n in (1, 4)}
+        gib = {n: heads * n**2 * 4096 * 4096 * 4 / 2**30 for n in (1, 4)}
+        at = {n: f"{size:,.0f} GiB" if size > 1 else f"{size:.2g} GiB" for n, size in gib.items()}
         raise NeedsMatrix(
             f"{fact!r} is the whole queries x keys matrix: with the {heads} heads of this model "
             f'{at[1]} at 4k tokens, {at[4]} at 16k. Ask for "thumbnail" (the map averaged to '
@@ -257,6 +288,19 @@ def _tokenizer(model: Any) -> Any:
     from regard.zoo import tokenizer_of
 
     return tokenizer_of(model)
+
+
+def _numbers(name: str, given: Iterable[int] | None) -> list[int] | None:
+    """Layers or heads as a list, whatever holds them."""
+    if given is None:
+        return None
+    try:
+        found = [index(n) for n in given]
+    except TypeError:
+        found = []
+    if not found:
+        raise InputError(f"{name} is a list of numbers such as [0, 3], not {given!r}")
+    return found
 
 
 def _check_heads(model: Any, heads: Sequence[int] | None) -> None:

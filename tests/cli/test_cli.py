@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+import regard
 from regard import zoo
+from regard.cli.common import read_text
+from regard.core import FACTS
 from regard.zoo.tiny import tiny
 
 from .command import run
@@ -107,6 +110,27 @@ WRONG = {
     "method to come": (["reproduce", "mosaic"], "cannot be reproduced yet"),
     "bench lengths": (["bench", "see", "--lengths", "1k,two"], "is not a length"),
     "bench act tokens": (["bench", "act", "--tokens", "x"], "is not a length"),
+    "bench act to stdout": (["bench", "act", "--out", "-"], "name one in place of -"),
+    "a page to stdout": (["see", TEXT, "--html", "-"], "name one in place of -"),
+    "train device": (["train", "mma", "--device", "mps"], "unknown device 'mps'"),
+    "train to stdout": (["train", "mma", "--out", "-"], "name one in place of -"),
+    "calibrate least": (
+        ["calibrate", "act", "--out", "heads.json", "--least", "nan"],
+        "--least is a finite number",
+    ),
+    "a superscript": (["see", TEXT, "--model", "tiny:llama", "--layers", "²"], "takes numbers"),
+    "layers backwards": (["see", TEXT, "--layers", "5-3"], "--layers takes numbers"),
+    "heads backwards": (["see", TEXT, "--heads", "5-3"], "--heads takes numbers"),
+    "nothing behind the @": (["see", "@"], "after the @"),
+    "a single token": (
+        ["see", TEXT, "--model", "tiny:llama", "--max-tokens", "1"],
+        "raise --max-tokens",
+    ),
+    "one file for two": (
+        ["see", TEXT, "--html", "a.html", "--json", "./a.html"],
+        "two outputs would go to a.html",
+    ),
+    "a short check": (["check", "tiny:llama", "--tokens", "2"], "at least 3 tokens, not 2"),
     "bench decode context": (["bench", "decode", "--context", "10"], "at least 16 tokens"),
     "bench speech model": (["bench", "speech", "--model", "tiny:llama"], "no cross attention"),
 }
@@ -123,6 +147,30 @@ def test_mistakes_get_one_line(
     assert code == 2, (code, out, err)
     assert message in err and err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.bin"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfhello there")
+    assert read_text(f"@{file}") == "hello there"
+
+
+def test_samples_with_odd_line_ends_are_gone_on_with(tmp_path: Path) -> None:
+    from regard.cli.run import steer
+
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    settings = {"batch": 1}
+    part = tmp_path / "part"
+    part.write_text("".join(map(steer._row, [settings, *rows])), encoding="utf-8")
+    pool: list[str] = []
+    assert steer._resume(part, settings, pool) == rows and pool == [r["text"] for r in rows]
+
+
+def test_negatives_without_an_example(capsys: Any, tmp_path: Path) -> None:
+    file = tmp_path / "empty.txt"
+    file.write_text("\n")
+    code, _, err = run(capsys, "run", "steer", "--negatives", str(file))
+    assert code == 2 and "holds no example" in err
 
 
 def test_no_permission(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +196,14 @@ def test_check_says_ok_and_exits_with_it(capsys: Any) -> None:
     assert code == 0 and json.loads(out)["ok"]
 
 
+@pytest.mark.parametrize("fact", ["distance", "waad", "thumbnail"])
+def test_check_finds_a_wrong_fact(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = FACTS[fact].finish
+    monkeypatch.setattr(FACTS[fact], "finish", lambda self, sums: 1.01 * real(self, sums))
+    failed = [f for f in regard.check(tiny("llama")).findings if f.status == "failed"]
+    assert "facts" in [f.what for f in failed] and fact in failed[0].detail
+
+
 def test_check_fails_loudly(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A door that lets a causal model see the future must not pass."""
     from regard.core import Mask
@@ -157,6 +213,25 @@ def test_check_fails_loudly(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     code, out, _ = run(capsys, "check", "tiny:llama", "--json", "-")
     failed = {f["what"] for f in json.loads(out)["findings"] if f["status"] == "failed"}
     assert code == 1 and {"same output", "prefill = decode"} <= failed
+
+
+def test_reproduce_makes_its_folder_and_names_the_file(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regard import reproduce
+    from regard.reproduce import harness
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness, "root", lambda: None)
+    monkeypatch.setattr(reproduce, "run", lambda slug, **given: seen.append(given["out"]))
+    monkeypatch.setattr(reproduce, "table", lambda result: "verdicts")
+    seen = list[Path]()
+    for args in (["--quick"], ["--out", "new/deep"]):
+        code, out, err = run(capsys, "reproduce", "sink-emergence", *args)
+        assert code == 0 and "verdicts" in out, err
+        name = "sink-emergence.quick.json" if "--quick" in args else "sink-emergence.json"
+        assert err.strip() == f"result: {seen[-1] / name}"
+    assert seen == [tmp_path / "reproductions", Path("new/deep")]
 
 
 def test_lists(capsys: Any) -> None:

@@ -88,6 +88,14 @@ def test_visiondrop(capsys: Any, folder: Path, tmp_path: Path) -> None:
         assert drawn.width > 5 * 384
 
 
+@pytest.mark.parametrize("verb", [["see"], ["run", "act", "-n", "2", "--prompt"]])
+def test_text_alone(capsys: Any, folder: Path, verb: list[str]) -> None:
+    """The processor of such a model reads pictures first, its tokenizer text."""
+    code, said, err = run(capsys, *verb, "w5 w6 w7 w8", "--model", str(folder), "--json", "-")
+    assert code == 0, err
+    assert len(json.loads(said).get("tokens", "1234")) == 4
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -100,6 +108,9 @@ def test_visiondrop(capsys: Any, folder: Path, tmp_path: Path) -> None:
         (["visiondrop", "--tokens", "2"], "cannot be reached"),
         (["visiondrop", "--score", "loud"], "score is one of"),
         (["visiondrop", "--out", "no/where.png"], "does not exist"),
+        (["visiondrop", "--out", "kept.txt"], "--out is a .png file"),
+        (["var", "--out", "sinks.txt"], "--out is a .png file"),
+        (["var", "--out", "a.png", "--json", "./a.png"], "two outputs would go to a.png"),
         (["visiondrop", "--image", "none.png"], "no picture none.png"),
         (["visiondrop", "--image", "TEXT"], "no picture that can be read"),
         (["visiondrop", "--image", "HUGE"], "million pixels"),

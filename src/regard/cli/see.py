@@ -149,9 +149,10 @@ def _see(
             return
     from regard.report import terminal, write_page
     from regard.see.overview import overview
+    from regard.see.tokens import pieces
 
-    pieces = [tokenizer.decode([n]) for n in ids[0].tolist()]
-    page = overview(seen, tokens=pieces, model_name=model, notes=notes, command=command(), **meta)
+    words = pieces(tokenizer, ids[0].tolist())
+    page = overview(seen, tokens=words, model_name=model, notes=notes, command=command(), **meta)
     deliver(page, notes, show=terminal.show, write_page=write_page, json=json, html=html)
 
 
@@ -161,11 +162,14 @@ def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, 
     """
     if tokenizer is None or not hasattr(tokenizer, "decode") or not callable(tokenizer):
         raise InputError(f"{type(model).__name__} came without a tokenizer, so it cannot read text")
+    from regard.see.tokens import reader
+
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise InputError(
             f"{type(model).__name__} reads {model.main_input_name}, not text: "
             "give it a sound file such as talk.wav, or name a text model"
         )
+    tokenizer = reader(tokenizer)
     tokenizer.model_max_length = int(1e30)  # we cut, and say so; its warning would come twice
     ids = tokenizer(content, return_tensors="pt").input_ids
     total = ids.shape[1]
@@ -176,6 +180,8 @@ def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, 
     )
     room = getattr(text, "max_position_embeddings", None) or total
     kept = min(total, limit, room)
+    if kept < 2:
+        raise InputError("attention needs at least two tokens: raise --max-tokens")
     notes = []
     if kept < total:
         why = f"the model has {room:,} positions" if room <= limit else "raise it with --max-tokens"

@@ -79,11 +79,11 @@ def check(model: Any, *, tokens: int = TOKENS, seed: int = 0) -> Report:
     True
 
     Raises:
-        InputError: fewer than 2 tokens.
+        InputError: fewer than 3 tokens.
         ReachError: the model cannot be reached at all.
     """
-    if tokens < 2:
-        raise InputError(f"a check takes at least 2 tokens, not {tokens}")
+    if tokens < 3:  # of which the padded row of a batch keeps 2
+        raise InputError(f"a check takes at least 3 tokens, not {tokens}")
     report = Report(type(model).__name__)
     Session(model)  # refuses a model without a door before anything runs
     was_training = model.training

@@ -80,7 +80,8 @@ def sink_fact(overview: Overview) -> tuple[str, str] | None:
         return None
     where = ordinal(int(sinks.get("position") or 0))
     limit = f": more than {percent(epsilon)} of it, on average" if epsilon is not None else ""
-    return percent(rate), f"of all heads park their attention on {where}{limit}."
+    which = "all" if (overview.get("meta") or {}).get("all_heads", True) else "the watched"
+    return percent(rate), f"of {which} heads park their attention on {where}{limit}."
 
 
 def _distance_fact(overview: Overview) -> tuple[str, str] | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from regard.errors import InputError
 from regard.reach import Call, Handler, Session, Site
 
+from . import tokens
 from .explain_deletion import (
     Deletion,
     check_step,
@@ -393,7 +394,7 @@ def explain_clip(
     forced = Forced(clip, ids)
     if clip.steps < 2:
         raise InputError("the clip fills a single encoder step: give one of at least 0.1 s")
-    pieces = [tokenizer.decode([n]) for n in forced.text]
+    pieces = tokens.pieces(tokenizer, forced.text)
     said = tokenizer.decode(forced.text).strip()
     shared: dict[str, Any] = {"antithetic": antithetic, "seed": seed, "batch": batch}
     settings = {

@@ -4,6 +4,7 @@ and JSON.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -12,13 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core import Influence, Thumbnail, WindowedDistance
+from regard.core import (
+    Columns,
+    Fact,
+    Influence,
+    Mass,
+    Rows,
+    Thumbnail,
+    TopKeys,
+    WindowedDistance,
+)
+from regard.errors import InputError
 from regard.versions import versions
 
 from .preplan_anchor import Heads, head_split, peaks
 from .sink_emergence import EPSILON, hidden_sinks, sink_rate
+from .tokens import pieces
 
 BINS = 512
+LISTED = 20_000  # values of a fact that JSON lists one by one
+LINES = 8  # views of one fact that has several: rows, columns, segments
 TAIL = 16  # the last tokens are seen by few queries, so what they receive on average says little
 _HELP = {
     "received": (
@@ -34,27 +48,71 @@ _HELP = {
     "distance": ("look-back distance", "how far back this token looks on average", "tokens"),
     "waad": (
         "windowed distance (WAAD)",
-        "mean look-back of the local heads, clipped to the window: peaks open a new chunk",
+        "mean look-back, clipped to the window, over layers and heads",
         "tokens",
     ),
     "fai": (
         "future influence (FAI)",
-        "mean attention of the global heads from tokens further on: peaks are anchors",
+        "attention from tokens further on, mean over layers and heads",
+        "share",
+    ),
+    "received_sum": (
+        "attention received, summed",
+        "attention of all later tokens that lands here, mean over layers and heads",
+        "",
+    ),
+    "collision": (
+        "collision",
+        "chance that two draws from this token's look hit the same key, mean over layers and heads",
+        "share",
+    ),
+    "top": (
+        "among the top keys",
+        "what the chosen queries give this token where it is one of their top keys, mean over "
+        "layers and heads",
         "share",
     ),
 }
 
 
-def stack(seen: Any, name: str, row: int = 0) -> tuple[list[int], Tensor] | None:
+def live(seen: Any, axis: str) -> Tensor | None:
+    """Which positions along the axis "queries" or "keys" of a fact are tokens, `[batch,
+    positions]`; None where all are, for lack of padding.
+    """
+    record = seen.record
+    if record.live is None or (axis == "keys" and record.site.kind == "cross"):
+        return None
+    known: Tensor = record.live.cpu()
+    if axis == "keys":  # what a cache held before is taken for tokens
+        known = torch.cat([known.new_ones(len(known), record.end - record.rows), known], 1)
+    return known
+
+
+def stack(seen: Any, name: str | Fact, row: int = 0) -> tuple[list[int], Tensor] | None:
     """One fact of one batch row over the layers of the main part: (layers, `[layers, heads,
-    ...]`), None if not watched.
+    ...]`), without padding; None if not watched.
     """
     if name not in seen:
         return None
-    layers = seen[name]
+    fact = next(f for f in seen.facts if name in (f, f.name))
+    layers = seen[fact]
     if not len(layers) or len({layers[n].shape for n in layers}) > 1:
         return None
-    return list(layers), torch.stack([layers[n][row].float() for n in layers]).cpu()
+    values = torch.stack([layers[n][row].float() for n in layers]).cpu()
+    return list(layers), _without_padding(fact, values, seen, row)
+
+
+def _without_padding(fact: Fact, values: Tensor, seen: Any, row: int) -> Tensor:
+    """`[layers, heads, ...]` of the tokens of a row alone."""
+    kept = live(seen, "queries" if fact.axis == "queries" else "keys")
+    if kept is None:
+        return values
+    where = kept[row].nonzero()[:, 0]
+    if isinstance(fact, Thumbnail):  # bins stay whole
+        width = fact.width(kept.shape[1])
+        bins = slice(int(where[0]) // width, int(where[-1]) // width + 1)
+        return values[:, :, bins, bins]
+    return values.index_select(3 if isinstance(fact, Rows) else 2, where)
 
 
 class Table(list[dict[str, Any]]):
@@ -83,7 +141,10 @@ def table(seen: Any) -> Table:
     for fact in seen.facts:
         if fact.axis == "cells" or fact.name == "top":
             continue
+        kept = live(seen, fact.axis)
         for layer, value in seen[fact].items():
+            if kept is not None:
+                value = value.cpu().transpose(1, 2)[kept]
             rows.setdefault(layer, {"layer": layer})[fact.name] = float(value.float().mean())
     return Table(rows[n] for n in sorted(rows))
 
@@ -108,8 +169,11 @@ def overview(
             command).
     """
     text = seen.model.config.get_text_config()
-    heads = next((v.shape[1] for f in seen.facts if f.name != "top" for v in seen[f].values()), 0)
-    tokens = list(tokens) if tokens is not None else _pieces(seen, row)
+    found = (v[0] if f.name == "top" else v for f in seen.facts for v in seen[f].values())
+    batch, heads = next((v.shape[:2] for v in found), (1, 0))
+    if not 0 <= row < batch:
+        raise InputError(f"row {row} is out of range: the batch has {batch}, from 0")
+    tokens = _tokens(seen, row, tokens)
     page: dict[str, Any] = {
         "meta": {
             "title": title or _title(tokens),
@@ -124,6 +188,7 @@ def overview(
             "plain_seconds": None,
             "peak_mib": None,
             "facts": [f.name for f in seen.facts],
+            "all_heads": seen.whole,
             "versions": versions(),
             "command": None,
             "notes": [],
@@ -135,32 +200,84 @@ def overview(
     }
     alpha = stack(seen, "mean_received", row)
     if alpha is not None and alpha[1].shape[-1] > 1:
-        page["views"]["received"] = _view("received", alpha[1].mean((0, 1)))
+        page["views"]["received"] = _view("received", alpha[1].mean((0, 1)), len(tokens))
         if len(tokens) > 2 * TAIL:
             page["views"]["received"]["values"][-TAIL:] = [None] * TAIL
         page["sinks"] = _sinks(*alpha, tokens)
         page["by_position"] = _by_position(alpha[1])
+    for fact in seen.facts:
+        for name, values in _series(seen, fact, row).items():
+            if len(values) == len(tokens) or seen.record.site.kind == "self":
+                page["views"].setdefault(name, _view(name, values, len(tokens)))
     entropy, distance = stack(seen, "entropy", row), stack(seen, "distance", row)
-    for name, found in (("entropy", entropy), ("distance", distance)):
-        if found is not None:
-            page["views"][name] = _view(name, found[1].mean((0, 1)))
     if entropy is not None or distance is not None:
         page["heads"] = _heads(entropy, distance)
     _add_rhythm(page, seen, distance, row)
     shown = stack(seen, "thumbnail", row)
     if shown is not None:
-        page["thumbnails"] = _thumbnails(seen, shown, alpha, entropy, distance, len(tokens))
+        page["thumbnails"] = _thumbnails(seen, shown, alpha, entropy, distance)
+    page["facts"] = [_block(seen, fact, row) for fact in seen.facts]
     return page
 
 
-def _view(name: str, values: Tensor) -> dict[str, Any]:
-    label, text, unit = _HELP[name]
-    return {
-        "label": label,
-        "help": text,
-        "unit": unit,
-        "values": [round(v, 6) for v in values.tolist()],
-    }
+def _series(seen: Any, fact: Fact, row: int) -> dict[str, Tensor]:
+    """What a fact says of each token, mean over layers and heads, by the name of the view."""
+    if isinstance(fact, TopKeys):
+        values, places = _top(seen, fact, row)
+        total = torch.zeros(len(_places(seen, row)))
+        found = places >= 0
+        total.index_add_(0, places[found], values[found])
+        return {"top": total / max(1, values.shape[:3].numel())}
+    stacked = stack(seen, fact, row)
+    if stacked is None or isinstance(fact, Thumbnail):
+        return {}
+    mean = stacked[1].mean((0, 1))
+    if isinstance(fact, Rows):
+        asked = [n for n in fact.queries if n < seen.record.end]
+        return {f"row of token {n}": line for n, line in list(zip(asked, mean))[:LINES]}
+    if isinstance(fact, Columns):
+        return {f"column of token {n}": mean[:, i] for i, n in enumerate(fact.keys[:LINES])}
+    if isinstance(fact, Mass):
+        return {f"share of {n}": mean[:, i] for i, n in enumerate(fact.segments[:LINES])}
+    names = {"mean_received": "received", "influence": "fai"}
+    if fact.name == "received" and "mean_received" in seen:
+        return {"received_sum": mean}
+    return {names.get(fact.name, fact.name): mean}
+
+
+def _top(seen: Any, fact: TopKeys, row: int) -> tuple[Tensor, Tensor]:
+    """Shares and tokens, `[layers, heads, queries, k]`; token -1 where there were fewer keys."""
+    values, keys = (torch.stack([v[i][row] for v in seen[fact].values()]).cpu() for i in (0, 1))
+    where = torch.tensor(_places(seen, row))
+    place = torch.full((max(int(keys.max()), int(where.max())) + 2,), -1)  # the last for key -1
+    place[where] = torch.arange(len(where))
+    return values.float(), place[keys]
+
+
+def _block(seen: Any, fact: Fact, row: int) -> dict[str, Any]:
+    """One fact for JSON: all values where they are few, else their mean over layers and heads."""
+    settings = json.loads(json.dumps(vars(fact)))  # tuples as lists
+    block = {"name": fact.name, "settings": settings, "layers": list(seen[fact])}
+    if isinstance(fact, TopKeys):
+        values, places = _top(seen, fact, row)
+        return {**block, "values": _plain(values), "tokens": places.tolist()}
+    found = stack(seen, fact, row)
+    if found is None:
+        return block
+    if found[1].numel() <= LISTED:
+        return {**block, "values": _plain(found[1])}
+    return {**block, "mean": _plain(found[1].mean((0, 1)))}
+
+
+def _plain(values: Tensor) -> Any:
+    return values.double().round(decimals=6).tolist()
+
+
+def _view(name: str, values: Tensor, tokens: int) -> dict[str, Any]:
+    """One colour of the text; tokens that a cache held before have no value of a query."""
+    label, text, unit = _HELP.get(name, (name, "mean over layers and heads", "share"))
+    unseen = [None] * (tokens - len(values))
+    return {"label": label, "help": text, "unit": unit, "values": [*unseen, *_plain(values)]}
 
 
 def _sinks(
@@ -232,6 +349,7 @@ def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> Non
         or waad is None
         or fai is None
         or waad[1].shape[-1] < 8
+        or waad[1].shape[-1] != fai[1].shape[-1]  # the first tokens were read before
         or not seen.causal
     ):
         return
@@ -242,8 +360,12 @@ def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> Non
     back = torch.stack([waad[1][pair] for pair in split.local]).mean(0)
     ahead = torch.stack([fai[1][pair] for pair in split.far]).mean(0)
     known = max(0, len(ahead) - band[0])  # the last tokens have no token that far ahead
-    page["views"]["waad"] = _view("waad", back)
-    page["views"]["fai"] = _view("fai", ahead)
+    page["views"]["waad"] = _view("waad", back, len(back)) | {
+        "help": "mean look-back of the local heads, clipped to the window: peaks open a new chunk"
+    }
+    page["views"]["fai"] = _view("fai", ahead, len(ahead)) | {
+        "help": "mean attention of the global heads from tokens further on: peaks are anchors"
+    }
     page["views"]["fai"]["values"][known:] = [None] * (len(ahead) - known)
     page["marks"] = {
         "preplan": peaks(back),
@@ -259,7 +381,7 @@ def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> Non
 
 
 def _thumbnails(
-    seen: Any, shown: Any, alpha: Any, entropy: Any, distance: Any, tokens: int
+    seen: Any, shown: Any, alpha: Any, entropy: Any, distance: Any
 ) -> list[dict[str, Any]]:
     """A handful of heads worth a look, each chosen for a reason."""
     layers, cells = shown
@@ -280,7 +402,7 @@ def _thumbnails(
                 -torch.arange(cells.shape[0] * cells.shape[1]).view(cells.shape[:2]).float(),
             )
         ]
-    width = next(f.width(tokens) for f in seen.facts if isinstance(f, Thumbnail))
+    width = next(f.width(seen.record.end) for f in seen.facts if isinstance(f, Thumbnail))
     chosen: dict[tuple[int, int], str] = {}
     for label, score in reasons:
         for where in score.flatten().argsort(descending=True).tolist():
@@ -300,16 +422,32 @@ def _thumbnails(
     ]
 
 
-def _pieces(seen: Any, row: int) -> list[str]:
-    """The text in token pieces; numbers where no tokenizer is known."""
-    if seen.input_ids is None:
-        fact = next(f for f in seen.facts if f.axis in ("queries", "keys"))
-        return [str(n) for n in range(next(iter(seen[fact].values())).shape[2])]
-    ids = seen.input_ids[min(row, len(seen.input_ids) - 1)].tolist()
-    tokenizer = seen.tokenizer
-    if tokenizer is None:
-        return [f"‹{n}›" for n in ids]
-    return [tokenizer.decode([n]) for n in ids]
+def _places(seen: Any, row: int) -> Sequence[int]:
+    """Positions of the keys of a row that are tokens."""
+    record, kept = seen.record, live(seen, "keys")
+    if kept is not None:
+        found: list[int] = kept[row].nonzero()[:, 0].tolist()
+        return found
+    if record.site.kind == "cross":  # the keys are of another text
+        axes = (v.shape[2] for f in seen.facts if f.axis != "cells" for v in seen[f].values())
+        return range(next(axes, record.rows))
+    return range(record.end)
+
+
+def _tokens(seen: Any, row: int, given: Sequence[str] | None) -> list[str]:
+    """The text of a row in token pieces; numbers for those that are not known."""
+    where, count = _places(seen, row), seen.record.end
+    if given is not None:
+        return [given[n] for n in where] if len(given) == count else list(given)
+    ids = seen.input_ids
+    unknown = ids is None or seen.record.site.kind == "cross"  # whose keys are of another text
+    ids = [] if unknown else ids[min(row, len(ids) - 1)].tolist()
+    first = count - len(ids)  # before it lies what a cache held, or what was given as embeddings
+    known = [ids[n - first] for n in where if n >= first] if ids and first >= 0 else []
+    numbers = [str(n) for n in range(len(where) - len(known))]
+    if seen.tokenizer is None:
+        return numbers + [f"‹{n}›" for n in known]
+    return numbers + pieces(seen.tokenizer, known)
 
 
 def _title(tokens: list[str]) -> str:

@@ -94,8 +94,10 @@ def _result(
     method: Any,
 ) -> dict[str, Any]:
     """Both answers, what changed, and where."""
+    from regard.see import tokens
+
     (a, p), (b, q) = plain, steered
-    pieces = [tokenizer.decode([n]) for n in ids[0].tolist()]
+    pieces = tokens.pieces(tokenizer, ids[0].tolist())
     layers = []
     for layer, sinks in method.found().items():
         at = sinks[0, :, : len(pieces)].sum(0)

@@ -38,8 +38,10 @@ def prompt_text(prompt: str, question: str | None, words: int | None) -> str:
 
 def prompt_ids(content: str, model: Any, tokenizer: Any, tokens: int, chat: bool) -> Any:
     """Token ids of the prompt, `[1, tokens]`."""
+    from regard.see.tokens import reader
     from regard.steer.label_scores import check_model
 
+    tokenizer = reader(tokenizer)
     check_model(model, tokenizer)
     template = chat and bool(getattr(tokenizer, "chat_template", None))
     if template:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import diffusion
-from regard.cli.common import check_output, err, numbers, write_json
+from regard.cli.common import err, numbers, write_json
+from regard.cli.pages import check_places
 from regard.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -82,8 +83,7 @@ def refam(
         seed=seed,
     )
     method.chosen(text)
-    for path in (mask, html, json):
-        check_output(path)
+    check_places(json, mask, html)
     if mask is not None and mask.suffix.lower() not in (".png", ".gif"):
         raise InputError(f"--mask is a .png or .gif file, not {mask}")
     frames = _frames(image)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, err, load, read_text, working
+from regard.cli.common import err, load, read_text, working
+from regard.cli.pages import check_places
 from regard.cli.run import shown
 from regard.cli.run.answer import noted
 from regard.errors import InputError
@@ -59,11 +60,12 @@ def steer(
     from regard.steer.steer import sample
     from regard.zoo.expert import prompt as task
 
-    check_output(out)
-    check_output(json)
+    check_places(json, out)
     if prompt is None and expert != "austen":
         raise InputError("an expert of your own needs its task: give --prompt")
     pool = _lines(negatives)
+    if eta and negatives is not None and not pool:
+        raise InputError(f"{negatives} holds no example: write one a line, or set --eta 0")
     if eta and not pool:
         raise InputError("--eta above 0 needs examples to stay away from: --negatives FILE")
     content = task() if prompt is None else read_text(prompt)
@@ -115,7 +117,7 @@ def _lines(path: Path | None) -> list[str]:
     if not path.is_file():
         raise InputError(f"there is no file {path}: name a text file, one example a line")
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        rows = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: convert it") from None
     return [row.strip() for row in rows if row.strip()]
@@ -148,7 +150,8 @@ def _resume(part: Path | None, settings: dict[str, Any], pool: list[str]) -> lis
     if part is None or not part.is_file():
         return []
     try:
-        first, *rows = [jsonlib.loads(line) for line in part.read_text("utf-8").splitlines()]
+        lines = part.read_text("utf-8").split("\n")  # a sample may hold what splitlines() cuts at
+        first, *rows = [jsonlib.loads(line) for line in lines if line]
     except ValueError:
         return []
     if first != settings:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import diffusion
-from regard.cli.common import check_output, err, write_json
+from regard.cli.common import err, write_json
+from regard.cli.pages import check_places, check_png
 from regard.errors import InputError
 from regard.files import write_bytes
 
@@ -72,8 +73,8 @@ def swap_anything(
     from regard.report.contact import png
     from regard.zoo.pipelines import need_diffusers
 
-    for path in (out, json):
-        check_output(path)
+    check_places(json, out)
+    check_png(out)
     targets = _targets(object_, target, concept, insert, mask)
     shares = _shares(keep)
     need_diffusers()

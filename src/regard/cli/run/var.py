@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, err, numbers, read_text, write_json
+from regard.cli.common import err, numbers, read_text, write_json
+from regard.cli.pages import check_places, check_png
 from regard.errors import InputError
 from regard.files import write_bytes
 
@@ -74,8 +75,8 @@ def var(
 
     if preset not in RATIOS:
         raise InputError(f"--preset is one of {', '.join(RATIOS)}, not {preset!r}")
-    for path in (out, json):
-        check_output(path)
+    check_places(json, out)
+    check_png(out)
     named = None if dims in (None, "auto") else numbers(dims, "dims")
     ratio = RATIOS[preset] if nonsink_ratio is None else nonsink_ratio
     settings: dict[str, Any] = {

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, read_text, write_json
+from regard.cli.common import read_text, write_json
+from regard.cli.pages import check_places, check_png
 from regard.files import write_bytes
 
 from . import vlm
@@ -54,8 +55,8 @@ def visiondrop(
     from regard.reach.vision import locate
     from regard.shrink.visiondrop import VisionDrop
 
-    for path in (out, json):
-        check_output(path)
+    check_places(json, out)
+    check_png(out)
     settings: dict[str, Any] = {
         "tokens": tokens, "score": score, "stages": stages, "merge": merge,
         "positions": positions, "seed": seed,
