@@ -168,11 +168,6 @@ def test_memory_does_not_grow_with_steps(sd: Any) -> None:
     assert stored(many) == 4 * 7 * (16 * 24 + 8 * 12 + 4 * 6)
 
 
-def _mapped(x: torch.Tensor) -> bool:
-    """Whether it stands for a batch within `torch.vmap`, and has no bytes of its own."""
-    return torch._C._functorch.is_batchedtensor(x)
-
-
 class Alive:
     """A `callback_on_step_end` that counts the bytes of all tensors at hand."""
 
@@ -181,7 +176,7 @@ class Alive:
 
     def __call__(self, pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
-        held = [o for o in gc.get_objects() if type(o) is torch.Tensor and not _mapped(o)]
+        held = [o for o in gc.get_objects() if type(o) is torch.Tensor]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         self.bytes.append(sum(storages.values()))
         return given
