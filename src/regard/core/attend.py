@@ -58,10 +58,11 @@ def attend(
     name = kernel or choose(q, k, v, mask=mask, softcap=softcap, bias=bias)
     if name not in KERNELS:
         raise ValueError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}")
-    if name == "flex" and flex.has_gradients(q, bias):
-        out, lse = flex.forward(q, k, v, mask, scale, softcap, bias)
-    else:
-        out, lse = _Attend.apply(q, k, v, bias, mask, scale, softcap, name)
+    with as_given(q):
+        if name == "flex" and flex.has_gradients(q, bias):
+            out, lse = flex.forward(q, k, v, mask, scale, softcap, bias)
+        else:
+            out, lse = _Attend.apply(q, k, v, bias, mask, scale, softcap, name)
     state = State(out, lse)
     if sinks is not None:
         learned = sinks.to(lse.dtype)[None, :, None].expand(lse.shape)
@@ -107,8 +108,28 @@ class _Attend(torch.autograd.Function):
         softcap: float | None,
         name: str,
     ) -> tuple[Tensor, Tensor]:
-        with as_given(q):
-            out, lse = _forward(q, k, v, bias, mask, scale, softcap, name)
+        if name == "cpu":
+            if not cpu.supports(q, k, v, mask, softcap, bias):
+                raise ValueError(
+                    "kernel 'cpu' computes plain causal or full attention of CPU tensors only: "
+                    "use 'tiled'"
+                )
+            out, lse = cpu.forward(q, k, v, mask, scale)
+        elif name == "spans":
+            if not spans.supports(q, k, v, mask, softcap, bias):
+                raise ValueError(
+                    "kernel 'spans' takes CPU tensors, some queries and neither soft cap nor bias: "
+                    "use 'tiled'"
+                )
+            out, lse = spans.forward(q, k, v, mask, scale)
+        elif name == "cuda":
+            out, lse = cuda.forward(q, k, v, mask, scale)
+        elif name == "flex":
+            out, lse = flex.forward(q, k, v, mask, scale, softcap, bias)
+        elif name == "reference":
+            out, lse = reference.attend(q, k, v, mask, scale, softcap, bias)
+        else:
+            out, lse = tiled.forward(q, k, v, mask, scale, softcap, bias)
         out = out.to(q.dtype)
         lse = lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         ctx.save_for_backward(q, k, v, bias, out, lse)
@@ -129,39 +150,6 @@ class _Attend(torch.autograd.Function):
             settings = (mask, scale, softcap, bias)
             grads = tiled.backward(grad_out, grad_lse, q, k, v, out, lse, *settings)
         return (*grads, None, None, None, None)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Mask | None,
-    scale: float,
-    softcap: float | None,
-    name: str,
-) -> tuple[Tensor, Tensor]:
-    if name == "cpu":
-        if not cpu.supports(q, k, v, mask, softcap, bias):
-            raise ValueError(
-                "kernel 'cpu' computes plain causal or full attention of CPU tensors only: "
-                "use 'tiled'"
-            )
-        return cpu.forward(q, k, v, mask, scale)
-    if name == "spans":
-        if not spans.supports(q, k, v, mask, softcap, bias):
-            raise ValueError(
-                "kernel 'spans' takes CPU tensors, some queries and neither soft cap nor bias: "
-                "use 'tiled'"
-            )
-        return spans.forward(q, k, v, mask, scale)
-    if name == "cuda":
-        return cuda.forward(q, k, v, mask, scale)
-    if name == "flex":
-        return flex.forward(q, k, v, mask, scale, softcap, bias)
-    if name == "reference":
-        return reference.attend(q, k, v, mask, scale, softcap, bias)
-    return tiled.forward(q, k, v, mask, scale, softcap, bias)
 
 
 def _check(

@@ -12,6 +12,7 @@ from ..facts.base import Fact, Sums, View
 from ..facts.cells import Rows, TopKeys
 from ..kernels.tiled import Tile, Tiles
 from ..mask import Mask
+from ..precision import as_given
 from .attention import Parallel
 from .placement import Piece
 
@@ -44,7 +45,7 @@ def measure(
     """
     check(facts)
     run._check(q, k)
-    with torch.no_grad():
+    with torch.no_grad(), as_given(q):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         heads, kv_heads = q.shape[1], k.shape[1]
         q, k = run.share(q, k)
