@@ -405,4 +405,5 @@ def test_a_cross_attention_has_a_page_of_its_keys(tmp_path: Path) -> None:
     page = overview(seen)
     assert page["tokens"] == [str(n) for n in range(seen["received"][0].shape[-1])]
     assert list(page["views"]) == ["received"]  # the queries are of the other text
+    assert page["views"]["received"]["label"] == "attention received, summed"
     assert seen.report(tmp_path / "page.html").stat().st_size > 0

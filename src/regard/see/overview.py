@@ -58,7 +58,7 @@ _HELP = {
     ),
     "received_sum": (
         "attention received, summed",
-        "attention of all later tokens that lands here, mean over layers and heads",
+        "attention that lands here, summed over all tokens that look, mean over layers and heads",
         "",
     ),
     "collision": (
@@ -208,7 +208,8 @@ def overview(
     for fact in seen.facts:
         for name, values in _series(seen, fact, row).items():
             if len(values) == len(tokens) or seen.record.site.kind == "self":
-                page["views"].setdefault(name, _view(name, values, len(tokens)))
+                said = "received_sum" if fact.name == "received" else name  # a sum, no share
+                page["views"].setdefault(name, _view(said, values, len(tokens)))
     entropy, distance = stack(seen, "entropy", row), stack(seen, "distance", row)
     if entropy is not None or distance is not None:
         page["heads"] = _heads(entropy, distance)
