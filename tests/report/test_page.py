@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import math
+import os
 import random
 import re
 from pathlib import Path
@@ -297,6 +298,17 @@ def test_writing_leaves_one_file(tmp_path: Path, page: str) -> None:
     assert write_page(sample_overview(300), target) == target
     assert target.read_text(encoding="utf-8") == page
     assert [p.name for p in tmp_path.iterdir()] == ["out.html"]
+
+
+def test_links_are_followed_and_devices_written_to(tmp_path: Path) -> None:
+    file, link = tmp_path / "page.html", tmp_path / "link.html"
+    file.write_text("old")
+    link.symlink_to(file)
+    write_page({}, link)
+    assert link.is_symlink() and file.read_text(encoding="utf-8") == render_page({})
+    assert sorted(tmp_path.iterdir()) == [link, file]
+    null = Path(os.devnull)
+    assert write_page({}, null) == null and null.is_char_device()
 
 
 def test_a_lone_surrogate_does_not_stop_the_page(tmp_path: Path) -> None:

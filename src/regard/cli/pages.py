@@ -6,12 +6,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from regard.cli.common import check_file, check_output, err, write_json
 from regard.errors import InputError
-from regard.files import real, straight, write_bytes
+from regard.files import real, straight
 
 
 def command() -> str:
@@ -72,6 +71,4 @@ def deliver(
             err().print(f"note: {note}", markup=False, highlight=False)
     write_json(view, json)
     if html is not None:
-        with TemporaryDirectory() as folder:
-            write_bytes(html, write_page(view, Path(folder) / "page.html").read_bytes())
-        err().print(f"report: {html}", markup=False, highlight=False)
+        err().print(f"report: {write_page(view, html)}", markup=False, highlight=False)

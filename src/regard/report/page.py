@@ -61,17 +61,21 @@ def write_page(
         raise FileNotFoundError(f"the folder {target.parent} does not exist: create it first")
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"{target} is write-protected: choose another file")
-    draft = target.with_name(f".{target.name[:60]}.{secrets.token_hex(6)}.tmp")
+    if target.exists() and not target.is_file():  # a device or a pipe: nothing to replace
+        target.write_text((render or render_page)(overview), encoding="utf-8")
+        return target
+    place = Path(os.path.realpath(target))  # a link stays, and what it leads to is replaced
+    draft = place.with_name(f".{place.name[:60]}.{secrets.token_hex(6)}.tmp")
     try:
         file = draft.open("x", encoding="utf-8", newline="\n")
     except PermissionError as error:
         raise PermissionError(
-            f"no permission to write in {target.parent}: choose another folder"
+            f"no permission to write in {place.parent}: choose another folder"
         ) from error
     try:
         with file:
             file.write((render or render_page)(overview))
-        os.replace(draft, target)
+        os.replace(draft, place)
     finally:
         draft.unlink(missing_ok=True)
     return target
