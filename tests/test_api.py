@@ -16,8 +16,8 @@ import regard
 from regard.core import Influence, Mass, Received, Rows, Thumbnail, TopKeys
 from regard.errors import InputError, NeedsMatrix, ReachError
 from regard.report.words import headline
-from regard.see.overview import overview
-from regard.see.tokens import pieces
+from regard.watching.overview import overview
+from regard.watching.tokens import pieces
 from regard.zoo.tiny import inputs, tiny
 
 IDS = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -246,7 +246,7 @@ def test_every_watched_fact_is_in_the_overview_and_on_the_page(tmp_path: Path) -
 
 
 def test_a_long_fact_is_told_by_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regard.see.overview.LISTED", 100)
+    monkeypatch.setattr("regard.watching.overview.LISTED", 100)
     seen = seen_of(facts=["received"])
     block = overview(seen)["facts"][0]
     assert "values" not in block

@@ -10,9 +10,10 @@ import torch
 from transformers import BatchEncoding
 
 from regard import zoo
-from regard.bench import act, pages
-from regard.bench.record import load
 from regard.errors import InputError
+from regard.lab.bench import pages
+from regard.lab.bench.record import load
+from regard.steer.act import cost as act
 
 from ..models import deep
 

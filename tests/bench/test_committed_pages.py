@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from regard.bench import act, decode, speech
-from regard.bench.record import load
+from regard.lab.bench import decode, speech
+from regard.lab.bench.record import load
+from regard.steer.act import cost as act
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,10 +10,10 @@ import torch
 from transformers import BatchEncoding, DynamicCache
 
 from regard import zoo
-from regard.bench import decode, pages
-from regard.bench.record import load
 from regard.errors import InputError
-from regard.shrink.recycled import Recycled
+from regard.lab.bench import decode, pages
+from regard.lab.bench.record import load
+from regard.shrink.recycled_attention.method import Recycled
 from regard.zoo.tiny import tiny
 
 

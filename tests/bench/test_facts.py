@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from regard.bench import facts as bench
-from regard.bench.record import Cell, Result, load
 from regard.errors import InputError
+from regard.lab.bench import facts as bench
+from regard.lab.bench.record import Cell, Result, load
 
 QUIET: Any = {"rounds": 2, "model": False, "progress": lambda line: None}
 

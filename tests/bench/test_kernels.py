@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from regard.bench import kernels as bench
-from regard.bench import kernels_page, kernels_verdicts, patterns_page, record, timer
-from regard.bench.cases import Case, masks, pointwise
-from regard.bench.kernel import BLOCK, Kernel, flex_mask
-from regard.bench.registry import chosen, kernels, load, why_not
 from regard.cli import main
 from regard.core import attend, patterns
 from regard.errors import InputError
+from regard.lab.bench import kernels as bench
+from regard.lab.bench import kernels_page, kernels_verdicts, patterns_page, record, timer
+from regard.lab.bench.cases import Case, masks, pointwise
+from regard.lab.bench.kernel import BLOCK, Kernel, flex_mask
+from regard.lab.bench.registry import chosen, kernels, load, why_not
 
 SMALL: dict[str, Any] = {"lengths": [48], "heads": (4, 2), "dim": 16, "rounds": 1,
                          "progress": None}  # fmt: skip

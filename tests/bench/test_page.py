@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from regard.bench import page, verdicts
-from regard.bench.record import Cell, Result, load
-from regard.bench.verdicts import GIB, MIB, TARGETS, exponent, fits, judge
+from regard.lab.bench import page, verdicts
+from regard.lab.bench.record import Cell, Result, load
+from regard.lab.bench.verdicts import GIB, MIB, TARGETS, exponent, fits, judge
 
 LENGTHS = (1024, 2048, 4096, 8192)
 

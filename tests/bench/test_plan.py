@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from regard.bench import parallel, parallel_page, record
-from regard.bench.plan import Estimate, Machine, as_dict, machine, most_ranks, plan, table
 from regard.core.parallel import Load, place, sent, shape
 from regard.errors import InputError
+from regard.lab.bench import parallel, parallel_page, record
+from regard.lab.bench.plan import Estimate, Machine, as_dict, machine, most_ranks, plan, table
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = sorted((ROOT / "benchmarks" / "results").glob("parallel*.json"))

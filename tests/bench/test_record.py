@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from regard.bench.record import Cell, Result, load, resume, spread, without_paths
 from regard.errors import InputError
+from regard.lab.bench.record import Cell, Result, load, resume, spread, without_paths
 
 
 def result(**changes: object) -> Result:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from regard import zoo
-from regard.bench import record, see, worker
-from regard.bench.peers import reduce
 from regard.errors import InputError
+from regard.lab.bench import record, see, worker
+from regard.lab.bench.peers import reduce
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_peer_that_is_not_there_is_a_result(folder: Path) -> None:
 def test_a_peer_that_cannot_is_a_result(
     folder: Path, direct: type[Direct], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regard.bench import peers
+    from regard.lab.bench import peers
 
     def refuse(name: str, model: Any) -> Any:
         raise peers.Unsupported("no maps in this family")

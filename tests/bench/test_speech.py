@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from regard.bench import speech
-from regard.bench.record import Cell, Result
 from regard.errors import InputError
+from regard.lab.bench import speech
+from regard.lab.bench.record import Cell, Result
 
 
 def measured(look: list[float], grown: float) -> list[str]:

@@ -218,8 +218,8 @@ def test_check_fails_loudly(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_reproduce_makes_its_folder_and_names_the_file(
     capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regard import reproduce
-    from regard.reproduce import harness
+    from regard.lab import reproduce
+    from regard.lab.reproduce import harness
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(harness, "root", lambda: None)

@@ -81,7 +81,7 @@ def test_an_edit_side_by_side(
 def test_the_change_is_told_inside_and_outside_of_the_edited_words() -> None:
     from PIL import Image
 
-    from regard.steer.dynamic_prompt_learning import DynamicPromptLearning
+    from regard.steer.dynamic_prompt_learning.method import DynamicPromptLearning
 
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:, 2:] = True

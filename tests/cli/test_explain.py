@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("skimage", reason="scikit-image is part of the extra 'explain'")
 
-from regard.see import saliency
+from regard.see.cross_attention_explanation import saliency
 from regard.zoo.tiny import tiny
 
 from .clips import sound
@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on(
             raise RuntimeError("killed")
         return calls(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("regard.see.cross_attention_explanation.saliency", often)
+    monkeypatch.setattr("regard.see.cross_attention_explanation.method.saliency", often)
     monkeypatch.setattr(saliency, "divergence", dying)
     with pytest.raises(RuntimeError, match="killed"):
         run(capsys, *args, "--resume", str(state))
@@ -149,7 +149,7 @@ def test_a_table_over_a_folder_goes_on_past_a_bad_file(
 def test_an_interrupted_table_goes_on(
     corrected: bool, ears: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regard.see import cross_attention_explanation as method
+    from regard.see.cross_attention_explanation import method as method
 
     data, out = folder(tmp_path), tmp_path / "o.json"
     args = ["trial", "explanation", "--data", str(data), "--model", ears, *SMALL]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from regard.trials.vqa import items
+from regard.lab.trials.vqa import items
 
 from .command import run
 

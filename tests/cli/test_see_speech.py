@@ -48,7 +48,7 @@ def test_what_was_done_to_the_sound_is_said(
 def test_a_transcript_that_does_not_fit_is_refused(
     ears: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regard.see import speech
+    from regard.parts.speech import cross_attention as speech
 
     clip, real = sound(tmp_path / "a.wav"), speech.cross_attention
 

@@ -10,7 +10,7 @@ import pytest
 
 from regard import zoo
 from regard.cli import main
-from regard.trials import frame
+from regard.lab.trials import frame
 from regard.zoo.tiny import tiny
 
 from ..trials.words import Words

@@ -15,7 +15,7 @@ from regard.core import Thumbnail
 from regard.core.parallel import Parallel, started
 from regard.errors import RegardError
 from regard.reach.parallel import prove
-from regard.see.parallel import SharedWatch
+from regard.watching.parallel import SharedWatch
 
 FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "qwen3_moe", "gpt_neox", "bert")
 FACTS = ["received", "mean_received", "entropy", "distance", "waad", Thumbnail(cells=8)]

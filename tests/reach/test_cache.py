@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from regard.errors import InputError, ReachError
+from regard.parts.decoding.cache import MethodLayer, Rows, layers
 from regard.reach import Call, Handler, Session, Site
-from regard.reach.cache import MethodLayer, Rows, layers
 from regard.zoo.tiny import tiny
 
 IDS = torch.randint(3, 120, (2, 10), generator=torch.Generator().manual_seed(0))

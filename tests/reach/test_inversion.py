@@ -13,9 +13,16 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 from PIL import Image
 
 from regard.errors import InputError, ReachError
-from regard.reach import inversion
-from regard.reach.inversion import Inverted, encode_image, encode_text, invert, null_text, replay
-from regard.reach.latents import decode
+from regard.parts.diffusion import inversion
+from regard.parts.diffusion.inversion import (
+    Inverted,
+    encode_image,
+    encode_text,
+    invert,
+    null_text,
+    replay,
+)
+from regard.parts.diffusion.latents import decode
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 PROMPT = "a red circle and a blue square"

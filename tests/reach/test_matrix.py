@@ -10,8 +10,8 @@ from torch import Tensor
 
 from regard.core import Distance, Entropy, Received, State
 from regard.core.kernels.reference import probabilities
+from regard.lab.check import check
 from regard.reach import Call, Collector, Handler, Session
-from regard.reach.check import check
 from regard.zoo.tiny import CAUSAL_LMS, FAMILIES, inputs, tiny
 
 

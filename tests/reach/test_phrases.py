@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from regard.errors import InputError
-from regard.reach.phrases import locate, noun_phrases, tree_spans
+from regard.parts.text.phrases import locate, noun_phrases, tree_spans
 
 PROMPT = "A red circle on a big blue square, and two green stars."
 
@@ -86,7 +86,7 @@ def test_a_function_as_parser() -> None:
 
 
 def test_a_missing_parser_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from regard.reach import phrases
+    from regard.parts.text import phrases
 
     plain = builtins.__import__
 

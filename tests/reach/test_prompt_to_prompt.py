@@ -11,9 +11,8 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 
 from regard.core import State
 from regard.errors import InputError, ReachError
-from regard.reach import Call, Handler
-from regard.reach.inversion import encode_text, replay
-from regard.reach.prompt_to_prompt import (
+from regard.parts.diffusion.inversion import encode_text, replay
+from regard.parts.diffusion.prompt_to_prompt import (
     PromptToPrompt,
     align,
     refined,
@@ -21,6 +20,7 @@ from regard.reach.prompt_to_prompt import (
     token_ids,
     word_columns,
 )
+from regard.reach import Call, Handler
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 SOURCE, TARGET = "a red circle and a blue square", "a red circle and a green square"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from regard.errors import InputError
-from regard.reach.picks import over, put, take_queries
-from regard.reach.vision import decoder, has_class_token, locate
+from regard.parts.decoding.picks import over, put, take_queries
+from regard.parts.vision import decoder, has_class_token, locate
 from regard.zoo.tiny import tiny
 from regard.zoo.tiny_vlm import IMAGE, VLMS, tiny_vlm, vlm_inputs
 

@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("plotly")
 
+from regard.parts.speech.cross_attention import CrossAttention
+from regard.parts.speech.overview import overview
+from regard.parts.speech.words import Word
 from regard.report import speech as page
-from regard.see.speech import CrossAttention
-from regard.see.speech_overview import overview
-from regard.see.speech_words import Word
 
 HOSTILE = ["<script>alert(1)</script>", "</script>", "a&b", "“<b>”"]
 

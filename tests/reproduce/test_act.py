@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import regard
-from regard import reproduce
-from regard.reproduce import act
-from regard.reproduce.harness import Journal
-from regard.steer.act import ACT
+from regard.lab import reproduce
+from regard.lab.reproduce.harness import Journal
+from regard.steer.act import claims as act
+from regard.steer.act.method import ACT
 from regard.zoo.tiny import tiny
 
 from ..models import Words
@@ -41,7 +41,7 @@ def test_it_runs_on_a_tiny_model(tmp_path: Path) -> None:
 
 def test_heads_resume_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted calibration leaves its heads beside the journal."""
-    from regard.steer.act_heads import HeadFilter
+    from regard.steer.act.heads import HeadFilter
 
     tried: list[tuple[int, int]] = []
     real = HeadFilter._try

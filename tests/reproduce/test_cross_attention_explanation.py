@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from regard import reproduce
-from regard.reproduce import cross_attention_explanation
+from regard.lab import reproduce
+from regard.see.cross_attention_explanation import claims as cross_attention_explanation
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def _row(heads: list[list[float | None]], errors: float) -> dict[str, Any]:
 
 def test_the_sheet_shows_the_means_of_all_sentences() -> None:
     pytest.importorskip("PIL")
-    from regard.reproduce import speech_sheet as sheet
+    from regard.see.cross_attention_explanation import sheet as sheet
 
     rows = [_row([[0.2, None], [0.4, 0.0]], 20.0), _row([[0.4, 0.2], [0.0, 0.0]], 60.0)]
     table = sheet._table([row["input"]["pearson"] for row in rows])

@@ -15,9 +15,9 @@ pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'
 
 from PIL import Image
 
-from regard import reproduce
 from regard.errors import InputError
-from regard.reproduce import dynamic_prompt_learning as dpl
+from regard.lab import reproduce
+from regard.steer.dynamic_prompt_learning import claims as dpl
 from regard.zoo.scenes import COLORS, WORDS
 from regard.zoo.tiny_diffusion import tiny_pipeline
 

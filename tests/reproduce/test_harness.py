@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from regard import reproduce
 from regard.catalog import _verdict, methods
 from regard.errors import InputError
+from regard.lab import reproduce
+from regard.lab.reproduce import harness
+from regard.lab.reproduce.harness import Claim, Interval, Journal, Measured, Setup, verdict
 from regard.report.contact import heat, sheet
-from regard.reproduce import harness
-from regard.reproduce.harness import Claim, Interval, Journal, Measured, Setup, verdict
-from regard.reproduce.refam import referred
+from regard.see.refam.claims import referred
 from regard.zoo import tiny
 from regard.zoo.shipped import shipped
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from regard import reproduce
+from regard.bench.longca_bench import claims as method
 from regard.errors import RegardError
-from regard.reproduce import harness
-from regard.reproduce import longca_bench as method
+from regard.lab import reproduce
+from regard.lab.reproduce import harness
 
 TIMED = ("skipping", "sparse", "memory")  # a small run on a busy machine may say anything
 

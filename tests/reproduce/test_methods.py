@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from regard import reproduce
 from regard.errors import InputError
-from regard.reproduce import harness, preplan_anchor, sink_emergence
-from regard.reproduce.problems import problems
+from regard.lab import reproduce
+from regard.lab.reproduce import harness
+from regard.lab.reproduce.problems import problems
+from regard.see.preplan_anchor import claims as preplan_anchor
+from regard.see.sink_emergence import claims as sink_emergence
 from regard.zoo import tiny
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import regard
-from regard import reproduce
-from regard.reproduce import recycled_attention as claims
-from regard.shrink.recycled import Recycled
+from regard.lab import reproduce
+from regard.shrink.recycled_attention import claims as claims
+from regard.shrink.recycled_attention.method import Recycled
 from regard.zoo.tiny import tiny
 
 from ..models import Words

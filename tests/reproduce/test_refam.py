@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 
 from regard.core import State
+from regard.lab.reproduce.harness import Journal, Setup
+from regard.parts.diffusion.noised import denoise_once
 from regard.reach import Call, Handler, Session
 from regard.reach.denoising import denoising
-from regard.reach.noised import denoise_once
-from regard.reproduce import refam as own
-from regard.reproduce.harness import Journal, Setup
+from regard.see.refam import claims as own
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 

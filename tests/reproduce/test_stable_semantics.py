@@ -12,11 +12,11 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 pytest.importorskip("datasets", reason="datasets is part of the extra 'data'")
 
+from regard.lab.reproduce.harness import Journal, Setup
+from regard.lab.trials.scenes import overlap
 from regard.reach import Session
-from regard.reproduce import stable_semantics as own
-from regard.reproduce.harness import Journal, Setup
-from regard.see.stable_semantics import ChunkMaps, Recipe
-from regard.trials.scenes import overlap
+from regard.see.stable_semantics import claims as own
+from regard.see.stable_semantics.method import ChunkMaps, Recipe
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from regard import reproduce
 from regard.errors import InputError
-from regard.reproduce import steer
+from regard.lab import reproduce
+from regard.steer.steer import claims as steer
 from regard.zoo import tiny
 
 

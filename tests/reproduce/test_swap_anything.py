@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from regard import reproduce
-from regard.reproduce import swap_anything
-from regard.reproduce.swap_anything import Size, scenes
+from regard.lab import reproduce
+from regard.steer.swap_anything import claims as swap_anything
+from regard.steer.swap_anything.claims import Size, scenes
 from regard.zoo.pipelines import load_pipeline
 
 

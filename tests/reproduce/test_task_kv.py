@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import regard
-from regard import reproduce
+from regard.lab import reproduce
+from regard.lab.reproduce.harness import Journal, Setup
 from regard.reach import Handler
-from regard.reproduce import task_kv as own
-from regard.reproduce.harness import Journal, Setup
+from regard.shrink.task_kv import claims as own
 from regard.zoo.tiny import tiny
 
 from ..models import Words

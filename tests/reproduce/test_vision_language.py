@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 
-from regard import reproduce, zoo
-from regard.reproduce import harness, mma, structured_diffusion, var, visiondrop
-from regard.reproduce.structured_diffusion import crossing, mcnemar, prompts
+from regard import zoo
+from regard.lab import reproduce
+from regard.lab.reproduce import harness
+from regard.shape.mma import claims as mma
+from regard.shrink.visiondrop import claims as visiondrop
+from regard.steer.structured_diffusion import claims as structured_diffusion
+from regard.steer.structured_diffusion.claims import crossing, mcnemar, prompts
+from regard.steer.var import claims as var
 from regard.zoo.pipelines import load_pipeline
 
 

@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from regard.errors import InputError
-from regard.see.cross_attention_explanation import (
+from regard.see.cross_attention_explanation.deletion import (
+    area,
+    decoded_errors,
+    deletion,
+    forced_errors,
+    order,
+    sentence_map,
+    word_errors,
+    words_of,
+)
+from regard.see.cross_attention_explanation.forced import Clip, Forced
+from regard.see.cross_attention_explanation.method import (
     compare,
     cross_attention,
     explain_clip,
@@ -24,18 +35,7 @@ from regard.see.cross_attention_explanation import (
     split_half,
     standardised,
 )
-from regard.see.explain_deletion import (
-    area,
-    decoded_errors,
-    deletion,
-    forced_errors,
-    order,
-    sentence_map,
-    word_errors,
-    words_of,
-)
-from regard.see.explain_overview import overview, references
-from regard.see.forced import Clip, Forced
+from regard.see.cross_attention_explanation.overview import overview, references
 from regard.zoo import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cells were out fewer.*")
@@ -92,7 +92,7 @@ def test_groups_are_means() -> None:
 
 def test_a_model_without_cross_attention_is_refused() -> None:
     from regard.reach import Session
-    from regard.see.cross_attention_explanation import _Cross
+    from regard.see.cross_attention_explanation.method import _Cross
 
     with pytest.raises(InputError, match="no cross attention"):
         Session(tiny("llama"), [_Cross(slice(0, 1))])

@@ -7,8 +7,8 @@ import torch
 
 import regard
 from regard.errors import InputError
-from regard.reach.vision import locate
-from regard.see.pictures import PictureLooks
+from regard.parts.pictures import PictureLooks
+from regard.parts.vision import locate
 from regard.zoo.tiny_vlm import tiny_vlm, vlm_inputs
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from regard.errors import InputError
-from regard.see.preplan_anchor import (
+from regard.see.preplan_anchor.method import (
     Heads,
     Rhythm,
     calibrated,

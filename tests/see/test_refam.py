@@ -9,16 +9,16 @@ import torch
 
 from regard.core import State
 from regard.errors import InputError, ReachError
+from regard.parts.text.expressions import head, places, ramp, words
 from regard.reach import Call, Handler, Session
 from regard.reach.denoising import denoising
-from regard.reach.expressions import head, places, ramp, words
 
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 
 from PIL import Image
 
-from regard.reach.noised import denoise_once
-from regard.see.refam import RefAM, around
+from regard.parts.diffusion.noised import denoise_once
+from regard.see.refam.method import RefAM, around
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 TEXT = "the red circle on the left"

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError
-from regard.see.forced import Clip, Forced, features, prompt, shortened
-from regard.see.saliency import divergence, gradients, saliency, segment_counts, superpixels
+from regard.see.cross_attention_explanation.forced import Clip, Forced, features, prompt, shortened
+from regard.see.cross_attention_explanation.saliency import (
+    divergence,
+    gradients,
+    saliency,
+    segment_counts,
+    superpixels,
+)
 from regard.zoo import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cells were out fewer.*")

@@ -10,7 +10,7 @@ import torch
 
 import regard
 from regard.errors import InputError
-from regard.see.sink_emergence import (
+from regard.see.sink_emergence.method import (
     hidden_sinks,
     inputs,
     per_sequence,

@@ -11,9 +11,10 @@ import torch
 
 from regard import zoo
 from regard.errors import InputError, RegardError
+from regard.parts.speech import cross_attention as speech
+from regard.parts.speech import words as speech_words
+from regard.parts.speech.cross_attention import CrossRows, cross_attention
 from regard.reach import Session
-from regard.see import speech, speech_words
-from regard.see.speech import CrossRows, cross_attention
 from regard.zoo.tiny import inputs, tiny
 
 PROMPT = [1, 5]

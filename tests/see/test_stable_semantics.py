@@ -18,10 +18,10 @@ from regard.reach.denoising import denoising
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 pytest.importorskip("datasets", reason="datasets is part of the extra 'data'")
 
-from regard.see import stable_semantics as own
-from regard.see import stable_semantics_build as disk
-from regard.see import stable_semantics_stats as stats
-from regard.see.stable_semantics import Prompt, Recipe
+from regard.see.stable_semantics import build as disk
+from regard.see.stable_semantics import method as own
+from regard.see.stable_semantics import stats as stats
+from regard.see.stable_semantics.method import Prompt, Recipe
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 CAPTION = "a red zebra and a blue square"  # "zebra" falls into letters

@@ -17,7 +17,7 @@ from regard.zoo.tiny import tiny
 
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 
-from regard.see.words import WordMaps
+from regard.parts.diffusion.words import WordMaps
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 from .. import pipelines

@@ -13,7 +13,7 @@ from transformers.masking_utils import eager_mask
 
 import regard
 from regard.errors import InputError, ReachError
-from regard.shape.mma import MMA, Roles, mma_mask
+from regard.shape.mma.method import MMA, Roles, mma_mask
 from regard.zoo.tiny import tiny
 from regard.zoo.tiny_vlm import IMAGE, tiny_vlm, vlm_inputs
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import regard
 from regard.core import State
+from regard.parts.decoding.kept import Evicting
 from regard.reach import Call, Handler
-from regard.shrink.kept import Evicting
 from regard.zoo.tiny import tiny
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import regard
 from regard.errors import InputError
+from regard.parts.decoding.kept import Evicting
 from regard.shrink import H2O, RandomEviction, SnapKV, StreamingLLM
-from regard.shrink.kept import Evicting
 from regard.zoo.tiny import tiny
 
 from .explicit import Dense, decode, dense, ids, maps, wide
@@ -142,10 +142,10 @@ def test_small_ratios_keep_recent_tokens_alone() -> None:
         (lambda: StreamingLLM(budget=12.5), "budget is a whole number"),
         (lambda: SnapKV(budget=40.0), "budget is a whole number"),
         (lambda: StreamingLLM(budget="12"), "budget is a whole number of at least 1, not '12'"),
-        (lambda: StreamingLLM(ratio="0.5"), "ratio is a number, not '0.5'"),
+        (lambda: StreamingLLM(ratio="0.5"), "ratio is a number above 0"),
         (lambda: StreamingLLM(budget=12, sinks=1.5), "sinks is a whole number"),
         (lambda: SnapKV(ratio=0.5, window=None), "window is a whole number"),
-        (lambda: SnapKV(ratio=0.5, pool=7.0), "pool is a whole number"),
+        (lambda: SnapKV(ratio=0.5, pool=7.0), "pool is an odd whole number"),
         (lambda: H2O(ratio=0.5, recent="all"), "recent is a number"),
         (lambda: RandomEviction(ratio=0.5, seed=None), "seed is a whole number"),
     ],

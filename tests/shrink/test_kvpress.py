@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import regard
+from regard.parts.decoding.kept import Evicting
 from regard.reach import Call, Handler
 from regard.shrink import SnapKV, StreamingLLM
-from regard.shrink.kept import Evicting
 
 from .explicit import ids, wide
 

@@ -17,11 +17,11 @@ import regard
 from regard.core import Mask, State
 from regard.core.kernels.reference import probabilities
 from regard.errors import InputError, ReachError
+from regard.parts.decoding.cache import MethodLayer, Rows, layers
 from regard.reach import Call, Handler, Session, Site
-from regard.reach.cache import MethodLayer, Rows, layers
-from regard.shrink import recycled
-from regard.shrink.recycled import Recycled
-from regard.steer.act import ACT
+from regard.shrink.recycled_attention import method as recycled
+from regard.shrink.recycled_attention.method import Recycled
+from regard.steer.act.method import ACT
 from regard.zoo.tiny import inputs, tiny
 
 IDS = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -430,8 +430,8 @@ def test_an_encoder_and_a_decoder() -> None:
         ({"budget": None}, "budget is a whole number of at least 1, not None"),
         ({"budget": float("nan")}, "budget is a whole number"),
         ({"stride": None}, "stride is a whole number"),
-        ({"threshold": "a"}, "threshold is a number, not 'a'"),
-        ({"pool": "7"}, "pool is a whole number"),
+        ({"threshold": "a"}, "threshold is a number of at least -1"),
+        ({"pool": "7"}, "pool is an odd whole number"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

@@ -17,8 +17,8 @@ from regard.core import State
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Handler
 from regard.shrink import StreamingLLM, TaskKV
-from regard.shrink.task_kv import Plan, distances, semantic, split
-from regard.steer.act import ACT
+from regard.shrink.task_kv.method import Plan, distances, semantic, split
+from regard.steer.act.method import ACT
 from regard.zoo.tiny import tiny
 
 from .explicit import Dense, decode, dense, ids, maps, wide
@@ -379,7 +379,7 @@ def test_act_cannot_follow_rows_that_differ() -> None:
         ({"pool": 4}, "odd"),
         ({"nearest": -1}, "nearest"),
         ({"distance": "manhattan"}, "distance"),
-        ({"ratio": "0.5"}, "ratio is a number, not '0.5'"),
+        ({"ratio": "0.5"}, "ratio is a number above 0"),
         ({"ratio": None}, "ratio is a number"),
         ({"sinks": 1.5}, "sinks is a whole number"),
         ({"recent": None}, "recent is a whole number"),

@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import regard
 from regard.errors import InputError, ReachError
-from regard.shrink.visiondrop import VisionDrop
-from regard.shrink.visiondrop_cache import nbytes
-from regard.shrink.visiondrop_plan import Plan, one_cut, prefill_flops, schedule, visual_score
+from regard.shrink.visiondrop.cache import nbytes
+from regard.shrink.visiondrop.method import VisionDrop
+from regard.shrink.visiondrop.plan import Plan, one_cut, prefill_flops, schedule, visual_score
 from regard.zoo.tiny import tiny
 from regard.zoo.tiny_vlm import IMAGE, tiny_vlm, vlm_inputs
 

@@ -15,7 +15,7 @@ from regard.core import Mask, State, attend
 from regard.core.kernels.reference import probabilities
 from regard.errors import InputError
 from regard.reach import Call, Site
-from regard.steer.act import ACT, calibrate
+from regard.steer.act.method import ACT, calibrate
 from regard.zoo.tiny import tiny
 
 IDS = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(0))

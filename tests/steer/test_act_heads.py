@@ -12,10 +12,10 @@ from transformers import BatchEncoding
 
 import regard
 from regard.errors import InputError
+from regard.parts.labels import batches, label_tokens, margins
 from regard.reach import Session
-from regard.steer.act import ACT
-from regard.steer.act_heads import HeadFilter, _stack, _Suffix, choose, shape_of
-from regard.steer.label_scores import batches, label_tokens, margins
+from regard.steer.act.heads import HeadFilter, _stack, _Suffix, choose, shape_of
+from regard.steer.act.method import ACT
 from regard.zoo.tiny import tiny
 
 FIXED: dict[str, Any] = {"beta": 0.1, "threshold": 0.06, "skip_layers": (0, 0)}

@@ -14,9 +14,9 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'")
 
 from regard.errors import InputError, ReachError
-from regard.reach.inversion import encode_text, invert, null_text, replay
-from regard.steer.dpl_losses import Term, background, balance, disjoint, leaked
-from regard.steer.dynamic_prompt_learning import (
+from regard.parts.diffusion.inversion import encode_text, invert, null_text, replay
+from regard.steer.dynamic_prompt_learning.losses import Term, background, balance, disjoint, leaked
+from regard.steer.dynamic_prompt_learning.method import (
     DynamicPromptLearning,
     Learned,
     _encode,
@@ -231,7 +231,7 @@ def test_rows_move_and_go_into_the_nouns_alone(sd: Any, learned: Learned) -> Non
 
 def test_edits(sd: Any, learned: Learned) -> None:
     plain = replay(sd, learned.inverted.latents[-1], learned.embeds(sd), learned.nulls)
-    from regard.reach.latents import decode
+    from regard.parts.diffusion.latents import decode
 
     (source,) = decode(sd, plain)
     for target, more in (

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from regard import ContrastiveExpertGuidance
 from regard.errors import InputError
-from regard.steer.steer import sample
+from regard.steer.steer.method import sample
 from regard.zoo import tiny
 
 PROMPTS = torch.tensor([[1, 9, 8, 7], [1, 40, 41, 42], [1, 100, 3, 77]])

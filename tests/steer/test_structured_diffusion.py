@@ -16,7 +16,7 @@ from regard.reach import Call, Handler
 
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 
-from regard.steer.structured_diffusion import StructuredDiffusion
+from regard.steer.structured_diffusion.method import StructuredDiffusion
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 from .. import pipelines
@@ -219,7 +219,7 @@ def test_phrases_behind_the_limit_are_left_out_by_name(sd: Any) -> None:
 
 def test_word_maps_beside_it(sd: Any) -> None:
     """Keys stay the prompt's own, so maps of the first step are those of the plain run."""
-    from regard.see.words import WordMaps
+    from regard.parts.diffusion.words import WordMaps
 
     plain, beside = (
         WordMaps(["circle"], steps=(0, 1), layers=[0]),

@@ -15,12 +15,19 @@ import regard
 from regard.core import State
 from regard.core.kernels import reference
 from regard.errors import InputError, ReachError
+from regard.parts.diffusion.inversion import encode_text, invert, null_text, replay
+from regard.parts.diffusion.prompt_to_prompt import refined
 from regard.reach import Call
 from regard.reach.denoising import denoising
-from regard.reach.inversion import encode_text, invert, null_text, replay
-from regard.reach.prompt_to_prompt import refined
-from regard.steer import swap_concepts
-from regard.steer.swap_anything import Steps, SwapAnything, object_mask, restyled, soften, swap
+from regard.steer.swap_anything import concepts as swap_concepts
+from regard.steer.swap_anything.method import (
+    Steps,
+    SwapAnything,
+    object_mask,
+    restyled,
+    soften,
+    swap,
+)
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 SOURCE, TARGET = "a red circle and a blue square", "a green star and a blue square"

@@ -19,7 +19,7 @@ from regard.core import Mask
 from regard.core.kernels.reference import probabilities
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Site
-from regard.steer.var import (
+from regard.steer.var.method import (
     VAR,
     Redistribution,
     SinkKnockout,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from regard.errors import InputError
+from regard.lab.trials import configurations as c
+from regard.lab.trials.configurations import METHODS, read
 from regard.shrink import H2O, Recycled, SnapKV, TaskKV
-from regard.steer.act import ACT
-from regard.trials import configurations as c
-from regard.trials.configurations import METHODS, read
+from regard.steer.act.method import ACT
 
 
 def test_plain_model_is_always_first_and_once() -> None:

@@ -12,11 +12,11 @@ import torch
 
 import regard
 from regard.errors import InputError
+from regard.lab.trials import configurations, frame, perplexity
+from regard.lab.trials.configurations import read
+from regard.lab.trials.frame import Batch, Floor, Journal, Values, run
+from regard.lab.trials.perplexity import batches
 from regard.reach import Call, Handler
-from regard.trials import configurations, frame, perplexity
-from regard.trials.configurations import read
-from regard.trials.frame import Batch, Floor, Journal, Values, run
-from regard.trials.perplexity import batches
 from regard.zoo.tiny import tiny
 
 from .words import Words

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from regard.errors import InputError
-from regard.steer.act import ACT
-from regard.trials.configurations import read
-from regard.trials.frame import run
-from regard.trials.label_trial import batches, task
-from regard.trials.labels import TASKS, Example, labels
+from regard.lab.trials.configurations import read
+from regard.lab.trials.frame import run
+from regard.lab.trials.label_trial import batches, task
+from regard.lab.trials.labels import TASKS, Example, labels
+from regard.steer.act.method import ACT
 from regard.zoo.tiny import tiny
 
 from .words import Words

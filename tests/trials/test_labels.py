@@ -11,9 +11,9 @@ import torch
 from transformers import BatchEncoding
 
 from regard.errors import InputError
-from regard.steer.act import ACT
-from regard.trials.intervals import bootstrap
-from regard.trials.labels import TASKS, Example, labels, read_examples, sentences
+from regard.lab.intervals import bootstrap
+from regard.lab.trials.labels import TASKS, Example, labels, read_examples, sentences
+from regard.steer.act.method import ACT
 from regard.zoo.tiny import tiny
 
 EXAMPLES = [

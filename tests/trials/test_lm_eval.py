@@ -12,8 +12,8 @@ import torch
 
 from regard import zoo
 from regard.errors import InputError
-from regard.trials import lm_eval as trial
-from regard.trials.configurations import read
+from regard.lab.trials import lm_eval as trial
+from regard.lab.trials.configurations import read
 from regard.zoo.tiny import tiny
 
 from ..cli.command import run

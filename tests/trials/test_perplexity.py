@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from regard.errors import InputError
-from regard.trials.configurations import read
-from regard.trials.frame import run
-from regard.trials.perplexity import batches
+from regard.lab.trials.configurations import read
+from regard.lab.trials.frame import run
+from regard.lab.trials.perplexity import batches
 from regard.zoo.tiny import tiny
 
 from .words import Words

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from regard.errors import InputError
-from regard.trials import ruler
-from regard.trials.configurations import read
-from regard.trials.frame import run
-from regard.trials.ruler import TASKS, answer, batches, fit, names, recall
-from regard.trials.ruler_tasks import QUESTIONS, Puzzle, _cut, _passages
+from regard.lab.trials import ruler
+from regard.lab.trials.configurations import read
+from regard.lab.trials.frame import run
+from regard.lab.trials.ruler import TASKS, answer, batches, fit, names, recall
+from regard.lab.trials.ruler_tasks import QUESTIONS, Puzzle, _cut, _passages
 from regard.zoo.tiny import tiny
 
 from .words import Words
@@ -141,7 +141,7 @@ def test_answers_are_those_of_generate(task: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_answer_ends_at_an_end_token() -> None:
-    from regard.trials.frame import prefill
+    from regard.lab.trials.frame import prefill
 
     model, ids = tiny("llama"), torch.tensor([[5, 9, 33, 60, 7], [8, 8, 70, 41, 3]])
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from regard.errors import InputError
-from regard.trials.scenes import foreground, judge, overlap, own_accuracy, read
+from regard.lab.trials.scenes import foreground, judge, overlap, own_accuracy, read
 from regard.zoo.scenes import scene
 
 

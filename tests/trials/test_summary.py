@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from regard.errors import InputError
-from regard.trials.configurations import read
-from regard.trials.frame import Found
-from regard.trials.page import load, page
-from regard.trials.summary import result, rows, table
+from regard.lab.trials.configurations import read
+from regard.lab.trials.frame import Found
+from regard.lab.trials.page import load, page
+from regard.lab.trials.summary import result, rows, table
 
 
 def _values(key: str, *scores: float, held: float = 8.0, read: float = 4.0) -> Any:

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from regard import zoo
 from regard.cli import main
 from regard.errors import InputError
+from regard.shape.mma import train as mma
 from regard.zoo import vlm as assembled
 from regard.zoo.pipelines import load_pipeline
 from regard.zoo.scenes import SHAPES, is_held_out
 from regard.zoo.shipped import MODELS, PIPELINES, shipped
 from regard.zoo.tiny_diffusion import tiny_pipeline
-from regard.zoo.train import captions, coder, diffusion, loop, mma, questions, reading, recipe
+from regard.zoo.train import captions, coder, diffusion, loop, questions, reading, recipe
 from regard.zoo.train import vlm as train
 from regard.zoo.train.drawing import sample
 from regard.zoo.train.guides import Guides

@@ -355,7 +355,7 @@ def real(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.slow
 def test_real_models_hear_the_shipped_clips(real: Any) -> None:
     """The word error rate on synthesised sentences with known text stays below a quarter."""
-    from regard.see.speech_words import word_errors
+    from regard.parts.speech.words import word_errors
 
     model, processor = real
     wrong = total = 0

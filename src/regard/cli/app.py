@@ -1,4 +1,4 @@
-"""The typer application: its commands lie in the files beside this one."""
+"""The typer application: the commands of the files beside this one, and those of the methods."""
 
 from __future__ import annotations
 
@@ -6,30 +6,26 @@ from typing import Annotated
 
 import typer
 
-from regard.cli import (
-    bench,
-    build,
-    calibrate,
-    check,
-    explain,
-    methods,
-    models,
-    reproduce,
-    see,
-    train,
-    trial,
-    zoo,
-)
-from regard.cli.run import run
+from regard import catalog
+from regard.cli import bench, check, methods, models, reproduce, see, trial, zoo
+from regard.cli.derive import Commands
+from regard.cli.run import derived
 
-app = typer.Typer(
-    help="See, steer, shrink and shape the attention of any Transformer.",
-    no_args_is_help=True,
+app = Commands(
+    "See, steer, shrink and shape the attention of any Transformer.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+GROUPS = {
+    "run": Commands("Run a method on one input, side by side with the plain model."),
+    "trial": trial.app,
+    "train": Commands("Train with a new attention and with the old one, all else equal."),
+    "calibrate": Commands("Find on labelled data what a method needs to know of a model."),
+    "build": Commands("Build a data set with a model, shard by shard; a stopped build goes on."),
+    "bench": bench.app,
+    "zoo": zoo.app,
+}
 
 
 def _version(wanted: bool) -> None:
@@ -51,15 +47,18 @@ def root(
 
 
 app.command("see")(see.see)
-app.command("explain")(explain.explain)
 app.command("check")(check.check)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)
 app.command("reproduce")(reproduce.reproduce)
-app.add_typer(bench.app, name="bench")
-app.add_typer(build.app, name="build")
-app.add_typer(run, name="run")
-app.add_typer(calibrate.app, name="calibrate")
-app.add_typer(trial.app, name="trial")
-app.add_typer(train.app, name="train")
-app.add_typer(zoo.app, name="zoo")
+for method in catalog.everything():
+    # a method's own commands: "build" is `regard build SLUG`, "bench act" and "explain" as they are
+    own = method.load("command").COMMANDS if method.has("command") else {}
+    for place, function in own.items():
+        group, _, name = place.partition(" ")
+        parent = GROUPS.get(group, app)
+        parent.command(name or (group if parent is app else method.slug))(function)
+    if "run" not in own and (command := derived(method)) is not None:
+        GROUPS["run"].command(method.slug)(command)
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)

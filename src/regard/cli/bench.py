@@ -9,15 +9,11 @@ import typer
 
 from regard.cli import bench_costs, parallel
 from regard.cli.common import check_file, check_output, count, write_json
+from regard.cli.derive import Commands
 from regard.cli.parallel import pair_of
 from regard.errors import InputError
 
-app = typer.Typer(help="Measure what things cost, in one run and one table.", no_args_is_help=True)
-
-
-@app.callback()
-def root() -> None:
-    """Measure what things cost, in one run and one table."""
+app = Commands("Measure what things cost, in one run and one table.")
 
 
 @app.command("see")
@@ -47,7 +43,7 @@ def see(
     if not sizes:
         raise InputError("--lengths is empty: write, for example, 1k,2k,4k")
     check_file(out)
-    from regard.bench import see as bench
+    from regard.lab.bench import see as bench
 
     result = bench.run(
         lengths=sizes,
@@ -60,7 +56,7 @@ def see(
     Console().print(bench.table(result))
 
 
-masks_app = typer.Typer(help="The named masks.", no_args_is_help=True)
+masks_app = Commands("The named masks.")
 app.add_typer(masks_app, name="masks")
 parallel.app_commands(app)
 bench_costs.app_commands(app)
@@ -125,9 +121,9 @@ def bench_kernels(
         raise InputError("--lengths is empty: write, for example, 1k,4k")
     for path in (out, html):
         check_file(path)
-    from regard.bench import kernels as bench
-    from regard.bench import kernels_page
-    from regard.bench.registry import load
+    from regard.lab.bench import kernels as bench
+    from regard.lab.bench import kernels_page
+    from regard.lab.bench.registry import load
 
     result = bench.run(
         masks=masks,
@@ -173,7 +169,7 @@ def facts(
     from rich.console import Console
     from rich.table import Table
 
-    from regard.bench import facts as bench
+    from regard.lab.bench import facts as bench
 
     for path in (out, page):
         check_file(path)
@@ -250,7 +246,7 @@ def show(
 
     check_file(html)
     check_output(json)
-    from regard.bench import patterns_page
+    from regard.lab.bench import patterns_page
 
     made = patterns_page.cases(masks, size, seed)
     _write_html(patterns_page.html(made) if html else "", html)
@@ -265,6 +261,6 @@ def show(
 
 def _write_html(text: str, path: Any) -> None:
     if path is not None:
-        from regard.bench.record import write_text
+        from regard.lab.bench.record import write_text
 
         write_text(path, text)

@@ -1,4 +1,4 @@
-"""regard bench act, decode and speech: what a method costs beside the plain model."""
+"""regard bench decode and speech: what a method costs beside the plain model."""
 
 from __future__ import annotations
 
@@ -19,26 +19,8 @@ Page = Annotated[Path | None, typer.Option(help="Write the tables as a Markdown 
 
 def app_commands(app: typer.Typer) -> None:
     """Add these commands to those of `regard bench`."""
-    for command in (act, decode, speech):
+    for command in (decode, speech):
         app.command(command.__name__)(command)
-
-
-def act(
-    model: Model = "smollm2-135m",
-    tokens: Annotated[str, typer.Option(help="Length of the prompt: 4096 or 4k.")] = "4k",
-    rounds: Rounds = 5,
-    out: Out = None,
-    page: Page = None,
-) -> None:
-    """What ACT costs: a prefill with a fifth of the heads and with all, and one long head.
-
-    [bold]Example[/]
-
-      regard bench act --out act.json
-    """
-    from regard.bench import act as bench
-
-    _measure(bench, out, page, model, tokens=count(tokens), rounds=rounds)
 
 
 def decode(
@@ -54,9 +36,9 @@ def decode(
 
       regard bench decode --context 4k --out decode.json
     """
-    from regard.bench import decode as bench
+    from regard.lab.bench import decode as bench
 
-    _measure(bench, out, page, model, context=count(context), rounds=rounds)
+    measure(bench, out, page, model, context=count(context), rounds=rounds)
 
 
 def speech(
@@ -68,12 +50,12 @@ def speech(
 
       regard bench speech --out speech.json
     """
-    from regard.bench import speech as bench
+    from regard.lab.bench import speech as bench
 
-    _measure(bench, out, page, model, rounds=rounds)
+    measure(bench, out, page, model, rounds=rounds)
 
 
-def _measure(bench: Any, out: Path | None, page: Path | None, model: str, **settings: Any) -> None:
+def measure(bench: Any, out: Path | None, page: Path | None, model: str, **settings: Any) -> None:
     for path in (out, page):
         check_file(path)
     finish(bench, bench.run(model, out=out, **settings), out, page)

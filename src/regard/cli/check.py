@@ -28,7 +28,7 @@ def check(
 
       regard check smollm2-135m
     """
-    from regard.reach.check import check as run
+    from regard.lab.check import check as run
 
     length = count(tokens)
     check_output(json)

@@ -14,6 +14,7 @@ from typing import Any
 
 from regard.errors import InputError, nearest
 from regard.files import real, straight, write_text
+from regard.zoo.options import Loading
 
 
 def read_text(given: str) -> str:
@@ -99,12 +100,10 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def load(name: str) -> tuple[Any, Any]:
+def load(name: str, loading: Loading | None = None) -> tuple[Any, Any]:
     """Model and tokenizer, with a spinner."""
-    from regard import zoo
-
     with working(f"loading {name}"):
-        return zoo.load(name)
+        return (loading or Loading()).load(name)
 
 
 def numbers(given: str | None, what: str) -> list[int] | None:

@@ -63,9 +63,9 @@ def parallel(
       torchrun --nproc-per-node 4 -m regard bench parallel --mask causal --tokens-per-rank 1k
     """
     with one_voice():
-        from regard.bench import parallel as bench
-        from regard.bench import parallel_page
         from regard.core.parallel import started
+        from regard.lab.bench import parallel as bench
+        from regard.lab.bench import parallel_page
 
         for path in (out, html):
             check_file(path)
@@ -145,7 +145,7 @@ def plan(
 
       regard bench plan --ranks 96 --tokens 1M --heads 64:8 --device h100 --link nvlink4:ib-ndr
     """
-    from regard.bench import plan as bench
+    from regard.lab.bench import plan as bench
 
     check_output(json)
     length = count(tokens)
@@ -174,7 +174,7 @@ def plan(
 def see_shared(model: Any, ids: Any, facts: Any, wanted: tuple[Any, Any], ranks: int) -> Any:
     """What `regard see --context-parallel` watches; the same call on every rank."""
     from regard.core.parallel import device, started
-    from regard.see.parallel import SharedWatch
+    from regard.watching.parallel import SharedWatch
 
     with started(ranks=ranks):
         where = device()

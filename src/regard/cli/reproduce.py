@@ -40,8 +40,8 @@ def reproduce(
     from rich.console import Console
 
     from regard import catalog
-    from regard import reproduce as harness
-    from regard.reproduce.harness import results_folder
+    from regard.lab import reproduce as harness
+    from regard.lab.reproduce.harness import results_folder
 
     known = harness.available()
     if method not in known:

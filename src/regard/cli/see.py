@@ -148,8 +148,8 @@ def _see(
         if not parallel.first_rank():
             return
     from regard.report import terminal, write_page
-    from regard.see.overview import overview
-    from regard.see.tokens import pieces
+    from regard.watching.overview import overview
+    from regard.watching.tokens import pieces
 
     words = pieces(tokenizer, ids[0].tolist())
     page = overview(seen, tokens=words, model_name=model, notes=notes, command=command(), **meta)
@@ -162,7 +162,7 @@ def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, 
     """
     if tokenizer is None or not hasattr(tokenizer, "decode") or not callable(tokenizer):
         raise InputError(f"{type(model).__name__} came without a tokenizer, so it cannot read text")
-    from regard.see.tokens import reader
+    from regard.watching.tokens import reader
 
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise InputError(
@@ -198,8 +198,8 @@ def _run(
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from regard.api import watch
     from regard.reach import Handler, Session
+    from regard.watching.watch import watch
 
     keywords = {"input_ids": ids}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

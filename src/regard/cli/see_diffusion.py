@@ -65,9 +65,9 @@ def _run(
     """The image, its maps by step, those by layer under the layer's name, seconds, and notes."""
     import torch
 
-    from regard.api import apply
+    from regard.parts.diffusion.words import WordMaps
     from regard.progress import bar
-    from regard.see.words import WordMaps
+    from regard.watching.watch import apply
 
     names, notes = _names(prompt)
     by_step = WordMaps(names, by="step", layers=layers, heads=heads)
@@ -93,7 +93,7 @@ def _names(prompt: str) -> tuple[list[str], list[str]]:
     """Every word of the prompt, then its noun phrases."""
     import re
 
-    from regard.reach.phrases import noun_phrases
+    from regard.parts.text.phrases import noun_phrases
 
     words = re.findall(r"[\w'-]+", prompt)
     if not words:

@@ -63,8 +63,8 @@ def see(
 def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[str, Any], Any, Any]:
     """The answer, what every word looked at, the sinks of each layer, and the cuts' bias."""
     from regard.cli.run import vlm
-    from regard.see.pictures import PictureLooks
-    from regard.see.tokens import pieces
+    from regard.parts.pictures import PictureLooks
+    from regard.watching.tokens import pieces
 
     looks = PictureLooks()
     sinks, why = _sinks(loaded, inputs)
@@ -109,7 +109,7 @@ def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[s
 
 def _sinks(loaded: Any, inputs: Any) -> tuple[Any, str]:
     """A watcher of sink tokens, or why there is none."""
-    from regard.steer.var import VAR, find_sink_dims
+    from regard.steer.var.method import VAR, find_sink_dims
 
     size = int(loaded.config.get_text_config().hidden_size)
     try:
@@ -123,10 +123,10 @@ def _rows(loaded: Any, inputs: Any) -> dict[str, float]:
     """Mean row, 0 top to 1 bottom, of the half of the patches that each judgement would keep."""
     import torch
 
-    from regard import api
-    from regard.reach.vision import decoder, locate
-    from regard.shrink.visiondrop import VisionDrop
-    from regard.shrink.visiondrop_plan import height
+    from regard.parts.vision import decoder, locate
+    from regard.shrink.visiondrop.method import VisionDrop
+    from regard.shrink.visiondrop.plan import height
+    from regard.watching import watch as api
 
     depth = len(decoder(loaded, "see").layers)
     found = {}

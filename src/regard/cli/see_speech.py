@@ -36,8 +36,8 @@ def see_speech(
 
     clip = sound.read(given)
     loaded, processor = load(model)
-    from regard.see.speech import cross_attention, prepare
-    from regard.see.speech_overview import overview
+    from regard.parts.speech.cross_attention import cross_attention, prepare
+    from regard.parts.speech.overview import overview
     from regard.zoo.convert import errors_only
 
     notes = list(clip.notes)
@@ -109,7 +109,7 @@ def chosen(model: Any, language: str | None, task: str | None) -> dict[str, Any]
             f"--{next(iter(made))} needs a Whisper of many languages, such as whisper-base"
         )
     if language is not None:
-        from regard.see.speech import default_prompt
+        from regard.parts.speech.cross_attention import default_prompt
 
         default_prompt(model, None, language, task)  # refuses a language that it does not know
     return made
@@ -128,7 +128,7 @@ def _compared(model: Any, processor: Any, clip: Any, seen: Any, choices: dict[st
     """Seconds of the plain transcription, and transformers' own start of every token."""
     import torch
 
-    from regard.see.speech import prepare
+    from regard.parts.speech.cross_attention import prepare
 
     with torch.no_grad():
         started = time.perf_counter()

@@ -9,15 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli import trial_explanation, trial_vqa
+from regard.cli import trial_vqa
 from regard.cli.common import check_output, count, load, read_text, working, write_json
+from regard.cli.derive import Commands
 from regard.errors import InputError
 
-app = typer.Typer(
-    help="Judge methods on the same texts, side by side with the plain model.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-)
+app = Commands("Judge methods on the same texts, side by side with the plain model.")
 
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 With = Annotated[
@@ -50,12 +47,6 @@ FILES = {
 """What each trial is made of; unfinished work of other code is not taken up."""
 
 
-@app.callback()
-def root() -> None:
-    """Judge methods on the same texts, side by side with the plain model."""
-
-
-app.command("explanation")(trial_explanation.explanation)
 app.command("vqa")(trial_vqa.vqa)
 
 
@@ -82,7 +73,7 @@ def perplexity(
 
       regard trial perplexity --with h2o --ratio 0.25,0.5 --text @book.txt --json out.json
     """
-    from regard.trials import perplexity as trial
+    from regard.lab.trials import perplexity as trial
 
     configurations = _begin(with_, ratio, budget, json)
     content, length = read_text(text), count(context)
@@ -137,7 +128,7 @@ def ruler(
 
       regard trial ruler --tasks single-text,multi-key --length 256 --examples 40 --with act
     """
-    from regard.trials import ruler as trial
+    from regard.lab.trials import ruler as trial
 
     configurations = _begin(with_, ratio, budget, json)
     wanted, size = trial.names(tasks), count(length)
@@ -197,7 +188,7 @@ def labels(
 
       regard trial labels --task reviews.jsonl --template "Review: {text} It is" --with act,h2o
     """
-    from regard.trials import label_trial as trial
+    from regard.lab.trials import label_trial as trial
 
     if heads is not None:
         with_ = _with_heads(with_, heads)
@@ -242,9 +233,9 @@ def lm_eval(
     """
     from rich.console import Console
 
-    from regard.bench.record import environment
-    from regard.trials import lm_eval as trial
-    from regard.trials.frame import Journal, fingerprint
+    from regard.lab.bench.record import environment
+    from regard.lab.trials import lm_eval as trial
+    from regard.lab.trials.frame import Journal, fingerprint
 
     configurations = _begin(with_, ratio, budget, json)
     names = tasks.split(",")
@@ -281,7 +272,7 @@ def lm_eval(
 # -- what they share -------------------------------------------------------------------------------
 def _begin(with_: str, ratio: str | None, budget: int | None, json: Path | None) -> list[Any]:
     """The configurations, checked together with the place of the result."""
-    from regard.trials.configurations import read
+    from regard.lab.trials.configurations import read
 
     check_output(json)
     if ratio is not None and budget is not None:
@@ -324,9 +315,9 @@ def _judge(
     """Run a trial, write its result, and print the table."""
     from rich.console import Console
 
-    from regard.bench.record import environment
-    from regard.trials import frame
-    from regard.trials.summary import result, table
+    from regard.lab.bench.record import environment
+    from regard.lab.trials import frame
+    from regard.lab.trials.summary import result, table
 
     source = frame.fingerprint(FILES[name], list(texts))
     key = {"trial": name, "model": model_name, "settings": settings, "source": source}

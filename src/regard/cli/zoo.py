@@ -8,12 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import write_json
+from regard.cli.derive import Commands
 from regard.errors import InputError
 
-app = typer.Typer(
-    help="Train the small models that come with the package again, and read their cards.",
-    no_args_is_help=True,
-)
+app = Commands("Train the small models that come with the package again, and read their cards.")
 
 
 @app.command("train")
@@ -52,8 +50,8 @@ def train(
 
       regard zoo train shapes-sd --vae vae --out shapes-sd --minutes 10 --device cuda
     """
-    from regard.bench.record import pick_device
     from regard.cli.common import check_output
+    from regard.lab.bench.record import pick_device
     from regard.zoo import train as recipes
     from regard.zoo.train.loop import replaceable
 

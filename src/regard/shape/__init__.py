@@ -1,5 +1,5 @@
-"""New attention, trained: layers, losses, masks, models."""
+"""New attention, trained: layers, losses, heads, models."""
 
-from .mma import MMA
+from regard.catalog import lazy
 
-__all__ = ["MMA"]
+__getattr__, __dir__ = lazy(__name__)

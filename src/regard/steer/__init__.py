@@ -1,8 +1,5 @@
-"""Better answers from the same weights, without training."""
+"""Better answers or images from the same weights, no training."""
 
-from .act import ACT
-from .steer import ContrastiveExpertGuidance
-from .structured_diffusion import StructuredDiffusion
-from .var import VAR
+from regard.catalog import lazy
 
-__all__ = ["ACT", "VAR", "ContrastiveExpertGuidance", "StructuredDiffusion"]
+__getattr__, __dir__ = lazy(__name__)

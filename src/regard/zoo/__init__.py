@@ -8,12 +8,14 @@ from regard.zoo.audio import Audio, clip, clips
 from regard.zoo.cache import cache_dir
 from regard.zoo.entries import Entry, models
 from regard.zoo.loading import load, tokenizer_of
+from regard.zoo.options import Loading
 from regard.zoo.passages import text, texts
 from regard.zoo.pipelines import load_pipeline
 from regard.zoo.tiny import FAMILIES, inputs, tiny
 
 __all__ = [
     "load",
+    "Loading",
     "load_pipeline",
     "models",
     "Entry",

@@ -12,11 +12,12 @@ import wave
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from regard.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RATE = 16_000  # samples a second, of every speech model of transformers so far
 LIMIT = 30.0  # seconds that Whisper hears at once
@@ -90,6 +91,7 @@ def read(given: str | Path, *, rate: int = RATE, limit: float | None = LIMIT) ->
         InputError: no such file, not audio, empty, silent, samples that are no numbers, or longer
             than `limit` seconds (None: any length).
     """
+
     name = str(given)
     path = Path(name.removeprefix("@")).expanduser()
     if name.startswith("@") and not path.exists():
@@ -112,7 +114,7 @@ def read(given: str | Path, *, rate: int = RATE, limit: float | None = LIMIT) ->
     if found != rate:
         mono = _resampled(mono, found, rate)
         notes.append(f"resampled from {found:,} to {rate:,} samples a second")
-    return Audio(np.ascontiguousarray(mono, np.float32), rate, path.name, tuple(notes))
+    return Audio(mono.astype("float32", order="C"), rate, path.name, tuple(notes))
 
 
 def _checked(audio: Audio, limit: float | None) -> Audio:
@@ -122,6 +124,8 @@ def _checked(audio: Audio, limit: float | None) -> Audio:
 
 def _check_samples(mono: np.ndarray, name: str, rate: int, limit: float | None) -> None:
     """Refuse what holds no sound or too much of it."""
+    import numpy as np
+
     if not len(mono):
         raise InputError(f"{name} holds no sound (0 seconds): name a longer clip")
     if not np.isfinite(mono).all():
@@ -139,6 +143,8 @@ def _check_samples(mono: np.ndarray, name: str, rate: int, limit: float | None) 
 def _read_wav(path: Path) -> tuple[np.ndarray, int, str]:
     """Return samples `[samples, channels]` and the rate of a WAV file of whole numbers, or why
     another reader has to take it."""
+    import numpy as np
+
     nothing = np.zeros((0, 1), np.float32)
     try:
         with wave.open(str(path), "rb") as file:
@@ -180,6 +186,8 @@ def _read_other(path: Path, why: str) -> tuple[np.ndarray, int]:
 
 
 def _resampled(mono: np.ndarray, old: int, new: int) -> np.ndarray:
+    import numpy as np
+
     try:
         from scipy.signal import resample_poly
     except ImportError:

@@ -30,18 +30,15 @@ def load(
     The name is one of `models()`, a folder with a checkpoint, or an id on the hub. Weights are
     float32 unless `dtype` (a torch dtype, its name, or "auto" for the checkpoint's own) says
     otherwise. Further arguments go to `from_pretrained`. The second value is None if the checkpoint
-    carries neither tokenizer nor processor. Code from a checkpoint is never run.
+    carries neither tokenizer nor processor. Code of a checkpoint runs only with
+    `trust_remote_code=True`.
 
     Raises InputError for an unknown name (with the nearest known one), a folder that is no
     checkpoint, a dtype or device that does not exist here.
 
     Example: `model, tokenizer = load("smollm2-135m")`
     """
-    if kwargs.get("trust_remote_code"):
-        raise InputError(
-            "regard runs no code from checkpoints; load the model yourself and pass it on instead."
-        )
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     device = _device(device)
     where = _resolve(name_or_path)
     model, tokenizer = _from_pretrained(where, str(name_or_path), dtype, kwargs)
@@ -61,7 +58,7 @@ def tokenizer_of(model: Any) -> Any:
         return None
 
 
-def _dtype(dtype: Any) -> Any:
+def dtype_of(dtype: Any) -> Any:
     """Return a torch dtype or "auto"."""
     import torch
 
@@ -158,7 +155,7 @@ def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str,
 
     source = str(where)
     # What chooses files on the hub has to choose the same for config, weights and tokenizer.
-    choosing = ("revision", "token", "cache_dir", "subfolder")
+    choosing = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     shared = {name: value for name, value in kwargs.items() if name in choosing}
     try:
         with quiet():
@@ -166,10 +163,9 @@ def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str,
                 from regard.zoo.vlm import load_smol
 
                 return load_smol(where, dtype)
-            config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-                source, trust_remote_code=False, **shared
-            )
-            model_class = _model_class(config, name)
+            trusted = shared.setdefault("trust_remote_code", False)
+            config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **shared)
+            model_class = _model_class(config, name, trusted)
             model = model_class.from_pretrained(source, config=config, dtype=dtype, **kwargs)
             return model, _companion(model, source, shared)
     except InputError:
@@ -183,9 +179,14 @@ def _in_parts(path: Path) -> bool:
     return (path / "tower").is_dir() and (path / "adapter").is_dir()
 
 
-def _model_class(config: Any, name: str) -> Any:
+def _model_class(config: Any, name: str, trusted: bool = False) -> Any:
     """Return the class of transformers that the config names, or the plain trunk of its type."""
     import transformers
+
+    own = getattr(config, "auto_map", None) or {}
+    if trusted and own:
+        kinds = [k for k in own if k.startswith("AutoModel")]
+        return getattr(transformers, kinds[0] if kinds else "AutoModel")
 
     for architecture in getattr(config, "architectures", None) or []:
         found = getattr(transformers, architecture, None)
@@ -193,8 +194,8 @@ def _model_class(config: Any, name: str) -> Any:
             return found
     if getattr(config, "auto_map", None):
         raise InputError(
-            f"{name} brings its own model code, which regard does not run; load it yourself and "
-            "pass the model on."
+            f"{name} brings its own model code, which is not run unless you say so: "
+            "trust_remote_code=True, or --trust-remote-code"
         )
     return transformers.AutoModel
 
@@ -207,7 +208,7 @@ def _companion(model: Any, source: str, shared: dict[str, Any]) -> Any:
     many = any(getattr(config, f"{kind}_config", None) for kind in ("vision", "audio"))
     auto = AutoProcessor if many or model.main_input_name != "input_ids" else AutoTokenizer
     try:
-        return auto.from_pretrained(source, trust_remote_code=False, **shared)
+        return auto.from_pretrained(source, **shared)
     except (OSError, ValueError, KeyError):
         if any((Path(source) / file).is_file() for file in _COMPANION_FILES):
             raise  # there is one, and it is broken

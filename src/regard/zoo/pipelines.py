@@ -43,13 +43,18 @@ def need_diffusers() -> Any:
 
 
 def load_pipeline(
-    name_or_path: str | os.PathLike[str], *, dtype: Any = None, device: Any = None
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    device_map: str | None = None,
+    revision: str | None = None,
 ) -> Any:
     """Load a diffusion pipeline: "shapes-sd" or "shapes-dit", which come with the package, a folder
     that `save_pretrained` wrote, or an id on the hub.
 
-    Weights are float32 unless `dtype` says otherwise, and are read from safetensors only. No code
-    of a checkpoint is run.
+    Weights are float32 unless `dtype` says otherwise ("auto" is the checkpoint's own), and are read
+    from safetensors only. No code of a checkpoint is run.
 
     Raises:
         InputError: no such folder, a folder that holds no pipeline, a class that diffusers does not
@@ -70,13 +75,16 @@ def load_pipeline(
             f"there is no folder {name}: name the folder of a diffusion pipeline, or one that "
             f"comes with regard.{nearest(name, PIPELINES)}"
         )
-    import torch
+    from regard.zoo.loading import dtype_of
 
+    given = dtype_of(dtype)
+    own = {} if given == "auto" else {"dtype": given}
+    own |= {n: v for n, v in (("device_map", device_map), ("revision", revision)) if v is not None}
     try:
         with _quiet():
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 str(path) if path.is_dir() else name,
-                dtype=torch.float32 if dtype is None else dtype,
+                **own,
                 use_safetensors=True,
                 local_files_only=path.is_dir() or offline(),
                 **(_left_out(path, diffusers) if path.is_dir() else {}),

@@ -1,35 +1,53 @@
-"""regard run METHOD: one input with and without a method, side by side; one file a method."""
+"""regard run METHOD: one input with and without a method, side by side.
+
+Every command is derived: from the kind of input that the method's card names and its settings, or
+from a `command.py` in the method's folder where it takes something of its own.
+"""
 
 from __future__ import annotations
 
-import typer
+from collections.abc import Callable
+from typing import Any
 
-run = typer.Typer(
-    help="Run a method on one input, side by side with the plain model.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-)
+from regard import catalog
+from regard.cli.derive import flat
 
-from . import (  # noqa: E402  (the commands need `run`)
-    act,
-    dynamic_prompt_learning,
-    recycled,
-    refam,
-    steer,
-    structured_diffusion,
-    swap_anything,
-    task_kv,
-    var,
-    visiondrop,
-)
 
-run.command("act")(act.act)
-run.command("steer")(steer.steer)
-run.command("task-kv")(task_kv.task_kv)
-run.command("structured-diffusion")(structured_diffusion.structured_diffusion)
-run.command("recycled-attention")(recycled.recycled)
-run.command("var")(var.var)
-run.command("visiondrop")(visiondrop.visiondrop)
-run.command("refam")(refam.refam)
-run.command("dynamic-prompt-learning")(dynamic_prompt_learning.dynamic_prompt_learning)
-run.command("swap-anything")(swap_anything.swap_anything)
+def runner(kind: str) -> Callable[..., Any] | None:
+    """What runs a method on one kind of input; None where there is none for it."""
+    if kind == "text":
+        from regard.cli.run.text import text
+
+        return text
+    return None
+
+
+def derived(method: catalog.Method) -> Callable[..., Any] | None:
+    """`regard run SLUG`, derived from the method's card; None where no kind of input fits."""
+    plain = runner(method.takes)
+    if plain is None or not method.has("method"):
+        return None
+    make = Making(method)
+    command = flat(plain, {"model": method.model}, method=(method.settings, make))
+    command.__doc__ = explained(method, plain)
+    return command
+
+
+class Making:
+    """Makes the method from the options, when the command runs; the card is at hand before."""
+
+    def __init__(self, method: catalog.Method) -> None:
+        self.method = method
+
+    def __call__(self, **settings: Any) -> Any:
+        made = self.method.run(**settings)
+        made.card = self.method
+        return made
+
+
+def explained(method: catalog.Method, plain: Callable[..., Any]) -> str:
+    """The help of a derived command: what the method does, what is shown, examples."""
+    lines = [f"{method.name}: {method.does}.", (plain.__doc__ or "").strip()]
+    if method.examples:
+        lines += ["[bold]Examples[/]", *(f"  {e}" for e in method.examples)]
+    return "\n\n".join(lines)

@@ -38,8 +38,8 @@ def prompt_text(prompt: str, question: str | None, words: int | None) -> str:
 
 def prompt_ids(content: str, model: Any, tokenizer: Any, tokens: int, chat: bool) -> Any:
     """Token ids of the prompt, `[1, tokens]`."""
-    from regard.see.tokens import reader
-    from regard.steer.label_scores import check_model
+    from regard.parts.labels import check_model
+    from regard.watching.tokens import reader
 
     tokenizer = reader(tokenizer)
     check_model(model, tokenizer)
@@ -83,7 +83,7 @@ def timed_answer(
     import torch
     from transformers import DynamicCache, StoppingCriteriaList
 
-    from regard.api import apply
+    from regard.watching.watch import apply
 
     cache = DynamicCache(config=model.config)
     stamps: list[float] = []
@@ -122,7 +122,7 @@ def timed_answer(
 
 def held_bytes(cache: Any) -> int:
     """Bytes of the keys and values of a cache, counted from storage."""
-    from regard.reach.cache import MethodLayer
+    from regard.parts.decoding.cache import MethodLayer
 
     total = 0
     for layer in cache.layers:
@@ -149,7 +149,7 @@ def greedy_answer(
     """The greedy answer, and the log-probabilities of its first token."""
     import torch
 
-    from regard.api import apply
+    from regard.watching.watch import apply
 
     with torch.no_grad(), apply(model, *methods):
         out = model.generate(

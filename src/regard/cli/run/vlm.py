@@ -94,8 +94,8 @@ def prefill(model: Any, inputs: Any, methods: list[Any]) -> tuple[float, int]:
 
     import torch
 
-    from regard.api import apply
-    from regard.shrink.visiondrop_cache import nbytes
+    from regard.shrink.visiondrop.cache import nbytes
+    from regard.watching.watch import apply
 
     seconds, held = 0.0, 0
     with torch.no_grad(), apply(model, *methods):

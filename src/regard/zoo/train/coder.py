@@ -189,7 +189,7 @@ def passed(coder: Any, count: int, seed: int = 20_000) -> dict[str, float]:
 
 def judged(images: Tensor, drawn: Drawn) -> dict[str, float]:
     """Shares of images `[scenes, 3, side, side]` that show what their scene says."""
-    from regard.trials.scenes import judge
+    from regard.lab.trials.scenes import judge
 
     pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
     verdicts = [judge(pixels[n], drawn.scene(n)) for n in range(len(drawn))]

@@ -1,0 +1,174 @@
+"""Commands from dataclasses: a parameter that is annotated with `Settings` becomes its options.
+
+`flat` turns a function into one that typer can read. A method's command is such a function: it is
+written once for a kind of input, and takes the method's settings from its card.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from regard.cards import Checked, bounds_of
+from regard.errors import InputError
+
+PANELS = {"Settings": "Settings of the method", "Loading": "Loading"}
+_PLAIN = (bool, int, float, str, Path)
+
+
+def flat(
+    function: Callable[..., Any], defaults: dict[str, Any] | None = None, **kinds: Any
+) -> Callable[..., Any]:
+    """The function with one option for each field of its parameters that are `Settings`.
+
+    Args:
+        defaults: other defaults than the function's own.
+        kinds: the class of a parameter, in place of its annotation; a pair (class, make) gives the
+            function `make(**settings)` in place of an object of the class.
+
+    >>> from dataclasses import dataclass
+    >>> from regard.cards import setting
+    >>> @dataclass(eq=False)
+    ... class Cut(Checked):
+    ...     ratio: float = setting(0.5, "share kept", above=0, to=1)
+    >>> def run(cut: Cut, model: str = "tiny") -> None: ...
+    >>> list(inspect.signature(flat(run)).parameters)
+    ['ctx', 'model', 'ratio']
+    """
+    hints = get_type_hints(function, include_extras=True)
+    plain, options, groups = [], [], {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind = kinds.get(parameter.name, hints.get(parameter.name))
+        kind, make = kind if isinstance(kind, tuple) else (kind, kind)
+        if isinstance(kind, type) and issubclass(kind, Checked):
+            own = [f for f in fields(kind) if f.metadata and f.metadata["option"] != ""]  # type: ignore[arg-type]
+            groups[parameter.name] = (make, own)
+            options += [_parameter(f, kind, PANELS.get(kind.__name__)) for f in own]
+        elif kind is None and parameter.name in kinds:
+            groups[parameter.name] = (make, [])
+        else:
+            default = (defaults or {}).get(parameter.name, parameter.default)
+            plain.append(parameter.replace(annotation=kind, default=default))
+    if not groups:
+        return function
+    names = [p.name for p in (*plain, *options)]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"{function.__name__} takes {', '.join(twice)} twice")
+    order = {inspect.Parameter.empty: 0}
+    shown = sorted([*plain, *options], key=lambda p: order.get(p.default, 1))
+
+    @functools.wraps(function)
+    def command(ctx: typer.Context, **given: Any) -> Any:
+        for name, (make, own) in groups.items():
+            values = {f.name: given.pop(f.name) for f in own}
+            _together(own, ctx)
+            given[name] = make(
+                **{n: v for n, v in values.items() if v is not None or _none(n, own)}
+            )
+        return function(**given)
+
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [_CONTEXT, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown)]
+    )
+    command.__annotations__ = {p.name: p.annotation for p in (_CONTEXT, *shown)}
+    return command
+
+
+class Commands(typer.Typer):
+    """A group of commands whose functions may take `Settings`."""
+
+    def __init__(self, help: str, **more: Any) -> None:
+        super().__init__(help=help, no_args_is_help=True, rich_markup_mode="rich", **more)
+        self.callback()(_nothing)
+
+    def command(self, name: str | None = None, **more: Any) -> Callable[..., Any]:
+        register = super().command(name, **more)
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            register(flat(function) if not hasattr(function, "__signature__") else function)
+            return function
+
+        return add
+
+
+def _nothing() -> None:
+    """A group with a callback keeps its name before a single command."""
+
+
+_CONTEXT = inspect.Parameter(
+    "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+)
+
+
+def _none(name: str, own: list[Any]) -> bool:
+    """Whether None is the field's own default, and not a list that nobody gave."""
+    field = next(f for f in own if f.name == name)
+    return field.default_factory is MISSING
+
+
+def _parameter(field: Field[Any], kind: type, panel: str | None) -> inspect.Parameter:
+    rule = field.metadata
+    default = field.default if field.default is not MISSING else None
+    name = rule["option"] or field.name.replace("_", "-")
+    help = _help(field)
+    type_, parser = _type(field, kind)
+    words = [f"--{name}"]
+    if type_ is bool:
+        words = [f"--{name}/--no-{name}"]
+    if rule["alias"]:
+        words.append(f"--{rule['alias']}")
+    option: Any = typer.Option(*words, help=help, parser=parser, rich_help_panel=panel)
+    if default is None and type_ is not list[str]:
+        type_ = type_ | None
+    elif type_ is list[str]:
+        type_ = list[str] | None
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[type_, option],
+    )
+
+
+def _help(field: Field[Any]) -> str:
+    rule = field.metadata
+    said = rule["help"][0].upper() + rule["help"][1:]
+    if rule["among"]:
+        said += f": {', '.join(rule['among'])}"
+    elif bounds := bounds_of(field):
+        said += f" ({bounds.removeprefix('of ')})"
+    return said + "."
+
+
+def _type(field: Field[Any], kind: type) -> tuple[Any, Callable[[str], Any] | None]:
+    """What the command line takes for a field, and what reads it."""
+    given = field.metadata["kind"]
+    if given is not None and not isinstance(given, type):
+        return str, given
+    if given is not None:
+        return given, None
+    hint = get_type_hints(kind)[field.name]
+    for one in getattr(hint, "__args__", (hint,)):
+        if one in _PLAIN:
+            return one, None
+    return list[str], None
+
+
+def _together(own: list[Any], context: typer.Context) -> None:
+    """Refuse options that say one thing twice, or that do nothing by themselves."""
+    word = {f.name: "--" + (f.metadata["option"] or f.name.replace("_", "-")) for f in own}
+    typed = {
+        n for n in word if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"
+    }
+    for name, rule in ((f.name, f.metadata) for f in own if f.name in typed):
+        if rule["excludes"] in typed:
+            raise InputError(f"{word[name]} and {word[rule['excludes']]} are mutually exclusive")
+        if rule["needs"] and rule["needs"] not in typed:
+            raise InputError(f"{word[name]} needs {word[rule['needs']]}")

@@ -1,0 +1,1 @@
+"""How anything is judged: claims and their verdicts, trials, benches."""

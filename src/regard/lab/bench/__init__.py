@@ -1,0 +1,1 @@
+"""What things cost here: measured in one run, in fresh processes, kept as JSON."""

@@ -1,0 +1,290 @@
+"""What a long context costs while a model writes: stock transformers, Recycled and Task-KV in turn.
+
+`regard bench decode --out benchmarks/results/decode.json` measures, and goes on where it was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.errors import InputError
+
+from .record import (
+    FAILED,
+    Cell,
+    Result,
+    environment,
+    judged,
+    machine_md,
+    median,
+    ratios,
+    resume,
+    show_progress,
+    spread,
+    targets_md,
+)
+from .timer import seconds
+
+BUDGET, STRIDE = 1024, 16
+RATIO, SLACK = 0.4, 1.02
+BLOCK = STRIDE  # tokens written by each way before the next one's turn: one whole stride
+MB = 1e6
+ROWS = {
+    "stock": "stock transformers, sdpa",
+    "recycled": f"Recycled, budget {BUDGET}, stride {STRIDE}",
+    "task-kv": f"Task-KV, ratio {RATIO}",
+}
+TARGETS: list[dict[str, Any]] = [
+    {"row": "recycled", "least": 1.6, "rule": "Recycled: at least 1.6 times the tokens a second"},
+    {"row": "task-kv", "least": 1.3, "rule": "Task-KV: at least 1.3 times the tokens a second"},
+    {
+        "row": "task-kv",
+        "most": RATIO * SLACK,
+        "rule": f"Task-KV: once the prompt is read, at most {RATIO} x {SLACK} of the stock cache's "
+        "bytes, counted from storage",
+    },
+]
+
+
+def run(
+    model: str = "smollm2-135m",
+    *,
+    context: int = 8192,
+    rounds: int = 5,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    progress: Any = show_progress,
+) -> Result:
+    """Read one prompt in every way, then let them write in turn, so many rounds.
+
+    Args:
+        model: a name of `regard.models()`, a folder or a hub id.
+        context: tokens at the end, written ones included; the prompt is the beginning of
+            northanger-abbey.
+        rounds: how often each way writes `BLOCK` tokens, greedily, with `model.generate`.
+        out: JSON file, written after every round.
+
+    Raises:
+        InputError: a context or number of rounds that cannot be, a file that holds another run.
+    """
+    prompt = context - 2 - rounds * BLOCK  # reading it gives a token, and one more warms up
+    if rounds < 1 or prompt < 16:
+        raise InputError(
+            f"context holds a prompt of at least 16 tokens and {BLOCK} for each of at least one "
+            f"round: {context} with {rounds} rounds does not"
+        )
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    loaded, ids = opening(model, prompt, context)
+    loaded.generation_config.eos_token_id = None  # every way writes as many tokens
+    settings = {
+        "model": Path(model).name,
+        "context": context,
+        "prompt": prompt,
+        "rounds": rounds,
+        "tokens a round": BLOCK,
+        "budget": BUDGET,
+        "stride": STRIDE,
+        "ratio": RATIO,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "attention": loaded.config._attn_implementation,
+    }
+    fresh = Result("decode", settings, environment(threads), [dict(t) for t in TARGETS])
+    result = resume(out, fresh)
+    for name in ROWS:
+        result.cells.setdefault(name, Cell({"row": name}, values={"seconds": []}))
+    if done(result) >= rounds:
+        return result
+    ways: dict[str, _Way] = {}
+    for name in ROWS:
+        try:
+            ways[name] = way = _Way(loaded, _method(name), ids)
+        except Exception as problem:  # one way that cannot run leaves the others to be measured
+            if name == "stock":
+                raise
+            result.cells[name] = Cell({"row": name}, FAILED, f"{type(problem).__name__}: {problem}")
+            progress(f"{name}: {result.cells[name].reason}")
+            continue
+        result.cells[name].outcome = "measured"
+        result.cells[name].values.update(prefill=round(way.prefill, 2), bytes_prompt=way.bytes)
+        progress(f"{name}: prompt of {prompt} tokens in {way.prefill:.1f} s, {way.bytes} bytes")
+    # the first step grows the stores; a resumed run writes the tokens of the rounds before again
+    for way in ways.values():
+        way.write(1 + done(result) * BLOCK)
+    while (count := done(result)) < rounds:
+        taken = {name: way.write(BLOCK) for name, way in ways.items()}
+        for name, value in taken.items():
+            cell = result.cells[name]
+            cell.values["seconds"].append(round(value, 4))
+            cell.values["bytes_end"] = ways[name].bytes
+            if hasattr(ways[name].method, "entries_per_token"):
+                cell.values["entries"] = round(ways[name].method.entries_per_token, 1)
+        result.save(out)
+        progress(f"round {count + 1} of {rounds}: {_words(taken)}")
+    return result
+
+
+def opening(model: str, tokens: int, context: int) -> tuple[Any, torch.Tensor]:
+    """The model, and so many first tokens of northanger-abbey for it.
+
+    Raises:
+        InputError: an encoder-decoder, fewer positions than `context`, a text that is too short.
+    """
+    from regard import zoo
+
+    loaded, tokenizer = zoo.load(model)
+    if loaded.config.is_encoder_decoder:
+        raise InputError(f"{model} is an encoder-decoder: name a decoder, such as smollm2-135m")
+    room = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and context > room:
+        raise InputError(f"{model} has {room} positions: choose at most so many tokens")
+    ids = tokenizer(zoo.text("northanger-abbey"), return_tensors="pt").input_ids[:, :tokens]
+    if ids.shape[1] < tokens:
+        raise InputError(f"the text has {ids.shape[1]} tokens: choose fewer")
+    return loaded, ids
+
+
+class _Way:
+    """One way to write: a cache of its own that has read the prompt."""
+
+    def __init__(self, model: Any, method: Any, ids: torch.Tensor) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.method, self.ids = model, method, ids
+        self.cache = DynamicCache(config=model.config)
+        self.prefill = self.write(1)
+
+    def write(self, count: int) -> float:
+        """Write so many tokens after those that are there; seconds."""
+        from regard.watching.watch import apply
+
+        if count == 0:
+            return 0.0
+
+        def generate() -> None:
+            self.ids = self.model.generate(
+                self.ids,
+                attention_mask=torch.ones_like(self.ids),
+                past_key_values=self.cache,
+                max_new_tokens=count,
+                do_sample=False,
+            )
+
+        if self.method is None:  # stock: no session, transformers' own attention
+            return seconds(generate)
+        with torch.no_grad(), apply(self.model, self.method):
+            return seconds(generate)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values held, counted from storage."""
+        return sum(held(layer) for layer in self.cache.layers)
+
+
+def held(layer: Any) -> int:
+    """Bytes that one layer of a cache holds, counted from storage."""
+    if hasattr(layer, "nbytes"):
+        return int(layer.nbytes)
+    stores = {
+        t.untyped_storage().data_ptr(): t.untyped_storage() for t in (layer.keys, layer.values)
+    }
+    return sum(s.nbytes() for s in stores.values())
+
+
+def _method(name: str) -> Any:
+    if name == "recycled":
+        from regard.shrink import Recycled
+
+        return Recycled(budget=BUDGET, stride=STRIDE)
+    if name == "task-kv":
+        from regard.shrink import TaskKV
+
+        return TaskKV(ratio=RATIO)
+    return None
+
+
+def done(result: Result) -> int:
+    """How many rounds of stock transformers are there."""
+    return len(result.cells["stock"].values.get("seconds", []))
+
+
+def faster(result: Result, row: str) -> list[float]:
+    """How many times the tokens a second of stock transformers in the same round."""
+    return ratios(result, "stock", base=row)
+
+
+def judge(result: Result) -> list[dict[str, str]]:
+    """Every target with what was measured."""
+
+    def measured(target: dict[str, Any]) -> tuple[float, str] | None:
+        speeds = faster(result, target["row"])
+        if "least" in target or not speeds:
+            return median(speeds)
+        own, stock = (result.cells[n].values["bytes_prompt"] for n in (target["row"], "stock"))
+        return own / stock, f"{own / stock:.4f}"
+
+    return judged(result, measured)
+
+
+def markdown(result: Result, source: str) -> str:
+    """The page as text; the same result gives the same text."""
+    s = result.settings
+    stock = result.cells["stock"].values
+    count = done(result)
+    lines = [
+        "# Writing after a long context",
+        "",
+        f"<!-- Generated from {source} by `regard bench decode`; do not edit. -->",
+        "",
+        f"{s['model']} ({s['dtype']}) reads {s['prompt']} tokens and then writes, greedily with "
+        f"`model.generate`, {s['tokens a round']} tokens in every way in turn, {count} rounds in "
+        f"one process, up to {s['context']} tokens of context. Stock transformers runs its own "
+        f"{s['attention']} attention and cache.",
+        "",
+        *targets_md(judge(result)),
+        "## Time and memory",
+        "",
+        "| | tokens/s | range | times stock | range | MB after the prompt | share of stock | MB at "
+        "the end | share of stock | prompt, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row, name in ROWS.items():
+        cell = result.get(row)
+        if cell is None or not cell.values.get("seconds"):
+            why = result.cells[row].reason if row in result.cells else ""
+            lines.append(f"| {name} | not measured: {why or 'no run'} |" + " |" * 8)
+            continue
+        v = cell.values
+        speed = spread([s["tokens a round"] / t for t in v["seconds"]])
+        of = spread(faster(result, row))
+        lines.append(
+            f"| {name} | {speed['median']:.1f} | {speed['low']:.1f} to {speed['high']:.1f} | "
+            f"{of['median']:.2f} | {of['low']:.2f} to {of['high']:.2f} | "
+            f"{v['bytes_prompt'] / MB:.0f} | {v['bytes_prompt'] / stock['bytes_prompt']:.3f} | "
+            f"{v['bytes_end'] / MB:.0f} | {v['bytes_end'] / stock['bytes_end']:.3f} | "
+            f"{v['prefill']:.1f} |"
+        )
+    entries = result.cells["recycled"].values.get("entries")
+    lines += [
+        "",
+        f"Medians of {count} rounds; a ratio compares the two ways within a round. Bytes are "
+        "those of the storage behind keys, values and what each method keeps beside them. The "
+        "time of the prompt is one measurement.",
+    ]
+    if entries is not None:
+        lines.append(
+            f"Recycled keeps every row, so it holds more; a written token reads {entries:.0f} keys "
+            f"in each key head on average, where stock reads all."
+        )
+    return "\n".join([*lines, *machine_md(result)])
+
+
+def _words(taken: dict[str, float]) -> str:
+    return ", ".join(
+        f"{n} {BLOCK / t:.1f} tokens/s ({taken['stock'] / t:.2f})" for n, t in taken.items()
+    )

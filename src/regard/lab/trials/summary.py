@@ -1,0 +1,275 @@
+"""From single scores to one table: means, differences to the plain model, intervals; as JSON and
+for a terminal.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from regard.lab.intervals import bootstrap
+
+from .configurations import FULL, Configuration
+from .frame import Found, Values
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
+
+ALL = "all"
+BAR = 6  # letters of the longest bar
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that a trial gives every text.
+
+    Attributes:
+        key: its name in the results.
+        title: what it is called in a table.
+        better: "high" or "low".
+        exponential: shown as exp of the mean, as perplexity is of nats.
+    """
+
+    key: str
+    title: str
+    better: str
+    exponential: bool = False
+
+
+SCORES: dict[str, tuple[Score, ...]] = {
+    "perplexity": (Score("nll", "perplexity", "low", exponential=True),),
+    "ruler": (Score("recall", "recall", "high"),),
+    "labels": (Score("correct", "accuracy", "high"), Score("margin", "margin, nats", "high")),
+}
+"""The scores of every trial; the first is the one that a table is about."""
+
+
+def result(
+    trial: str,
+    found: Found,
+    configurations: Sequence[Configuration],
+    *,
+    model: str,
+    settings: dict[str, Any],
+    environment: dict[str, Any],
+    command: str,
+    source: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything about one run as plain JSON values: the table (`rows`) and every single score
+    (`texts`).
+    """
+    return {
+        "trial": trial,
+        "model": model,
+        "settings": settings,
+        "command": command,
+        "scores": [asdict(s) for s in SCORES[trial]],
+        "rows": rows(trial, found, configurations),
+        "low": found.low,
+        "skipped": found.skipped,
+        "refused": found.refused,
+        "notes": {key: notes for key, notes in found.notes.items() if notes},
+        "environment": environment,
+        "source": source,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "seconds": round(seconds, 1),
+        "texts": {
+            key: {task: {str(n): v for n, v in sorted(own.items())} for task, own in tasks.items()}
+            for key, tasks in found.values.items()
+        },
+    }
+
+
+def rows(trial: str, found: Found, configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
+    """One row for each configuration and task, and one over all tasks where there are several.
+
+    The last leaves out tasks that are too hard for the plain model. Intervals are 95 % bootstrap
+    intervals over texts; a difference to the plain model is that of the same texts.
+    """
+    tasks = list(found.values.get(FULL, {}))
+    fair = [t for t in tasks if t not in found.low]
+    made = []
+    for configuration in configurations:
+        own = found.values.get(configuration.key, {})
+        for task in tasks:
+            if task in own:
+                made.append(_row(trial, found, configuration, task, [task]))
+        if len(tasks) > 1 and fair and all(t in own for t in fair):
+            made.append(_row(trial, found, configuration, ALL, fair))
+    return made
+
+
+def _row(
+    trial: str, found: Found, configuration: Configuration, name: str, tasks: list[str]
+) -> dict[str, Any]:
+    own, plain = found.values[configuration.key], found.values[FULL]
+    pairs = [(own[t][n], plain[t][n]) for t in tasks for n in sorted(own[t])]
+    row: dict[str, Any] = {
+        "configuration": configuration.key,
+        "name": configuration.name,
+        "ratio": configuration.ratio,
+        "task": name,
+        "tasks": len(tasks),
+        "texts": len(pairs),
+    }
+    for score in SCORES[trial]:
+        row[score.key] = _measured(score, pairs)
+        if configuration.name != FULL:
+            row[score.key]["difference"] = _spread([a[score.key] - b[score.key] for a, b in pairs])
+    row["held"] = sum(a["held"] for a, _ in pairs) / max(sum(b["held"] for _, b in pairs), 1)
+    read = [a["read"] / b["read"] for a, b in pairs if a["read"] and b["read"]]
+    row["read"] = sum(read) / len(read) if read else None
+    return row
+
+
+def _measured(score: Score, pairs: list[tuple[Values, Values]]) -> dict[str, Any]:
+    found = _spread([a[score.key] for a, _ in pairs])
+    if not score.exponential:
+        return found
+    return {**found, "exp": {name: math.exp(x) for name, x in found.items()}}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    low, high = bootstrap(values)
+    return {"mean": sum(values) / len(values), "low": low, "high": high}
+
+
+# -- for a terminal --------------------------------------------------------------------------------
+def table(result: dict[str, Any]) -> Group:
+    """The result for `rich` to print."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    scores = [Score(**s) for s in result["scores"]]
+    tasks = list(dict.fromkeys(r["task"] for r in result["rows"]))
+    parts: list[Any] = []
+    for task in tasks:
+        own = [r for r in result["rows"] if r["task"] == task]
+        title = f"{result['trial']} on {result['model']}"
+        shown = Table(
+            title=Text(f"{title}: {heading(result, task)}" if len(tasks) > 1 else title),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
+        shown.add_column("configuration", overflow="fold")
+        for score in scores:
+            shown.add_column(Text(score.title), justify="right", no_wrap=True)
+            shown.add_column("", no_wrap=True)
+            unit = ", nats" if score.exponential else ""
+            shown.add_column(f"to full{unit} (95 %)", justify="right", no_wrap=True)
+        shown.add_column("held", justify="right", no_wrap=True)
+        shown.add_column("read", justify="right", no_wrap=True)
+        for row in own:
+            cells: list[Any] = [Text(row["configuration"])]
+            for score in scores:
+                most = max(abs(shown_mean(score, r)) for r in own)
+                cells += _cells(score, row, most, weak=task in result["low"])
+            shown.add_row(*cells, percent(row["held"]), percent(row["read"]))
+        parts.append(shown)
+    parts += [Text(line) for line in remarks(result)]
+    return Group(*parts)
+
+
+def heading(result: dict[str, Any], task: str) -> str:
+    """What a part of the table is about."""
+    if task != ALL:
+        return f"{task}{' (too hard for the model)' if task in result['low'] else ''}"
+    count = next(r["tasks"] for r in result["rows"] if r["task"] == ALL)
+    return f"all {count} tasks together" if not result["low"] else (
+        f"the {count} tasks together that the model can do"
+    )  # fmt: skip
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """What a reader of the numbers should know, a line each."""
+    first = Score(**result["scores"][0])
+    lines = [
+        "Intervals are 95 % bootstrap intervals over texts; held: bytes of keys and values after "
+        "the prompt; read: keys that a query head reads for a new token; both as shares of full."
+    ]
+    if result["low"]:
+        least = result["settings"].get("ceiling")
+        lines.append(
+            f"Below {least:g} {first.title} of the full model, too low to tell methods apart: "
+            f"{', '.join(result['low'])}"
+            + (" (not measured for the others)." if result["skipped"] else ".")
+            + " The tasks that are left were chosen by the full model's own score on these texts, "
+            "which flatters it a little."
+        )
+    for key, tasks in result["refused"].items():
+        lines += [f"{key} refused {task}: {reason}" for task, reason in tasks.items()]
+    for key, notes in result["notes"].items():
+        lines += [f"{key}: {note}" for note in notes]
+    return lines
+
+
+def shown_mean(score: Score, row: dict[str, Any]) -> float:
+    """The mean as it is shown."""
+    own = row[score.key]
+    return float(own["exp"]["mean"] if score.exponential else own["mean"])
+
+
+def percent(share: float | None) -> str:
+    """
+    >>> percent(0.256), percent(None)
+    ('26 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def number(score: Score, x: float) -> str:
+    """
+    >>> number(SCORES["ruler"][0], 0.5), number(SCORES["perplexity"][0], 12.345)
+    ('0.50', '12.35')
+    """
+    return f"{x:.2f}"
+
+
+def interval(score: Score, row: dict[str, Any]) -> str:
+    """The interval of the mean, as it is shown."""
+    own = row[score.key]["exp"] if score.exponential else row[score.key]
+    return f"{number(score, own['low'])} to {number(score, own['high'])}"
+
+
+def difference(score: Score, row: dict[str, Any]) -> str:
+    """The difference to the plain model with its interval, empty for the plain model itself."""
+    own = row[score.key].get("difference")
+    if own is None:
+        return ""
+    digits = 3 if score.exponential else 2
+    return (
+        f"{_signed(own['mean'], digits)} ({_signed(own['low'], digits)} to "
+        f"{_signed(own['high'], digits)})"
+    )
+
+
+def _signed(x: float, digits: int) -> str:
+    """
+    >>> _signed(0.1234, 2), _signed(-0.0001, 2), _signed(0.0, 2)
+    ('+0.12', '0.00', '0.00')
+    """
+    text = f"{x:+.{digits}f}"
+    return text if float(text) else f"{0:.{digits}f}"
+
+
+def _cells(score: Score, row: dict[str, Any], most: float, weak: bool) -> list[Text]:
+    from rich.text import Text
+
+    mean = shown_mean(score, row)
+    length = round(BAR * abs(mean) / most) if most else 0
+    own, style = row[score.key].get("difference"), ""
+    if own is not None and not weak and (own["low"] > 0 or own["high"] < 0):
+        style = "green" if (own["mean"] > 0) == (score.better == "high") else "red"
+    dim = "dim" if weak else ""
+    return [
+        Text(number(score, mean), dim),
+        Text("█" * length, "dim" if weak else "cyan"),
+        Text(difference(score, row), style or dim),
+    ]

@@ -1,0 +1,1 @@
+"""Caches, and what a method keeps of them."""

@@ -1,0 +1,1 @@
+"""Prompts, inversion and editing of diffusion pipelines."""

@@ -1,0 +1,1 @@
+"""Words, frames and cross-attention of speech models."""

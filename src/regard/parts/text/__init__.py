@@ -1,0 +1,1 @@
+"""Phrases and words of a prompt."""

@@ -1,0 +1,207 @@
+"""regard trial explanation: the table of `regard explain` over many utterances."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.common import check_output, load, write_json
+from regard.cli.see_speech import check_words, chosen
+from regard.errors import InputError
+
+from .command import (
+    MODEL,
+    Baseline,
+    Batch,
+    Frames,
+    Language,
+    Masks,
+    Model,
+    Seed,
+    Segments,
+    StateMasks,
+    Step,
+    Task,
+    Width,
+    margin_of,
+    number,
+    segment_list,
+)
+
+
+def explanation(
+    data: Annotated[
+        str, typer.Option(help="Folder of audio files, or @sentences: those that are shipped.")
+    ],
+    model: Model = MODEL,
+    masks: Masks = 2000,
+    state_masks: StateMasks = None,
+    segments: Segments = "2000,2500,3000",
+    width: Width = 1,
+    frames: Frames = "all",
+    baseline: Baseline = "mean",
+    language: Language = None,
+    task: Task = None,
+    step: Step = 5,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many utterances.")
+    ] = None,
+    seed: Seed = 0,
+    batch: Batch = 16,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", "--out", help="Write everything as JSON here, unfinished work beside; -."
+        ),
+    ] = None,
+) -> None:
+    """How well cross attention agrees with saliency, over many utterances.
+
+    A text file beside an audio file (talk.txt beside talk.wav) is what was said. With --json an
+    interrupted run goes on where it stopped.
+
+    [bold]Examples[/]
+
+      regard trial explanation --data recordings/ --masks 2000 --json out.json
+
+      regard trial explanation --data @sentences --frames real --masks 120 --segments 120,240
+    """
+    check_output(json)
+    check_words(None, task)
+    counts, margin = segment_list(segments), margin_of(frames)
+    items = _items(data)[:limit]
+    loaded, processor = load(model)
+    settings: dict[str, Any] = {
+        **{"masks": masks, "state_masks": state_masks, "segments": counts, "width": width},
+        **{"margin": margin, "baseline": baseline, **chosen(loaded, language, task)},
+        **{"step": step or None, "seed": seed, "batch": batch},
+    }
+    from regard.lab.reproduce.harness import Journal, fingerprint
+    from regard.progress import bar
+    from regard.see.cross_attention_explanation.method import explain
+
+    source = fingerprint("cross-attention-explanation")
+    key = {"trial": "explanation", "model": model, "settings": settings, "source": source}
+    beside = None if json is None or str(json) == "-" else json.with_name(f".{json.name}.partial")
+    journal = Journal(beside, key)
+    rows: list[dict[str, Any]] = []
+    with bar(len(items), "utterances") as tick:
+        for name, place in items:
+            try:
+                clip = _read(place)
+                make = partial(_row, explain, loaded, processor, clip, settings)
+                row = journal.get(f"{name} {_mark(clip)}", make)
+            except InputError as problem:  # the others are still worth the run
+                row = {"problem": str(problem)}
+            rows.append({"name": name, **row})
+            tick()
+    if all("problem" in row for row in rows):
+        raise InputError(f"nothing could be explained: {rows[0]['name']}: {rows[0]['problem']}")
+    result = {"model": model, "settings": settings, "utterances": rows, "means": means(rows)}
+    write_json(result, json)
+    if json is None or str(json) != "-":
+        _show(result)
+    journal.clear()
+
+
+def _items(data: str) -> list[tuple[str, Any]]:
+    """Names and places of the utterances, in order of their names."""
+    if data == "@sentences":
+        from regard.zoo.sentences import sentences
+
+        return [(s.name, s) for s in sentences()]
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{data} is no folder: name one with audio files, or @sentences")
+    from regard.zoo.audio import SUFFIXES
+
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise InputError(f"{data} holds no audio file: WAV, FLAC, Ogg and MP3 are looked for")
+    return [(p.name, p) for p in found]
+
+
+def _row(explain: Any, model: Any, processor: Any, clip: Any, settings: Any) -> dict[str, Any]:
+    found: dict[str, Any] = explain(model, processor, **clip, **settings, progress=False).as_dict()
+    return found
+
+
+def _mark(clip: dict[str, Any]) -> str:
+    """The same for the same sound and text, so that what was changed is not taken for done."""
+    return hashlib.sha256(clip["audio"].tobytes() + repr(clip["reference"]).encode()).hexdigest()
+
+
+def _read(place: Any) -> dict[str, Any]:
+    """Sound, and what is known of it."""
+    if not isinstance(place, Path):
+        return {"audio": place.audio, "reference": place.text, "words": place.words}
+    from regard.zoo import audio as sound
+
+    beside = place.with_suffix(".txt")
+    try:
+        said = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+    except UnicodeDecodeError:
+        raise InputError(f"{beside.name} is not UTF-8 text: convert it, or remove it") from None
+    return {"audio": sound.read(place).samples, "reference": said or None, "words": None}
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the utterances that could be explained, each with its 95 % bootstrap interval."""
+    from regard.lab.intervals import bootstrap
+
+    good = [r for r in rows if "problem" not in r]
+    columns: dict[str, list[float | None]] = {
+        "sound": [r["input"]["pearson"]["all"] for r in good],
+        "encoding": [r["states"]["pearson"]["all"] for r in good],
+        "mixing": [r["mixing"]["gap"] for r in good],
+        "reliability": [r["reliability"]["pooled"][1] for r in good],
+        "reliability of the encoding": [r["reliability"]["states"][1] for r in good],
+    }
+    for name in ("attention", "pooled", "saliency", "random steps", "random cells"):
+        columns[f"deletion, {name}"] = [
+            r["deletion"]["scores"][name] if r["deletion"] else None for r in good
+        ]
+    made: dict[str, Any] = {}
+    for name, values in columns.items():
+        known = [v for v in values if v is not None]
+        if known:
+            made[name] = {"mean": fmean(known), "interval": bootstrap(known), "of": len(known)}
+    return made
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("utterance", "sound", "encoding", "reliability", "deletion", "transcript"):
+        table.add_column(name, justify="left" if name in ("utterance", "transcript") else "right")
+    for row in result["utterances"]:
+        if "problem" in row:
+            table.add_row(row["name"], "-", "-", "-", "-", Text(row["problem"]))
+            continue
+        table.add_row(
+            Text(row["name"]),
+            *(number(row[on]["pearson"]["all"]) for on in ("input", "states")),
+            number(row["reliability"]["pooled"][1]),
+            number(row["deletion"]["scores"]["attention"] if row["deletion"] else None),
+            Text(row["transcript"]),
+        )
+    console.print(table)
+    means_table = Table(box=box.SIMPLE_HEAD, title="Means", title_justify="left")
+    for name in ("", "mean", "95 % interval", "utterances"):
+        means_table.add_column(name, justify="left" if not name else "right")
+    for name, value in result["means"].items():
+        low, high = value["interval"]
+        means_table.add_row(
+            name, f"{value['mean']:.3f}", f"{low:.3f} to {high:.3f}", str(value["of"])
+        )
+    console.print(means_table)

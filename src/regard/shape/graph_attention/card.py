@@ -1,0 +1,17 @@
+"""The card of Graph-aware attention."""
+
+from regard.cards import Card, Paper
+
+CARD = Card(
+    slug="graph-attention",
+    name="Graph-aware attention",
+    verb="shape",
+    does="read attention as a graph and aggregate it with graph networks",
+    paper=Paper(
+        "Graph-Aware Isomorphic Attention for Adaptive Dynamics in Transformers",
+        "Buehler",
+        2025,
+        "2501.02393",
+    ),
+    families=("causal LM",),
+)

@@ -1,0 +1,213 @@
+"""A concept from a few pictures: the embedding of one word, learnt by textual inversion.
+
+The word stands for the concept in prompts; only its input embedding is learnt, and the pipeline is
+never changed. What is learnt is one tensor of a safetensors file, in the form that diffusers'
+`load_textual_inversion` reads. While it is learnt, a hidden file beside it holds what it takes to
+go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from regard import files
+from regard.errors import InputError
+from regard.parts.diffusion.inversion import encode_image, fingerprint, frozen, predict
+
+TOKEN = "<concept>"
+
+
+def word_id(pipe: Any, word: str) -> int:
+    """The id of a word that is one token.
+
+    Raises:
+        InputError: a word of several tokens.
+    """
+    ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise InputError(
+            f"{word!r} is {len(ids)} tokens for this text encoder: choose a word of one token"
+        )
+    return int(ids[0])
+
+
+@contextmanager
+def _as(pipe: Any, token: int, vector: Tensor) -> Iterator[None]:
+    """The text encoder with another input embedding for one token."""
+
+    def swap(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        ids = args[0]
+        return torch.where((ids == token)[..., None], vector.to(out), out)
+
+    hook = pipe.text_encoder.get_input_embeddings().register_forward_hook(swap)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def encode(pipe: Any, prompt: str, word: str, vector: Tensor) -> Tensor:
+    """The encoding of a prompt in which a word stands for a learnt concept, `[1, tokens, dim]`."""
+    tokenizer = pipe.tokenizer
+    ids = tokenizer(
+        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+        return_tensors="pt",
+    ).input_ids.to(pipe.unet.device)  # fmt: skip
+    token = word_id(pipe, word)
+    if not bool((ids == token).any()):
+        raise InputError(f"{word!r} is not in {prompt!r}: the word stands for the concept there")
+    with _as(pipe, token, vector):
+        found = pipe.text_encoder(ids)[0]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def learn(
+    pipe: Any,
+    images: Sequence[Any],
+    word: str,
+    *,
+    prompt: str = "a {}",
+    steps: int = 200,
+    lr: float = 5e-3,
+    batch: int = 4,
+    seed: int = 0,
+    file: Path | None = None,
+    progress: Callable[[], None] | None = None,
+) -> Tensor:
+    """The embedding under which the pipeline draws what these pictures show, `[dim]`.
+
+    Args:
+        word: a word of one token to begin with, which stands for the concept in `prompt`.
+        prompt: what the pictures are called; {} is the word.
+        file: keep the concept here, step by step, and go on from what is there; what was learnt
+            from other pictures or with other settings is not taken up.
+        progress: called after each step that is made.
+
+    >>> from PIL import Image
+    >>> from regard.zoo.tiny_diffusion import tiny_pipeline
+    >>> pipe = tiny_pipeline("sd")
+    >>> learn(pipe, [Image.new("RGB", (32, 32), "red")], "circle", steps=1).shape
+    torch.Size([32])
+
+    Raises:
+        InputError: no picture, pictures of several sizes, or a word of several tokens.
+    """
+    if not images:
+        raise InputError("a concept needs at least one picture")
+    if len({image.size for image in images}) > 1:
+        raise InputError("the pictures of a concept have one size: resize them first")
+    token, device = word_id(pipe, word), pipe.unet.device
+    make = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        latents = torch.cat([encode_image(pipe, image) for image in images])
+    settings = [word, prompt, steps, lr, batch, seed, fingerprint(pipe, latents)]
+    kept = _Kept(file, dumps(settings))
+    done = kept.finished()
+    if done is not None:
+        return done.to(device)
+    start = pipe.text_encoder.get_input_embeddings().weight[token]
+    vector = start.detach().clone().float().requires_grad_()
+    adam = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0)
+    first = kept.resume(vector, adam, make)
+    noise_of = pipe.scheduler
+    last = noise_of.config.num_train_timesteps
+    with frozen(pipe.unet, pipe.text_encoder), torch.enable_grad():
+        for _ in range(first, steps):
+            rows = torch.randint(len(latents), (batch,), generator=make)
+            clean = latents[rows.to(device)]
+            noise = torch.randn(clean.shape, generator=make).to(clean)
+            time = torch.randint(last, (batch,), generator=make).to(device)
+            embeds = encode(pipe, prompt.format(word), word, vector).expand(batch, -1, -1)
+            said = predict(pipe, noise_of.add_noise(clean, noise, time), time, embeds)
+            wanted = noise
+            if noise_of.config.prediction_type == "v_prediction":
+                wanted = noise_of.get_velocity(clean, noise, time)
+            loss = F.mse_loss(said.float(), wanted.float())
+            (vector.grad,) = torch.autograd.grad(loss, vector)
+            adam.step()
+            kept.write(vector, adam, make)
+            if progress is not None:
+                progress()
+    kept.finish(vector.detach())
+    return vector.detach()
+
+
+class _Kept:
+    """A concept on disk, finished or on the way, with what it was made with."""
+
+    def __init__(self, file: Path | None, plan: str) -> None:
+        self.file, self.plan = file, {"plan": plan}
+        self.part = None if file is None else file.with_name(f".{file.name}.unfinished")
+
+    def _read(self, path: Path | None) -> dict[str, Tensor] | None:
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as held:
+                if held.metadata() != self.plan:
+                    return None
+                return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None  # half a file is no file
+
+    def finished(self) -> Tensor | None:
+        held = self._read(self.file)
+        return None if held is None else held[TOKEN].flatten()
+
+    def resume(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> int:
+        """Put all three where the last run stopped; how many steps it had made."""
+        held = self._read(self.part)
+        if held is None:
+            return 0
+        with torch.no_grad():
+            vector.copy_(held["vector"])
+        names = ("step", "exp_avg", "exp_avg_sq")
+        adam.state[vector] = {n: held[n].to("cpu" if n == "step" else vector) for n in names}
+        make.set_state(held["noise"])
+        return int(held["step"])
+
+    def write(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> None:
+        if self.part is not None:
+            held = {**adam.state[vector], "vector": vector, "noise": make.get_state()}
+            plain = {n: t.detach().cpu().contiguous() for n, t in held.items()}
+            files.write_bytes(self.part, to_bytes(plain, self.plan))
+
+    def finish(self, vector: Tensor) -> None:
+        if self.file is not None and self.part is not None:
+            save(self.file, vector, self.plan)
+            self.part.unlink(missing_ok=True)
+
+
+def save(path: Path, vector: Tensor, about: dict[str, str] | None = None) -> None:
+    """Write a concept whole or not at all."""
+    files.write_bytes(path, to_bytes({TOKEN: vector[None].contiguous().cpu()}, about))
+
+
+def load(path: Path) -> Tensor:
+    """The vector of a concept's file.
+
+    Raises:
+        InputError: no such file, or one that holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as held:
+            names = list(held.keys())
+            if len(names) == 1:
+                found: Tensor = held.get_tensor(names[0]).flatten()
+                return found
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except SafetensorError as problem:
+        raise InputError(f"{path} is no learnt concept: {problem}") from None
+    raise InputError(f"{path} is no learnt concept: it holds {len(names)} tensors, not one")

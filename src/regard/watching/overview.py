@@ -1,0 +1,456 @@
+"""The overview: what a `Watch` has seen, as one plain dictionary for pages, notebooks, terminals
+and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core import (
+    Columns,
+    Fact,
+    Influence,
+    Mass,
+    Rows,
+    Thumbnail,
+    TopKeys,
+    WindowedDistance,
+)
+from regard.errors import InputError
+from regard.versions import versions
+
+from .heads import Heads, head_split, peaks
+from .sinks import EPSILON, hidden_sinks, sink_rate
+from .tokens import pieces
+
+BINS = 512
+LISTED = 20_000  # values of a fact that JSON lists one by one
+LINES = 8  # views of one fact that has several: rows, columns, segments
+TAIL = 16  # the last tokens are seen by few queries, so what they receive on average says little
+_HELP = {
+    "received": (
+        "attention received",
+        "share of later tokens' attention that lands here, mean over layers and heads",
+        "share",
+    ),
+    "entropy": (
+        "entropy",
+        "how spread this token's own look is, mean over layers and heads",
+        "nats",
+    ),
+    "distance": ("look-back distance", "how far back this token looks on average", "tokens"),
+    "waad": (
+        "windowed distance (WAAD)",
+        "mean look-back, clipped to the window, over layers and heads",
+        "tokens",
+    ),
+    "fai": (
+        "future influence (FAI)",
+        "attention from tokens further on, mean over layers and heads",
+        "share",
+    ),
+    "received_sum": (
+        "attention received, summed",
+        "attention that lands here, summed over all tokens that look, mean over layers and heads",
+        "",
+    ),
+    "collision": (
+        "collision",
+        "chance that two draws from this token's look hit the same key, mean over layers and heads",
+        "share",
+    ),
+    "top": (
+        "among the top keys",
+        "what the chosen queries give this token where it is one of their top keys, mean over "
+        "layers and heads",
+        "share",
+    ),
+}
+
+
+def live(seen: Any, axis: str) -> Tensor | None:
+    """Which positions along the axis "queries" or "keys" of a fact are tokens, `[batch,
+    positions]`; None where all are, for lack of padding.
+    """
+    record = seen.record
+    if record.live is None or (axis == "keys" and record.site.kind == "cross"):
+        return None
+    known: Tensor = record.live.cpu()
+    if axis == "keys":  # what a cache held before is taken for tokens
+        known = torch.cat([known.new_ones(len(known), record.end - record.rows), known], 1)
+    return known
+
+
+def stack(seen: Any, name: str | Fact, row: int = 0) -> tuple[list[int], Tensor] | None:
+    """One fact of one batch row over the layers of the main part: (layers, `[layers, heads,
+    ...]`), without padding; None if not watched.
+    """
+    if name not in seen:
+        return None
+    fact = next(f for f in seen.facts if name in (f, f.name))
+    layers = seen[fact]
+    if not len(layers) or len({layers[n].shape for n in layers}) > 1:
+        return None
+    values = torch.stack([layers[n][row].float() for n in layers]).cpu()
+    return list(layers), _without_padding(fact, values, seen, row)
+
+
+def _without_padding(fact: Fact, values: Tensor, seen: Any, row: int) -> Tensor:
+    """`[layers, heads, ...]` of the tokens of a row alone."""
+    kept = live(seen, "queries" if fact.axis == "queries" else "keys")
+    if kept is None:
+        return values
+    where = kept[row].nonzero()[:, 0]
+    if isinstance(fact, Thumbnail):  # bins stay whole
+        width = fact.width(kept.shape[1])
+        bins = slice(int(where[0]) // width, int(where[-1]) // width + 1)
+        return values[:, :, bins, bins]
+    return values.index_select(3 if isinstance(fact, Rows) else 2, where)
+
+
+class Table(list[dict[str, Any]]):
+    """Rows that print as a table, in a terminal and in a notebook."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "(no rows)"
+        lines = [list(self[0]), *([_short(v) for v in row.values()] for row in self)]
+        widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in lines)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in (self[0] if self else ()))
+        rows = ("".join(f"<td>{_short(v)}</td>" for v in row.values()) for row in self)
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(seen: Any) -> Table:
+    """One row a layer: the mean of each watched fact over batch, heads and tokens."""
+    rows: dict[int, dict[str, Any]] = {}
+    for fact in seen.facts:
+        if fact.axis == "cells" or fact.name == "top":
+            continue
+        kept = live(seen, fact.axis)
+        for layer, value in seen[fact].items():
+            if kept is not None:
+                value = value.cpu().transpose(1, 2)[kept]
+            rows.setdefault(layer, {"layer": layer})[fact.name] = float(value.float().mean())
+    return Table(rows[n] for n in sorted(rows))
+
+
+def overview(
+    seen: Any,
+    *,
+    tokens: Sequence[str] | None = None,
+    row: int = 0,
+    title: str | None = None,
+    model_name: str | None = None,
+    **meta: Any,
+) -> dict[str, Any]:
+    """Everything the report shows, from the facts that were watched; what was not is left out.
+
+    Args:
+        seen: a `Watch` that has seen a forward or a generation.
+        tokens: the pieces of the text; decoded with the tokenizer that `regard.load` brought when
+            None.
+        row: which row of the batch.
+        meta: further entries of the "meta" block (seconds, plain_seconds, peak_mib, notes,
+            command).
+    """
+    text = seen.model.config.get_text_config()
+    found = (v[0] if f.name == "top" else v for f in seen.facts for v in seen[f].values())
+    batch, heads = next((v.shape[:2] for v in found), (1, 0))
+    if not 0 <= row < batch:
+        raise InputError(f"row {row} is out of range: the batch has {batch}, from 0")
+    tokens = _tokens(seen, row, tokens)
+    page: dict[str, Any] = {
+        "meta": {
+            "title": title or _title(tokens),
+            "model": model_name or seen.model.config._name_or_path or type(seen.model).__name__,
+            "num_layers": len(seen[seen.facts[0]]),
+            "num_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", heads) or heads,
+            "num_tokens": len(tokens),
+            "device": str(seen.model.device),
+            "dtype": str(seen.model.dtype).removeprefix("torch."),
+            "seconds": seen.seconds,
+            "plain_seconds": None,
+            "peak_mib": None,
+            "facts": [f.name for f in seen.facts],
+            "all_heads": seen.whole,
+            "versions": versions(),
+            "command": None,
+            "notes": [],
+            **meta,
+        },
+        "tokens": tokens,
+        "views": {},
+        "marks": {"preplan": [], "anchor": []},
+    }
+    alpha = stack(seen, "mean_received", row)
+    if alpha is not None and alpha[1].shape[-1] > 1:
+        page["views"]["received"] = _view("received", alpha[1].mean((0, 1)), len(tokens))
+        if len(tokens) > 2 * TAIL:
+            page["views"]["received"]["values"][-TAIL:] = [None] * TAIL
+        page["sinks"] = _sinks(*alpha, tokens)
+        page["by_position"] = _by_position(alpha[1])
+    for fact in seen.facts:
+        for name, values in _series(seen, fact, row).items():
+            if len(values) == len(tokens) or seen.record.site.kind == "self":
+                said = "received_sum" if fact.name == "received" else name  # a sum, no share
+                page["views"].setdefault(name, _view(said, values, len(tokens)))
+    entropy, distance = stack(seen, "entropy", row), stack(seen, "distance", row)
+    if entropy is not None or distance is not None:
+        page["heads"] = _heads(entropy, distance)
+    _add_rhythm(page, seen, distance, row)
+    shown = stack(seen, "thumbnail", row)
+    if shown is not None:
+        page["thumbnails"] = _thumbnails(seen, shown, alpha, entropy, distance)
+    page["facts"] = [_block(seen, fact, row) for fact in seen.facts]
+    return page
+
+
+def _series(seen: Any, fact: Fact, row: int) -> dict[str, Tensor]:
+    """What a fact says of each token, mean over layers and heads, by the name of the view."""
+    if isinstance(fact, TopKeys):
+        values, places = _top(seen, fact, row)
+        total = torch.zeros(len(_places(seen, row)))
+        found = places >= 0
+        total.index_add_(0, places[found], values[found])
+        return {"top": total / max(1, values.shape[:3].numel())}
+    stacked = stack(seen, fact, row)
+    if stacked is None or isinstance(fact, Thumbnail):
+        return {}
+    mean = stacked[1].mean((0, 1))
+    if isinstance(fact, Rows):
+        asked = [n for n in fact.queries if n < seen.record.end]
+        return {f"row of token {n}": line for n, line in list(zip(asked, mean))[:LINES]}
+    if isinstance(fact, Columns):
+        return {f"column of token {n}": mean[:, i] for i, n in enumerate(fact.keys[:LINES])}
+    if isinstance(fact, Mass):
+        return {f"share of {n}": mean[:, i] for i, n in enumerate(fact.segments[:LINES])}
+    names = {"mean_received": "received", "influence": "fai"}
+    if fact.name == "received" and "mean_received" in seen:
+        return {"received_sum": mean}
+    return {names.get(fact.name, fact.name): mean}
+
+
+def _top(seen: Any, fact: TopKeys, row: int) -> tuple[Tensor, Tensor]:
+    """Shares and tokens, `[layers, heads, queries, k]`; token -1 where there were fewer keys."""
+    values, keys = (torch.stack([v[i][row] for v in seen[fact].values()]).cpu() for i in (0, 1))
+    where = torch.tensor(_places(seen, row))
+    place = torch.full((max(int(keys.max()), int(where.max())) + 2,), -1)  # the last for key -1
+    place[where] = torch.arange(len(where))
+    return values.float(), place[keys]
+
+
+def _block(seen: Any, fact: Fact, row: int) -> dict[str, Any]:
+    """One fact for JSON: all values where they are few, else their mean over layers and heads."""
+    settings = json.loads(json.dumps(vars(fact)))  # tuples as lists
+    block = {"name": fact.name, "settings": settings, "layers": list(seen[fact])}
+    if isinstance(fact, TopKeys):
+        values, places = _top(seen, fact, row)
+        return {**block, "values": _plain(values), "tokens": places.tolist()}
+    found = stack(seen, fact, row)
+    if found is None:
+        return block
+    if found[1].numel() <= LISTED:
+        return {**block, "values": _plain(found[1])}
+    return {**block, "mean": _plain(found[1].mean((0, 1)))}
+
+
+def _plain(values: Tensor) -> Any:
+    return values.double().round(decimals=6).tolist()
+
+
+def _view(name: str, values: Tensor, tokens: int) -> dict[str, Any]:
+    """One colour of the text; tokens that a cache held before have no value of a query."""
+    label, text, unit = _HELP.get(name, (name, "mean over layers and heads", "share"))
+    unseen = [None] * (tokens - len(values))
+    return {"label": label, "help": text, "unit": unit, "values": [*unseen, *_plain(values)]}
+
+
+def _sinks(
+    layers: list[int], alpha: Tensor, tokens: list[str], position: int = 0
+) -> dict[str, Any]:
+    """Sink map of the first position, and the later tokens that are sinks of some heads."""
+    batch = alpha[None]
+    found = hidden_sinks(batch, after=position, tail=TAIL)[:12]
+    hidden = [
+        {**{n: f[n] for n in ("position", "heads", "alpha")}, "token": tokens[f["position"]]}
+        for f in found
+    ]
+    return {
+        "epsilon": EPSILON,
+        "position": position,
+        "alpha": alpha[:, :, position].tolist(),
+        "layers": layers,
+        "rate": sink_rate(batch, EPSILON, position),
+        "hidden": hidden,
+    }
+
+
+def _by_position(alpha: Tensor) -> dict[str, Any]:
+    """Mean received attention against position; over the heads of all layers, averaged within
+    bins.
+    """
+    flat = alpha.flatten(0, 1)
+    tokens = flat.shape[1]
+    edges = torch.unique(
+        torch.cat(
+            [
+                torch.arange(min(64, tokens)),
+                torch.logspace(0, 1, BINS, base=max(tokens, 2)).long() - 1,
+            ]
+        )
+    ).clamp_max(tokens - 1)
+    edges = torch.unique(edges)[: BINS * 2]
+    columns = {
+        "mean": flat.mean(0),
+        "median": flat.median(0).values,
+        "p90": flat.quantile(0.9, dim=0),
+        "max": flat.amax(0),
+    }
+    bounds = [*edges.tolist(), tokens]
+    spans = list(pairwise(bounds))
+    binned = {n: [float(c[a:b].mean()) for a, b in spans] for n, c in columns.items()}
+    return {"position": edges.tolist(), **binned}
+
+
+def _heads(entropy: Any, distance: Any) -> dict[str, Any]:
+    block: dict[str, Any] = {"layers": (entropy or distance)[0]}
+    if entropy is not None:
+        block["entropy"] = entropy[1].mean(-1).tolist()
+    if distance is not None:
+        block["distance"] = distance[1].mean(-1).tolist()
+        one = distance[1].shape[:2].numel() < 2
+        split = Heads((), ()) if one else head_split(distance[1].mean(-1), distance[0])
+        block["local"] = [list(pair) for pair in split.local]
+        block["global"] = [list(pair) for pair in split.far]
+    return block
+
+
+def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> None:
+    """WAAD of the local and FAI of the global heads, with their peaks (Li et al., 2025)."""
+    waad, fai = stack(seen, "waad", row), stack(seen, "influence", row)
+    if (
+        distance is None
+        or distance[1].shape[:2].numel() < 2
+        or waad is None
+        or fai is None
+        or waad[1].shape[-1] < 8
+        or waad[1].shape[-1] != fai[1].shape[-1]  # the first tokens were read before
+        or not seen.causal
+    ):
+        return
+    rows = list(range(len(distance[0])))
+    split = head_split(distance[1].mean(-1), rows)
+    window = next(f.window for f in seen.facts if isinstance(f, WindowedDistance))
+    band = next(f.band for f in seen.facts if isinstance(f, Influence)) or (0, 0)
+    back = torch.stack([waad[1][pair] for pair in split.local]).mean(0)
+    ahead = torch.stack([fai[1][pair] for pair in split.far]).mean(0)
+    known = max(0, len(ahead) - band[0])  # the last tokens have no token that far ahead
+    page["views"]["waad"] = _view("waad", back, len(back)) | {
+        "help": "mean look-back of the local heads, clipped to the window: peaks open a new chunk"
+    }
+    page["views"]["fai"] = _view("fai", ahead, len(ahead)) | {
+        "help": "mean attention of the global heads from tokens further on: peaks are anchors"
+    }
+    page["views"]["fai"]["values"][known:] = [None] * (len(ahead) - known)
+    page["marks"] = {
+        "preplan": peaks(back),
+        "anchor": peaks(ahead[:known]),
+    }
+    page["rhythm"] = {
+        "position": list(range(len(back))),
+        "waad": page["views"]["waad"]["values"],
+        "fai": page["views"]["fai"]["values"],
+        "window": window,
+        "horizon": list(band),
+    }
+
+
+def _thumbnails(
+    seen: Any, shown: Any, alpha: Any, entropy: Any, distance: Any
+) -> list[dict[str, Any]]:
+    """A handful of heads worth a look, each chosen for a reason."""
+    layers, cells = shown
+    reasons: list[tuple[str, Tensor]] = []
+    if alpha is not None:
+        reasons.append(("strongest sink", alpha[1][:, :, 0]))
+        reasons.append(("weakest sink", -alpha[1][:, :, 0]))
+    if distance is not None:
+        reasons.append(("most local", -distance[1].mean(-1)))
+        reasons.append(("longest look-back", distance[1].mean(-1)))
+    if entropy is not None:
+        reasons.append(("most focused", -entropy[1].mean(-1)))
+        reasons.append(("most spread", entropy[1].mean(-1)))
+    if not reasons:
+        reasons = [
+            (
+                "first head",
+                -torch.arange(cells.shape[0] * cells.shape[1]).view(cells.shape[:2]).float(),
+            )
+        ]
+    width = next(f.width(seen.record.end) for f in seen.facts if isinstance(f, Thumbnail))
+    chosen: dict[tuple[int, int], str] = {}
+    for label, score in reasons:
+        for where in score.flatten().argsort(descending=True).tolist():
+            head = divmod(where, score.shape[1])
+            if head not in chosen:  # six heads, not one head for six reasons
+                chosen[head] = label
+                break
+    return [
+        {
+            "layer": layers[a],
+            "head": b,
+            "label": label,
+            "tokens_per_cell": width,
+            "cells": cells[a, b].tolist(),
+        }
+        for (a, b), label in chosen.items()
+    ]
+
+
+def _places(seen: Any, row: int) -> Sequence[int]:
+    """Positions of the keys of a row that are tokens."""
+    record, kept = seen.record, live(seen, "keys")
+    if kept is not None:
+        found: list[int] = kept[row].nonzero()[:, 0].tolist()
+        return found
+    if record.site.kind == "cross":  # the keys are of another text
+        axes = (v.shape[2] for f in seen.facts if f.axis != "cells" for v in seen[f].values())
+        return range(next(axes, record.rows))
+    return range(record.end)
+
+
+def _tokens(seen: Any, row: int, given: Sequence[str] | None) -> list[str]:
+    """The text of a row in token pieces; numbers for those that are not known."""
+    where, count = _places(seen, row), seen.record.end
+    if given is not None:
+        return [given[n] for n in where] if len(given) == count else list(given)
+    ids = seen.input_ids
+    unknown = ids is None or seen.record.site.kind == "cross"  # whose keys are of another text
+    ids = [] if unknown else ids[min(row, len(ids) - 1)].tolist()
+    first = count - len(ids)  # before it lies what a cache held, or what was given as embeddings
+    known = [ids[n - first] for n in where if n >= first] if ids and first >= 0 else []
+    numbers = [str(n) for n in range(len(where) - len(known))]
+    if seen.tokenizer is None:
+        return numbers + [f"‹{n}›" for n in known]
+    return numbers + pieces(seen.tokenizer, known)
+
+
+def _title(tokens: list[str]) -> str:
+    words = " ".join("".join(tokens[:24]).split())
+    return words[:60] + ("…" if len(words) > 60 else "") or "attention"

@@ -1,0 +1,318 @@
+"""What a person types: `regard.watch`, and what it gives back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.core import FACTS, Fact
+from regard.errors import InputError, NeedsMatrix, nearest
+from regard.reach import Collector, Handler, Session, Site
+
+_MATRIX = {"map", "maps", "attention", "attentions", "weights", "matrix", "probabilities"}
+
+
+def facts() -> dict[str, str]:
+    """Every fact by name, with one line on what it is.
+
+    >>> sorted(facts())[:3]
+    ['collision', 'columns', 'distance']
+    """
+    return {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in FACTS.items()}
+
+
+def watch(
+    model: Any,
+    facts: Sequence[str | Fact] = ("received", "entropy"),
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    part: str | None = None,
+    tokenizer: Any = None,
+) -> Watch:
+    """Measure exact facts of attention while the model runs, at about the cost of one more fused
+    attention.
+
+    Args:
+        model: any loaded transformers model whose attention goes through the `AttentionInterface`.
+        facts: names (see `regard.facts()`) or `core.Fact` objects with settings, for example
+            `Influence(band=(10, 100))`.
+        layers, heads: which to measure; all when None.
+        part: one stack of a model that has several (encoder, decoder, vision tower), by its name
+            in `Watch.parts`.
+        tokenizer: decodes the tokens of the report; the one that `regard.load` brought when None.
+
+    Use it as a context manager, or call `attach()` and `detach()`.
+
+    >>> import regard
+    >>> model = regard.zoo.tiny("llama")
+    >>> with regard.watch(model, facts=["received", "entropy"]) as seen:
+    ...     _ = model(torch.arange(10)[None])
+    >>> seen["received"][0].shape, seen["received"][0].dtype
+    (torch.Size([1, 4, 10]), torch.float32)
+
+    Raises:
+        InputError: an unknown fact, a layer or head out of range.
+        NeedsMatrix: a fact that is the attention matrix itself.
+        ReachError: a model whose attention regard cannot reach.
+    """
+    return Watch(model, facts, layers=layers, heads=heads, part=part, tokenizer=tokenizer)
+
+
+def apply(model: Any, *methods: Handler) -> Session:
+    """Run the model with methods that act on its attention calls, in the order given.
+
+    Use it as a context manager, or call `attach()` and `detach()`; afterwards the model is as it
+    was.
+
+    Raises:
+        InputError: a setting that this model cannot take.
+        ReachError: a model whose attention regard cannot reach.
+    """
+    for method in methods:
+        if not isinstance(method, Handler):
+            raise InputError(f"{method!r} is no method: give, for example, regard.ACT(beta=0.4)")
+    return Session(model, methods)
+
+
+class Layers(Mapping[int, Any]):
+    """One fact over the layers: by layer number of the main part, or by site or part name."""
+
+    def __init__(self, values: dict[Site, Any], main: str) -> None:
+        self._values, self._main = values, main
+
+    def __getitem__(self, key: int | str | Site) -> Any:
+        if isinstance(key, Site):
+            return self._values[key]
+        if isinstance(key, str):
+            for site, value in self._values.items():
+                if site.name == key:
+                    return value
+            if any(s.part == key for s in self._values):
+                return Layers({s: v for s, v in self._values.items() if s.part == key}, key)
+            raise KeyError(
+                f"no part or module {key!r} was seen.{nearest(key, {s.part for s in self._values})}"
+            )
+        for site, value in self._values.items():
+            if site.part == self._main and site.layer == key:
+                return value
+        raise KeyError(f"layer {key} was not watched: there are {sorted(self)}")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(s.layer for s in self._values if s.part == self._main)
+
+    def __len__(self) -> int:
+        return sum(s.part == self._main for s in self._values)
+
+    def __repr__(self) -> str:
+        shown = {
+            s.name: tuple(v.shape) if hasattr(v, "shape") else type(v).__name__
+            for s, v in self._values.items()
+        }
+        return f"Layers({shown})"
+
+
+class Watch(Session):
+    """A session that measures facts; the results stay after it ends.
+
+    `seen["received"]` maps layer numbers to `[batch, heads, keys]`. In a model of several stacks
+    the numbers
+    are those of the main one, the last self-attention stack (the language model, the decoder); the
+    others go by
+    name: `seen["received"]["model.encoder.layers"][3]`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        facts: Sequence[str | Fact],
+        *,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        part: str | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        named = facts if isinstance(facts, Iterable) and not isinstance(facts, str) else [facts]
+        self.facts = [_fact(f, model) for f in named]
+        if not self.facts:
+            raise InputError(
+                f'name at least one fact, for example "received"; known are {", ".join(FACTS)}'
+            )
+        layers, heads = _numbers("layers", layers), _numbers("heads", heads)
+        self._collector = Collector(self.facts, layers, heads, part)
+        super().__init__(model, [self._collector])
+        _check_heads(model, heads)
+        self.input_ids: Any = None
+        self.tokenizer: Any = tokenizer if tokenizer is not None else _tokenizer(model)
+        self.seconds = 0.0
+
+    def attach(self) -> Watch:
+        super().attach()
+        before = self.module.register_forward_pre_hook(self._enter_forward, with_kwargs=True)
+        after = self.module.register_forward_hook(self._leave_forward)
+        self._undo += [before.remove, after.remove]
+        return self
+
+    def _enter_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args and torch.is_tensor(args[0]) else None)
+        self._started = time.perf_counter()
+        if not torch.is_tensor(ids) or ids.is_floating_point():
+            self.input_ids = None  # given as embeddings: what is known of another text is not this
+        else:
+            cache = kwargs.get("past_key_values")
+            going_on = (
+                self.input_ids is not None and cache is not None and cache.get_seq_length() > 0
+            )
+            ids = ids.detach().cpu()
+            self.input_ids = torch.cat([self.input_ids, ids], 1) if going_on else ids
+
+    def _leave_forward(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    # -- results -----------------------------------------------------------------------------------
+    @property
+    def parts(self) -> list[str]:
+        """The stacks of the model, in order of definition."""
+        return list(dict.fromkeys(s.part for s in self.sites))
+
+    @property
+    def main(self) -> str:
+        """The stack that plain layer numbers mean: the last one of self-attention."""
+        own = [r.site.part for r in self._records() if r.site.kind == "self"]
+        own = own or [r.site.part for r in self._records()] or self.parts
+        return own[-1]
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token of the main part looks ahead."""
+        return all(r.causal for r in self._records() if r.site.part == self.main)
+
+    def __getitem__(self, fact: str | Fact) -> Layers:
+        wanted = next((f for f in self.facts if fact in (f, f.name)), None)
+        if wanted is None:
+            names = [f.name for f in self.facts]
+            raise KeyError(f"{fact!r} was not watched.{nearest(str(fact), names)}")
+        main = self.record.site.part
+        values = {r.site: self._collector.value(r, wanted) for r in self._records()}
+        return Layers({s: v for s, v in values.items() if v is not None}, main)
+
+    def __contains__(self, fact: object) -> bool:
+        return any(fact in (f, f.name) for f in self.facts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(f.name for f in self.facts)
+
+    def _records(self) -> list[Any]:
+        records = self._collector.records
+        return [records[i] for i in sorted(records)]
+
+    @property
+    def record(self) -> Any:
+        """The `reach.collect.Record` of the first layer seen of the main part."""
+        main = self.main
+        found = [r for r in self._records() if r.site.part == main]
+        if not found:
+            raise InputError("nothing was seen yet: run the model inside the `with`")
+        return found[0]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers and heads were measured."""
+        return self._collector.layers is None and self._collector.heads is None
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a layer of the main part: the mean of each fact over batch, heads and tokens.
+
+        A list of dictionaries that prints as a table.
+        """
+        from .overview import table
+
+        return table(self)
+
+    def show(self) -> Any:
+        """In a notebook the figures, in a terminal the table."""
+        from regard.report import show
+
+        from .overview import overview
+
+        return show(overview(self))
+
+    def report(self, path: str | Path, **meta: Any) -> Path:
+        """Write one self-contained HTML page that opens offline.
+
+        Raises:
+            InputError: a place that cannot be written to, or nothing to report yet.
+        """
+        from regard.report import write_page
+
+        from .overview import overview
+
+        page = overview(self, **meta)
+        try:
+            return write_page(page, path)
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise InputError(str(error)) from None
+
+
+def _fact(fact: str | Fact, model: Any) -> Fact:
+    if isinstance(fact, Fact):
+        return fact
+    if not isinstance(fact, str):
+        raise InputError(
+            f'{fact!r} is no fact: give a name such as "entropy", or an object such as '
+            "core.Influence(band=(10, 100))"
+        )
+    if fact.lower() in _MATRIX:
+        text = _text_config(model)
+        heads = getattr(text, "num_attention_heads", 1) * getattr(text, "num_hidden_layers", 1)
+        gib = {n: heads * n**2 * 4096 * 4096 * 4 / 2**30 for n in (1, 4)}
+        at = {n: f"{size:,.0f} GiB" if size > 1 else f"{size:.2g} GiB" for n, size in gib.items()}
+        raise NeedsMatrix(
+            f"{fact!r} is the whole queries x keys matrix: with the {heads} heads of this model "
+            f'{at[1]} at 4k tokens, {at[4]} at 16k. Ask for "thumbnail" (the map averaged to '
+            "64 x 64 cells), or for exact rows and columns: core.Rows(queries=...), "
+            "core.Columns(keys=...)"
+        )
+    if fact not in FACTS:
+        raise InputError(f"unknown fact {fact!r}.{nearest(fact, FACTS)}")
+    try:
+        return FACTS[fact]()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _tokenizer(model: Any) -> Any:
+    from regard.zoo import tokenizer_of
+
+    return tokenizer_of(model)
+
+
+def _numbers(name: str, given: Iterable[int] | None) -> list[int] | None:
+    """Layers or heads as a list, whatever holds them."""
+    if given is None:
+        return None
+    try:
+        found = [index(n) for n in given]
+    except TypeError:
+        found = []
+    if not found:
+        raise InputError(f"{name} is a list of numbers such as [0, 3], not {given!r}")
+    return found
+
+
+def _check_heads(model: Any, heads: Sequence[int] | None) -> None:
+    text = _text_config(model)
+    count = getattr(text, "num_attention_heads", None)
+    wrong = [h for h in heads or [] if h < 0 or (count is not None and h >= count)]
+    if wrong:
+        raise InputError(f"head {wrong[0]} is out of range: this model has {count} heads, from 0")
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
