@@ -17,6 +17,7 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'")
 
 from regard.cli.run.dynamic_prompt_learning import _result
+
 from regard.zoo.scenes import scene
 from regard.zoo.tiny_diffusion import tiny_pipeline
 

@@ -12,14 +12,14 @@ USER_ERROR = 2
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; what the user can put right is one line on stderr and exit code 2."""
-    from regard.cli.app import app
+    from regard.cli.app import build
 
     # transformers' own bars and hints would break into ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     given = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        app(args=given, prog_name="regard", standalone_mode=True)
+        build()(args=given, prog_name="regard", standalone_mode=True)
     except (RegardError, ValueError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("REGARD_DEBUG"):
             raise

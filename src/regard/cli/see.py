@@ -199,7 +199,7 @@ def _run(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from regard.reach import Handler, Session
-    from regard.watching.watch import watch
+    from regard.watching import watch
 
     keywords = {"input_ids": ids}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

@@ -67,7 +67,7 @@ def _run(
 
     from regard.parts.diffusion.words import WordMaps
     from regard.progress import bar
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     names, notes = _names(prompt)
     by_step = WordMaps(names, by="step", layers=layers, heads=heads)

@@ -123,10 +123,10 @@ def _rows(loaded: Any, inputs: Any) -> dict[str, float]:
     """Mean row, 0 top to 1 bottom, of the half of the patches that each judgement would keep."""
     import torch
 
+    from regard import watching as api
     from regard.parts.vision import decoder, locate
     from regard.shrink.visiondrop.method import VisionDrop
     from regard.shrink.visiondrop.plan import height
-    from regard.watching import watch as api
 
     depth = len(decoder(loaded, "see").layers)
     found = {}

@@ -95,7 +95,7 @@ def prefill(model: Any, inputs: Any, methods: list[Any]) -> tuple[float, int]:
     import torch
 
     from regard.shrink.visiondrop.cache import nbytes
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     seconds, held = 0.0, 0
     with torch.no_grad(), apply(model, *methods):
