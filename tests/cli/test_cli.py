@@ -156,7 +156,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 def test_samples_with_odd_line_ends_are_gone_on_with(tmp_path: Path) -> None:
-    from regard.cli.run import steer
+    from regard.steer.steer import command as steer
 
     rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
     settings = {"batch": 1}
@@ -184,7 +184,7 @@ def test_no_permission(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_weights_with_nan(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tiny("llama")
     broken.model.layers[0].self_attn.k_proj.weight.data[0, 0] = float("inf")
-    monkeypatch.setattr(zoo, "load", lambda name: (broken, Words()))
+    monkeypatch.setattr(zoo, "load", lambda name, **_: (broken, Words()))
     code, _, err = run(capsys, "see", TEXT)
     assert code == 2 and "not finite" in err
 

@@ -288,7 +288,7 @@ def test_the_command_line_goes_on_where_it_stopped(
     from typer.testing import CliRunner
 
     from regard.cli.app import build
-    from regard.cli.run import steer
+    from regard.steer.steer import command as steer
 
     monkeypatch.setattr(steer, "_models", lambda *_: (*pair, Letters()))
     (tmp_path / "seen.txt").write_text("one\n\ntwo\n")
