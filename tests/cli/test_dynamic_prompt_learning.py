@@ -17,7 +17,6 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'")
 
 from regard.steer.dynamic_prompt_learning.command import _result
-
 from regard.zoo.scenes import scene
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
