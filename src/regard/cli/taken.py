@@ -101,8 +101,7 @@ def _content(path: Path, text: bool = False) -> str:
         return "text"
     if b"\0" not in start and _decodes(start):
         raise InputError(f"{path} is a text file: write @{path} to read it")
-    what = mimetypes.guess_type(path.name)[0] or "a file of a kind that is not read here"
-    raise InputError(f"{path} is {what}: give a text with @, a picture, or a sound")
+    raise InputError(f"{path} holds no text, picture or sound that can be read: name another file")
 
 
 def _decodes(start: bytes) -> bool:
