@@ -12,6 +12,9 @@ import sys
 from regard.errors import RegardError
 
 USER_ERROR, OWN_FAULT, INTERRUPTED = 2, 70, 130
+USERS = (
+    RegardError, ValueError, OSError, ImportError, MemoryError, OverflowError, RecursionError,
+)  # fmt: skip
 LONGEST = 600  # characters of a message: some libraries quote the whole input
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -44,8 +47,7 @@ def _code(error: Exception) -> int:
     """Whether the user can put it right."""
     module = type(error).__module__.partition(".")[0]
     user = (
-        isinstance(error, (RegardError, ValueError, OSError, ImportError, MemoryError))
-        or isinstance(error, (OverflowError, RecursionError))
+        isinstance(error, USERS)
         or module in ("jinja2", "safetensors", "yaml", "huggingface_hub")
         or any(words in str(error).lower() for words in _MEMORY)
     )
