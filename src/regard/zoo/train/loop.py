@@ -292,8 +292,8 @@ def replaceable(out: Path) -> Path:
         wrote = set()
     if others := sorted(there - wrote - {MARK}):
         raise InputError(
-            f"{out} holds {others[0]}, which no training wrote, and all in it would be lost: name a "
-            "new folder"
+            f"{out} holds {others[0]}, which no training wrote, and all would be lost: name a new "
+            "folder"
         )
     return out
 
