@@ -16,7 +16,7 @@ from typing import Any
 from regard.report.look import INKS, SERIES
 
 SIZE = (430, 350)  # of one panel
-INSET = (55, 30, 14, 42)  # left, top, right and bottom of a panel that the axes need
+INSET = (55, 30, 20, 42)  # left, top, right and bottom of a panel that the axes need
 TEXT = 13
 HEAD = 28  # of the legend's first line
 LINE = 18  # of each further one
@@ -233,9 +233,9 @@ class _Axis:
             self.high - self.low
         )
 
-    def ticks(self, count: int) -> list[float]:
+    def ticks(self) -> list[float]:
         if not self.base:
-            return ticks(self.low, self.high, count)
+            return ticks(self.low, self.high)
         first, last = math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9)
         step = max(1, math.ceil((last - first) / 8))
         return [float(self.base) ** power for power in range(first, last + 1, step)]
@@ -256,7 +256,8 @@ def _panel(
     if not points:
         brush.text((west, (north + south) / 2), "nothing was measured", "start", "muted")
         return
-    across = _Axis.of([x for x, _ in points], panel.log_x, not panel.marks)
+    xs = [x for x, _ in points] + [x for x, _ in panel.marks]
+    across = _Axis.of(xs, panel.log_x, not panel.marks)
     if panel.span:
         up = _Axis(*panel.span)
     else:
@@ -265,12 +266,12 @@ def _panel(
     def place(x: float, y: float) -> Point:
         return west + across.share(x) * (east - west), south - up.share(y) * (south - north)
 
-    marks = panel.marks or [(x, f"{x:g}") for x in across.ticks(5)]
+    marks = panel.marks or [(x, f"{x:g}") for x in across.ticks()]
     for x, words in marks:
         at = west + across.share(x) * (east - west)
         brush.line([(at, north), (at, south)], "grid", 1)
         brush.text((at, south + 15), words, "middle", "muted")
-    for y in up.ticks(max(2, round((south - north) / 55))):
+    for y in up.ticks():
         at = south - up.share(y) * (south - north)
         brush.line([(west, at), (east, at)], "grid", 1)
         brush.text((west - 6, at + 4), f"{y:g}{panel.unit}", "end", "muted")

@@ -193,10 +193,12 @@ class Section:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        yield Text()
-        yield from _lines(self.title, options.max_width, "bold")
-        for block in [*([self.lead] if self.lead else []), *self.blocks]:
-            yield from _shown(block, options.max_width)
+        blocks = [*([self.lead] if self.lead else []), *self.blocks]
+        shown = [part for block in blocks for part in _shown(block, options.max_width)]
+        if shown:
+            yield Text()
+            yield from _lines(self.title, options.max_width, "bold")
+            yield from shown
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Page:
         data: what page.js reads besides the figures.
 
     >>> page = Page("Kernels", [Section("Times", [Table(["a"], [["1"]])])], intro=["One run."])
-    >>> print(page.markdown())
+    >>> print(page.markdown(), end="")
     # Kernels
     <BLANKLINE>
     One run.
@@ -237,7 +239,7 @@ class Page:
         """The page as Markdown; the same page gives the same text."""
         comment = f"<!-- Generated from {self.source}; do not edit. -->" if self.source else ""
         parts = [*map(_markdown, self.intro), *(s.markdown() for s in self.sections)]
-        return _joined(f"# {_paragraph(self.title)}", comment, *parts)
+        return _joined(f"# {_paragraph(self.title)}", comment, *parts) + "\n"
 
     def html(self) -> str:
         """The page as one HTML file; the same page gives the same text."""

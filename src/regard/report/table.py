@@ -126,7 +126,7 @@ class Table:
     def markdown(self) -> str:
         """The rows as a Markdown table. Inline Markdown of a cell is left as it is."""
         ends = [" --- |" if c.align == "left" else " ---: |" for c in self._columns]
-        lines = ["| " + " | ".join(markdown(c.name) or " " for c in self._columns) + " |"]
+        lines = ["| " + " | ".join(markdown(c.name) for c in self._columns) + " |"]
         lines.append("|" + "".join(ends))
         for row in self._cells:
             lines.append("| " + " | ".join(_markdown_cell(c) for c in row) + " |")
