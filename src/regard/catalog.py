@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regard.files import write_text
+from regard.report.document import Page, Section
+from regard.report.table import Cell, Table
 
 VERBS: dict[str, str] = {
     "see": "exact facts and pictures of attention at any length",
@@ -419,31 +421,28 @@ def as_markdown() -> str:
     """Return the catalogue as a Markdown page."""
     rows = methods()
     ready = sum(row.status == "available" for row in rows)
-    lines = [
-        "<!-- Made by `make docs` from src/regard/catalog.py. Do not edit by hand. -->",
-        "",
-        "# Methods",
-        "",
-        f"{len(rows)} methods, {ready} of them available so far. The last column sums up what our "
-        "own measurements say of the paper's claims; `-` means that nothing has been measured yet.",
-    ]
+    columns = ["method", "what it does", "models", "paper", "status", "reproduced?"]
+    sections = []
     for verb, promise in VERBS.items():
-        lines += [
-            "",
-            f"## {verb}: {promise}",
-            "",
-            "| method | what it does | models | paper | status | reproduced? |",
-            "| --- | --- | --- | --- | --- | --- |",
+        cells = [
+            [
+                f"{row.name} (`{row.slug}`)",
+                row.what,
+                ", ".join(row.families),
+                f"[{row.title}]({row.url}), {row.authors} {row.year}",
+                row.status,
+                row.reproduction,
+            ]
+            for row in rows
+            if row.verb == verb
         ]
-        for row in rows:
-            if row.verb == verb:
-                paper = f"[{row.title}]({row.url}), {row.authors} {row.year}"
-                models = ", ".join(row.families)
-                lines.append(
-                    f"| {row.name} (`{row.slug}`) | {row.what} | {models} | {paper} "
-                    f"| {row.status} | {row.reproduction} |"
-                )
-    return "\n".join(lines) + "\n"
+        sections.append(Section(f"{verb}: {promise}", [Table(columns, cells)]))
+    intro = (
+        f"{len(rows)} methods, {ready} of them available so far. The last column sums up what our "
+        "own measurements say of the paper's claims; `-` means that nothing has been measured yet."
+    )
+    source = "src/regard/catalog.py by `make docs`"
+    return Page("Methods", sections, [intro], source=source).markdown()
 
 
 MARKS = ("<!-- methods: made by `make docs` -->", "<!-- end of methods -->")
@@ -453,15 +452,15 @@ def into_readme(readme: str) -> str:
     """Return the README with the short catalogue renewed between its two marks."""
     head, _, rest = readme.partition(MARKS[0])
     _, _, tail = rest.partition(MARKS[1])
-    lines = ["| verb | what a person gets | methods |", "| --- | --- | --- |"]
+    rows = []
     for verb, promise in VERBS.items():
         names = [
             f"**{row.slug}**" if row.status == "available" else row.slug
             for row in methods()
             if row.verb == verb
         ]
-        lines.append(f"| **{verb}** | {promise} | {', '.join(names)} |")
-    table = "\n".join(lines)
+        rows.append([Cell(verb, "bold"), promise, ", ".join(names)])
+    table = Table(["verb", "what a person gets", "methods"], rows).markdown()
     return f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}"
 
 

@@ -119,7 +119,7 @@ def test_page_and_plot(result: Result, tmp_path: Path) -> None:
     made = page.page(result, tmp_path / "docs" / "p.md", tmp_path / "docs" / "img" / "p.svg")
     text = made.read_text(encoding="utf-8")
     assert "](img/p.svg)" in text
-    assert "&lt;b&gt;m|n" in text and "<b>" not in text and "<i>" not in text
+    assert "&lt;b>m|n" in text and "<b>" not in text and "<i>" not in text
     assert "1.30 (1.17 to 1.43)" in text
     assert "no memory" in text and "at 8k: out of memory. needs 70 GiB" in text
     assert "trained for 8192 positions" in text

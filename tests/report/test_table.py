@@ -80,7 +80,9 @@ def test_pages_keep_every_cell_and_its_place(table: Table) -> None:
     assert len(lines) == 2 + len(table.rows)
     for line in lines:
         unescaped = re.sub(r"\\.", "", line)
-        assert unescaped.count("|") == len(table.columns) + 1 and "<" not in line
+        assert unescaped.count("|") == len(table.columns) + 1 and not re.search(
+            "<[a-z/!?]", line, re.I
+        )
 
 
 ROWS: list[list[Any]] = [

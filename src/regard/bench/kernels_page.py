@@ -263,7 +263,7 @@ def roofline(result: Result, file: str = "") -> Chart:
     words = "FLOP by byte of q, k, v and out"
     panel = Panel(words, f"GFLOP/s, forward{others}", lines, 10, 10)
     title = "Roofline: throughput over arithmetic intensity, forward"
-    return Chart([panel], title, size=(760, 400), file=file)
+    return Chart([panel], title, size=(1048, 460), file=file)
 
 
 # -- small things ----------------------------------------------------------------------------------

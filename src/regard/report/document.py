@@ -23,7 +23,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from regard.report.look import INKS, LEVELS, ramp, template
-from regard.report.table import Table, clean, wrap
+from regard.report.table import Table, clean, markdown, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -48,7 +48,7 @@ class Items:
         return f"<ul class='notes'>{items}</ul>" if items else ""
 
     def markdown(self) -> str:
-        return "\n".join(f"- {_paragraph(line)}" for line in self.lines)
+        return "\n".join(f"- {markdown(line)}" for line in self.lines)
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ class Section:
 
     def markdown(self, level: int = 2) -> str:
         return _joined(
-            f"{'#' * level} {_paragraph(self.title)}",
-            _paragraph(self.lead),
+            f"{'#' * level} {markdown(self.title)}",
+            markdown(self.lead),
             *(
                 b.markdown(level + 1) if isinstance(b, Section) else _markdown(b)
                 for b in self.blocks
@@ -194,11 +194,15 @@ class Section:
         from rich.text import Text
 
         blocks = [*([self.lead] if self.lead else []), *self.blocks]
-        shown = [part for block in blocks for part in _shown(block, options.max_width)]
-        if shown:
-            yield Text()
-            yield from _lines(self.title, options.max_width, "bold")
-            yield from shown
+        parts = [part for block in blocks if (part := list(_shown(block, options.max_width)))]
+        if not parts:
+            return
+        yield Text()
+        yield from _lines(self.title, options.max_width, "bold")
+        for n, part in enumerate(parts):
+            if n and not isinstance(part[0], Section):
+                yield Text()
+            yield from part
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class Page:
         """The page as Markdown; the same page gives the same text."""
         comment = f"<!-- Generated from {self.source}; do not edit. -->" if self.source else ""
         parts = [*map(_markdown, self.intro), *(s.markdown() for s in self.sections)]
-        return _joined(f"# {_paragraph(self.title)}", comment, *parts) + "\n"
+        return _joined(f"# {markdown(self.title)}", comment, *parts) + "\n"
 
     def html(self) -> str:
         """The page as one HTML file; the same page gives the same text."""
@@ -318,13 +322,9 @@ def _html(block: Block) -> str:
     return str(block.html())
 
 
-def _paragraph(text: str) -> str:
-    return escape(text, quote=False)
-
-
 def _markdown(block: Block) -> str:
     if isinstance(block, str):
-        return _paragraph(block)
+        return markdown(block)
     return str(block.markdown()) if hasattr(block, "markdown") else ""
 
 
@@ -338,15 +338,21 @@ def _shown(block: Block, width: int) -> Iterator[Any]:
         yield block
     elif isinstance(block, str):
         yield from _lines(block, width)
-    elif isinstance(block, (Items, Pairs, Code)):
-        for line in block.markdown().splitlines() if not isinstance(block, Code) else [block.text]:
-            yield from _lines(line, width)
+    elif isinstance(block, Items):
+        for line in block.lines:
+            yield from _lines(line, width, bullet="- ")
+    elif isinstance(block, Pairs):
+        yield Table(["", ""], block.rows)
+    elif isinstance(block, Code):
+        yield from _lines(block.text, width)
 
 
-def _lines(text: str, width: int, style: str = "") -> Iterator[Any]:
+def _lines(text: str, width: int, style: str = "", bullet: str = "") -> Iterator[Any]:
     from rich.text import Text
 
-    return (Text(line, style=style, no_wrap=True) for line in wrap(clean(text), width))
+    for n, line in enumerate(wrap(clean(text), width - len(bullet))):
+        lead = " " * len(bullet) if n else bullet
+        yield Text(lead + line, style=style, no_wrap=True)
 
 
 def _plots(blocks: Iterable[Block]) -> Iterator[Plot]:

@@ -126,7 +126,7 @@ class Table:
     def markdown(self) -> str:
         """The rows as a Markdown table. Inline Markdown of a cell is left as it is."""
         ends = [" --- |" if c.align == "left" else " ---: |" for c in self._columns]
-        lines = ["| " + " | ".join(markdown(c.name) for c in self._columns) + " |"]
+        lines = ["| " + " | ".join(_piped(c.name) for c in self._columns) + " |"]
         lines.append("|" + "".join(ends))
         for row in self._cells:
             lines.append("| " + " | ".join(_markdown_cell(c) for c in row) + " |")
@@ -166,7 +166,9 @@ class Table:
         from rich.text import Text
 
         for line in self.lines(options.max_width):
-            yield Text.assemble(*line, no_wrap=True)
+            text = Text.assemble(*line, no_wrap=True)
+            text.rstrip()
+            yield text
 
     def lines(self, width: int) -> Iterator[Line]:
         """The lines of the table on a terminal of so many letters, each as its pieces."""
@@ -353,18 +355,27 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def markdown(text: Any) -> str:
-    """Text that stays within its cell or line, and is not taken for HTML.
+    """Text on one line that is not taken for HTML; other Markdown in it is left as it is.
 
-    >>> markdown("a|b <i>")
-    'a\\\\|b &lt;i&gt;'
+    >>> markdown("a < b <i> & &amp;")
+    'a < b &lt;i> & &amp;amp;'
     """
-    flat = escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"(\\*)\|", r"\1\1\\|", flat)
+    flat = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(str(text).split()))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", flat)
+
+
+def _piped(text: str) -> str:
+    """Text that stays within its cell.
+
+    >>> _piped("a|b")
+    'a\\\\|b'
+    """
+    return re.sub(r"(\\*)\|", r"\1\1\\|", markdown(text))
 
 
 def _markdown_cell(cell: Cell) -> str:
     mark = {"bold": "**", "code": "`"}.get(cell.style, "") if cell.text else ""
-    text = f"{mark}{markdown(cell.text)}{mark}"
+    text = f"{mark}{_piped(cell.text)}{mark}"
     return f"[{text}]({cell.url})" if cell.url else text
 
 
