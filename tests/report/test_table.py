@@ -30,6 +30,7 @@ def tables(draw: st.DrawFn) -> Table:
                 TEXT,
                 align=st.sampled_from(["left", "right"]),
                 shrink=st.sampled_from(["wrap", "cut"]),
+                spare=st.booleans(),
             ),
             min_size=1,
             max_size=5,
@@ -49,8 +50,9 @@ def test_a_terminal_gets_no_long_line_no_broken_word_no_control(table: Table, wi
     assert all(c == "\n" or c.isprintable() or c in "\u00a0\u202f" for c in text)
     texts = [table.title, table.note, *(str(cell) for row in table.rows for cell in row)]
     texts += [c.name if isinstance(c, Column) else c for c in table.columns]
-    words = {w for t in texts for w in re.split("[ :]", clean(t))} | {""}
-    for word in re.split(r"[ \n:]", text):
+    texts.append("Left out at this width:")
+    words = {w for t in texts for w in re.split("[ :,.]", clean(t))} | {""}
+    for word in re.split(r"[ \n:,.]", text):
         whole = word in words or set(word) <= {"─", "–"}
         cut = word.endswith("…") and any(w.startswith(word[:-1]) for w in words)
         assert whole or cut, f"{word!r} is no word of the table"
@@ -128,6 +130,22 @@ def test_keys_are_repeated_where_columns_are_many() -> None:
     ]
     assert table.text(200).count("mask") == 1
     assert table.text(12).splitlines()[:2] == ["causal", "  kernel-0:"]
+
+
+def test_spare_columns_are_left_out_and_named() -> None:
+    columns = ["method", Column("verb", spare=True), Column("paper", spare=True)]
+    table = Table(columns, [["task-kv", "shrink", "He et al."]])
+    assert table.text(30).splitlines()[0] == "method   verb    paper"
+    assert table.text(18).splitlines() == [
+        "method   verb",
+        "───────  ──────",
+        "task-kv  shrink",
+        "",
+        "Left out at this",
+        "width: paper.",
+    ]
+    assert table.text(8).splitlines()[0] == "method" and table.text(6).startswith("task-…\n")
+    assert "He et al." in table.markdown() and "He et al." in table.html()
 
 
 def test_cells_can_lead_somewhere_and_stand_out() -> None:

@@ -23,7 +23,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from regard.report.look import INKS, LEVELS, ramp, template
-from regard.report.table import Table, clean, markdown, wrap
+from regard.report.table import Cell, Table, clean, markdown, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -332,12 +332,27 @@ def _joined(*parts: str) -> str:
     return "\n\n".join(part.rstrip("\n") for part in parts if part)
 
 
+def show(*blocks: Block, console: Console | None = None) -> None:
+    """Print blocks on a terminal, with a blank line between them; a `Cell` is a styled line."""
+    if console is None:
+        from rich.console import Console
+
+        console = Console()
+    for n, block in enumerate(blocks):
+        if n:
+            console.print()
+        for part in _shown(block, console.width):
+            console.print(part)
+
+
 def _shown(block: Block, width: int) -> Iterator[Any]:
     """A block on a terminal; what only a page can show is left out."""
     if isinstance(block, (Table, Section)):
         yield block
     elif isinstance(block, str):
         yield from _lines(block, width)
+    elif isinstance(block, Cell):
+        yield from _lines(block.text, width, block.style)
     elif isinstance(block, Items):
         for line in block.lines:
             yield from _lines(line, width, bullet="- ")

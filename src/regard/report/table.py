@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 WIDTH = 80  # letters of a line where no terminal says otherwise
 GAP = 2  # letters between columns
 LEAST = 14  # letters that a column of words keeps while others have more
+EASE = 28  # the same before spare columns are shown
 
 Line = list[tuple[str, str]]  # pieces of a line with the style of each
 
@@ -45,12 +46,14 @@ class Column:
         align: "left" or "right"; the cells of a right column are figures, which never wrap.
         format: turns a value into its text; `str` if None. A value of None is shown as "–".
         shrink: on a narrow terminal words "wrap", or a cell is "cut" with …
+        spare: left out of a terminal that is too narrow for all columns; a last line says so.
     """
 
     name: str = ""
     align: str = "left"
     format: Callable[[Any], str] | None = None
     shrink: str = "wrap"
+    spare: bool = False
 
     def __post_init__(self) -> None:
         if self.align not in ("left", "right") or self.shrink not in ("wrap", "cut"):
@@ -70,9 +73,9 @@ class Column:
 class Table:
     """Rows under named columns.
 
-    A terminal that is too narrow for all columns gets the first `keys` columns with as many others
-    as fit, part after part; or, with no keys, one block a row. No word is broken: one that is wider
-    than the terminal ends in "…".
+    A terminal that is too narrow for all columns does without the spare ones; or gets the first
+    `keys` columns with as many others as fit, part after part; or, with no keys, one block a row.
+    No word is broken: one that is wider than the terminal ends in "…".
 
     Attributes:
         columns: a name is a column of words.
@@ -175,16 +178,22 @@ class Table:
         if self.title:
             yield from ([(line, "bold")] for line in wrap(clean(self.title), width))
         rows = [[(clean(c.text), c.style) for c in row] for row in self._cells]
-        for part in self._parts(rows, width):
-            if part is None:
-                yield from self._blocks(rows, width)
-            else:
-                yield from self._grid(rows, *part)
+        parts = self._parts(rows, width)
+        if not parts:
+            yield from self._blocks(rows, width)
+        for n, part in enumerate(parts):
+            if n:
+                yield []
+            yield from self._grid(rows, *part)
+        if parts and (left := set(range(len(self.columns))).difference(*(c for c, _ in parts))):
+            names = ", ".join(clean(self._columns[n].name) for n in sorted(left))
+            words = f"Left out at this width: {names}."
+            yield from ([], *([(line, "dim")] for line in wrap(words, width)))
         if self.note:
             yield from ([(line, "dim")] for line in wrap(clean(self.note), width))
 
-    def _parts(self, rows: Sequence[Line], width: int) -> list[tuple[list[int], list[int]] | None]:
-        """(columns, their widths) of every part; [None] where only blocks fit."""
+    def _parts(self, rows: Sequence[Line], width: int) -> list[tuple[list[int], list[int]]]:
+        """(columns, their widths) of every part; none where only blocks fit."""
         columns = self._columns
         natural, least = [], []
         for n, column in enumerate(columns):
@@ -206,13 +215,17 @@ class Table:
 
         everything = list(range(len(columns)))
         parts = [everything]
-        if room(everything) < 0:
+        tight = [max(0, min(full, EASE) - floor) for full, floor in zip(natural, least)]
+        for n in reversed([n for n in everything if columns[n].spare]):
+            if room(parts[0]) < sum(tight[other] for other in parts[0]):
+                parts[0] = [other for other in parts[0] if other != n]
+        if not parts[0] or room(parts[0]) < 0:
             if not 0 < self.keys < len(columns):
-                return [None]
+                return []
             keys, parts = everything[: self.keys], []
             for n in everything[self.keys :]:
                 if room([*keys, n]) < 0:
-                    return [None]
+                    return []
                 if parts and room([*parts[-1], n]) >= 0:
                     parts[-1].append(n)
                 else:
@@ -250,8 +263,6 @@ class Table:
             if n and apart:
                 yield []
             yield from lines
-        if len(chosen) < len(self.columns):  # another part follows, or notes
-            yield []
 
     def _blocks(self, rows: Sequence[Line], width: int) -> Iterator[Line]:
         names = [clean(c.name) for c in self._columns]
