@@ -342,5 +342,5 @@ def table(estimates: Sequence[Estimate], title: str) -> Section:
         "traffic, fwd, bwd: ms, the first two of a forward; sent, memory: GiB of one rank, forward "
         "and backward; fits: tokens in this memory; ranks: the most that the heads allow"
     )
-    columns = [*heads[:2], *map(right, heads[2:])]
-    return Section(title, [Table(columns, styled, keys=1), *lines])
+    table = Table([*heads[:2], *map(right, heads[2:])], styled, keys=1)
+    return Section(title, [table, *lines])

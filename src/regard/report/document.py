@@ -311,9 +311,12 @@ def inline(text: str) -> str:
     >>> inline("`a < b` is *not* **this**")
     '<code>a &lt; b</code> is <em>not</em> <strong>this</strong>'
     """
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
-    text = re.sub(r"\*\*(\w[^*]*)\*\*", r"<strong>\1</strong>", text)
-    return re.sub(r"\*(\w[^*]*)\*", r"<em>\1</em>", text)
+
+    def marked(found: re.Match[str]) -> str:
+        tag = {"`": "code", "**": "strong", "*": "em"}[found[1]]
+        return f"<{tag}>{found[2]}</{tag}>"
+
+    return re.sub(r"(`|\*\*|\*)(?=\S)(.+?)(?<=\S)\1", marked, escape(text))
 
 
 def _html(block: Block) -> str:
@@ -338,11 +341,11 @@ def show(*blocks: Block, console: Console | None = None) -> None:
         from rich.console import Console
 
         console = Console()
-    for n, block in enumerate(blocks):
+    parts = [part for block in blocks if (part := list(_shown(block, console.width)))]
+    for n, part in enumerate(parts):
         if n:
             console.print()
-        for part in _shown(block, console.width):
-            console.print(part)
+        console.print(*part, sep="\n")
 
 
 def _shown(block: Block, width: int) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.report import figures
+from regard.report.chart import Chart, Line, Panel
 from regard.report.document import Page, Plot, Row, Section
 from regard.report.look import INKS, centres, finite, short
 from regard.report.page import ends
@@ -293,60 +294,36 @@ NAMES = {
 }
 
 
-def curves(block: Mapping[str, Any], *, theme: str = "light") -> Any:
-    """Draw error rates over the share of the input that was taken out, a line a map."""
-    go = figures.plotly()
-    ink = INKS[theme]
-    styles = {
-        "saliency": {"color": ink["line"], "width": 2.6},
-        "pooled": {"color": ink["line"], "width": 1.6, "dash": "dash"},
-        "attention": {"color": ink["preplan"], "width": 2.6},
-        "random steps": {"color": ink["muted"], "width": 1.6},
-        "random cells": {"color": ink["muted"], "width": 1.6, "dash": "dot"},
-    }
-    traces = [
-        go.Scatter(
-            x=block["percent"],
-            y=[short(v) for v in values],
-            name=f"{NAMES.get(name, name)}: {block['scores'][name]:.0f}",
-            mode="lines+markers",
-            marker={"size": 5},
-            line=styles.get(name, {"width": 1.6}),
-            hovertemplate="%{x} % out: %{y:.0f} % wrong<extra></extra>",
+def curves(block: Mapping[str, Any]) -> Chart:
+    """Error rates over the share of the input that was taken out, a line a map."""
+    lines = [
+        Line(
+            f"{NAMES.get(name, name)}: {block['scores'][name]:.0f}",
+            list(zip(block["percent"], values)),
+            dashed=name in ("pooled", "random cells"),
         )
         for name, values in block["errors"].items()
     ]
     what = "words" if block.get("counted", "words") == "words" else "pieces"
-    layout = {
-        "height": 380,
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 130},
-        "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
-        "xaxis": {"title": {"text": "share of the spectrogram taken out (%)"}, "fixedrange": True},
-        "yaxis": {
-            "title": {"text": f"{what} wrong (%)"},
-            "fixedrange": True,
-            "range": [-3, 103],
-        },
-    }
-    return figures._figure(traces, layout, theme)
+    panel = Panel("share of the spectrogram taken out (%)", f"{what} wrong (%)", lines)
+    title = "Errors over the share of the spectrogram taken out, for each map"
+    return Chart([panel], title, size=(1048, 420))
 
 
 def _deletion_section(view: View) -> Section | None:
     block = view.get("deletion")
     if not block:
         return None
-    plot = Plot(
-        "deletion",
-        curves(block),
-        "Lines: errors over the share of the spectrogram taken out, for each map.",
+    how = (
         "How to read this: the highest-ranked cells go first, each replaced by the mean of its mel "
-        "bin. Attention has no pitch, so it takes out whole moments.",
+        "bin. Attention has no pitch, so it takes out whole moments."
     )
     lead = (
         "A map that explains well names what the model cannot do without: its curve rises early, "
         "and its area, the number in the legend, is large."
     )
-    return Section("Taking out what ranks highest", [plot], lead, "Deletion", "deletion")
+    blocks = [curves(block), how]
+    return Section("Taking out what ranks highest", blocks, lead, "Deletion", "deletion")
 
 
 def _trust_section(view: View) -> Section:

@@ -15,7 +15,7 @@ from typing import Any
 from regard.report import figures
 from regard.report.document import Block, Code, Html, Items, Page, Pairs, Plot, Row, Section
 from regard.report.look import NBSP, finite, level_edges, ordinal, percent, short, visible
-from regard.report.table import Cell, Table, right
+from regard.report.table import Cell, Column, Table, right
 from regard.report.words import cost_rows, headline, sink_fact
 
 Overview = Mapping[str, Any]
@@ -185,7 +185,8 @@ def _sink_section(overview: Overview) -> Section | None:
     hidden = [h for h in sinks.get("hidden") or [] if h]
     if hidden:
         more = f" (the first 12 of {len(hidden):,})" if len(hidden) > 12 else ""
-        columns = [right("Position", "{:,}".format), "Token", right("Heads"), right("Share")]
+        columns = [right("Position", "{:,}".format), Column("Token")]
+        columns += [right("Heads"), right("Share")]
         rows = [
             (
                 int(h.get("position") or 0),

@@ -13,7 +13,7 @@ from regard.report.look import INKS, centres, finite, over, percent, short
 from regard.report.page import costs
 from regard.report.page import write_page as _write
 from regard.report.sound import spectrogram
-from regard.report.table import Cell, Table, right
+from regard.report.table import Cell, Column, Table, right
 
 View = Mapping[str, Any]
 
@@ -263,7 +263,7 @@ def times(words: Sequence[View]) -> Table:
              ("transformers", "theirs"), ("looks most at", "peak"), ("centre", "centre"),
              ("spread", "spread")]  # fmt: skip
     shown = [(name, key) for name, key in names if any(w.get(key) is not None for w in words)]
-    columns = ["word", *(right(f"{name} (s)", "{:.2f}".format) for name, _ in shown)]
+    columns = [Column("word"), *(right(f"{name} (s)", "{:.2f}".format) for name, _ in shown)]
     rows = [
         [
             Cell(str(word["text"]), "code"),

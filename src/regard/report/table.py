@@ -248,9 +248,9 @@ class Table:
             lines = []
             for at in range(max(1, *map(len, folded))):
                 line: Line = []
-                for pieces, width in zip(folded, widths):
+                for side, width in zip(folded, widths):
                     line += [(" " * GAP, "")] if line else []
-                    line.append(pieces[at] if at < len(pieces) else (" " * width, ""))
+                    line.append(side[at] if at < len(side) else (" " * width, ""))
                 lines.append(line)
             return lines
 
