@@ -82,12 +82,12 @@ def sheet(
     return whole
 
 
-def figure(image: Any, caption: str, width: int | None = None) -> Picture:
+def figure(image: Any, caption: str, width: int | None = None) -> Any:
     """One picture with its caption, for a page; so many pixels wide."""
     return Picture(image, caption, width)
 
 
-def page(title: str, notes: Sequence[str], sections: Mapping[str, Sequence[Picture]]) -> str:
+def page(title: str, notes: Sequence[str], sections: Mapping[str, Sequence[Any]]) -> str:
     """A page of pictures that opens offline: heading -> pictures of a row."""
     rows = [Section(heading, [Row(figures)]) for heading, figures in sections.items()]
     return Page(title, rows, intro=notes, about="pictures").html()
