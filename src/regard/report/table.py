@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80  # letters of a line where no terminal says otherwise
 GAP = 2  # letters between columns
-LEAST = 14  # letters that a column of words keeps while others have more
+LEAST = 16  # letters that a column of words keeps while others have more
 EASE = 28  # the same before spare columns are shown
 
 Line = list[tuple[str, str]]  # pieces of a line with the style of each
@@ -160,7 +160,7 @@ class Table:
     # -- terminals -----------------------------------------------------------------------------
     def text(self, width: int = WIDTH) -> str:
         """The table for a terminal of so many letters, without colours."""
-        return "\n".join("".join(t for t, _ in line).rstrip() for line in self.lines(width))
+        return "\n".join("".join(t for t, _ in line).rstrip(" ") for line in self.lines(width))
 
     def __str__(self) -> str:
         return self.text()
