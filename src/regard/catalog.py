@@ -22,6 +22,8 @@ from typing import Any
 from regard.cards import VERBS, Card, Checked
 from regard.errors import InputError, nearest
 from regard.files import write_text
+from regard.report.document import Page, Section
+from regard.report.table import Cell, Table
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
 
@@ -169,33 +171,31 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
 # -- pages ---------------------------------------------------------------------------------------
 def as_markdown() -> str:
     """The catalogue as a Markdown page."""
+    from regard.report.table import Table
+
     rows = methods()
     ready = sum(row.status == "available" for row in rows)
-    lines = [
-        "<!-- Made by `make docs` from the cards in src/regard. Do not edit by hand. -->",
-        "",
-        "# Methods",
-        "",
-        f"{len(rows)} methods, {ready} of them available so far. The last column sums up what our "
-        "own measurements say of the paper's claims; `-` means that nothing has been measured yet.",
-    ]
+    columns = ["method", "what it does", "models", "paper", "status", "reproduced?"]
+    sections = []
     for verb, promise in VERBS.items():
-        lines += [
-            "",
-            f"## {verb}: {promise}",
-            "",
-            "| method | what it does | models | paper | status | reproduced? |",
-            "| --- | --- | --- | --- | --- | --- |",
+        cells = [
+            [
+                f"{row.name} (`{row.slug}`)",
+                row.does,
+                ", ".join(row.families),
+                f"[{row.paper.title}]({row.paper.url}), {row.paper.authors} {row.paper.year}",
+                row.status,
+                row.reproduction,
+            ]
+            for row in rows
+            if row.verb == verb
         ]
-        for row in rows:
-            if row.verb == verb:
-                paper = row.paper
-                cited = f"[{paper.title}]({paper.url}), {paper.authors} {paper.year}"
-                lines.append(
-                    f"| {row.name} (`{row.slug}`) | {row.does} | {', '.join(row.families)} "
-                    f"| {cited} | {row.status} | {row.reproduction} |"
-                )
-    return "\n".join(lines) + "\n"
+        sections.append(Section(f"{verb}: {promise}", [Table(columns, cells)]))
+    intro = (
+        f"{len(rows)} methods, {ready} of them available so far. The last column sums up what our "
+        "own measurements say of the paper's claims; `-` means that nothing has been measured yet."
+    )
+    return Page("Methods", sections, [intro], source="the cards by `make docs`").markdown()
 
 
 MARKS = ("<!-- methods: made by `make docs` -->", "<!-- end of methods -->")
@@ -205,15 +205,15 @@ def into_readme(readme: str) -> str:
     """The README with the short catalogue renewed between its two marks."""
     head, _, rest = readme.partition(MARKS[0])
     _, _, tail = rest.partition(MARKS[1])
-    lines = ["| verb | what a person gets | methods |", "| --- | --- | --- |"]
+    rows = []
     for verb, promise in VERBS.items():
         names = [
             f"**{row.slug}**" if row.status == "available" else row.slug
             for row in methods()
             if row.verb == verb
         ]
-        lines.append(f"| **{verb}** | {promise} | {', '.join(names)} |")
-    table = "\n".join(lines)
+        rows.append([Cell(verb, "bold"), promise, ", ".join(names)])
+    table = Table(["verb", "what a person gets", "methods"], rows).markdown()
     return f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}"
 
 

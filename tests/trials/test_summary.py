@@ -85,7 +85,7 @@ def test_terminal_and_page(trial: str, tmp_path: Path) -> None:
         assert "-0.38 (" in shown and "the 2 tasks together that the model can do" in shown
         assert "Below 0.3 recall of the full model" in shown and "snapkv@0.5 refused a" in shown
         assert "| b | 0.12 | 0.00 to 0.25 | too low to tell |" in text
-        assert "### B" not in text and "too \\| short" in text
+        assert "### B" not in text and "too | short" in text
         assert text.index("### The 2 tasks together") < text.index("### A")
     else:
         assert "7.39" in shown and "+0.500 (+0.500 to +0.500)" in shown and "h2o@0.5: H2O" in shown

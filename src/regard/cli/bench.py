@@ -167,7 +167,6 @@ def facts(
       regard bench facts --lengths 16k,32k,64k --dtype bfloat16 --device cuda
     """
     from rich.console import Console
-    from rich.table import Table
 
     from regard.lab.bench import facts as bench
 
@@ -184,10 +183,7 @@ def facts(
         model=model,
         out=out,
     )
-    table = Table(*bench.rows(result)[0])
-    for line in bench.rows(result)[1:]:
-        table.add_row(*line)
-    Console().print(table)
+    Console().print(bench.table(result))
     bench_costs.finish(bench, result, out, page)
 
 

@@ -65,9 +65,10 @@ def finish(bench: Any, result: Any, out: Path | None, page: Path | None) -> None
     """Write the page that was asked for, and say what became of every target."""
     from rich.console import Console
 
+    from regard.bench.record import targets
+
     if page is not None:
         from regard.files import write_text
 
         write_text(page, bench.markdown(result, str(out or "a run")))
-    for said in bench.judge(result):
-        Console().print(f"{said['verdict']}: {said['rule']} ({said['measured']})", highlight=False)
+    Console().print(targets(bench.judge(result)))

@@ -37,15 +37,9 @@ def check(
         report = run(loaded, tokens=length)
     write_json(report.as_dict(), json)
     if json is None or str(json) != "-":
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        from regard.report.document import show
+        from regard.report.table import Cell, Table
 
-        table = Table(title=f"{model} ({report.model})", title_justify="left")
-        for column in ("check", "", "what was found"):
-            table.add_column(column)
-        for finding in report.findings:
-            status = Text(finding.status, style=COLORS[finding.status])
-            table.add_row(finding.what, status, Text(finding.detail))
-        Console().print(table)
+        rows = [[f.what, Cell(f.status, COLORS[f.status]), f.detail] for f in report.findings]
+        show(Table(["check", "result", "what was found"], rows, f"{model} ({report.model})"))
     raise typer.Exit(0 if report.ok else 1)

@@ -32,21 +32,13 @@ def methods(
     write_json([m.as_dict() for m in rows], json)
     if json is not None and str(json) == "-":
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from regard.report.document import show
+    from regard.report.table import Cell, Column, Table
 
-    table = Table(box=None, header_style="bold")
-    table.add_column("method", no_wrap=True)
-    table.add_column("verb")
-    for column in ("what it does, on which models", "paper", "status", "reproduced"):
-        table.add_column(column, overflow="fold")
+    cells = []
     for m in rows:
-        what = Text.assemble(m.does, ("\n" + ", ".join(m.families), "dim"))
-        cells = (
-            f"{m.paper.authors} {m.paper.year}\narXiv {m.paper.arxiv}",
-            m.status,
-            m.reproduction,
-        )
-        table.add_row(m.slug, m.verb, what, *cells, style="" if m.status == "available" else "dim")
-    Console().print(table)
+        paper = f"{m.paper.authors} {m.paper.year}, arXiv {m.paper.arxiv}"
+        line = (m.slug, m.does, m.reproduction, m.status, m.verb, ", ".join(m.families), paper)
+        cells.append([Cell(text, "" if m.status == "available" else "dim") for text in line])
+    spare = [Column(name, spare=True) for name in ("status", "verb", "models", "paper")]
+    show(Table(["method", "what it does", "reproduced", *spare], cells))

@@ -30,14 +30,9 @@ def models(
     write_json([*(asdict(e) for e in entries), *own], json)
     if json is not None and str(json) == "-":
         return
-    from rich.console import Console
-    from rich.table import Table
+    from regard.report.document import show
+    from regard.report.table import Table
 
-    table = Table(box=None, header_style="bold")
-    for column in ("name", "what", "parameters", "licence", "comes from"):
-        table.add_column(column)
-    for entry in entries:
-        table.add_row(entry.name, entry.what, str(entry.parameters), entry.licence, entry.source)
-    for one in own:
-        table.add_row(one["name"], one["what"], "", one["licence"], one["source"])
-    Console().print(table)
+    rows = [[e.name, e.what, e.parameters, e.licence, e.source] for e in entries]
+    rows += [[one["name"], one["what"], "", one["licence"], one["source"]] for one in own]
+    show(Table(["name", "what", "parameters", "licence", "comes from"], rows))

@@ -152,17 +152,17 @@ def _result(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from regard.report.document import show
+    from regard.report.table import Table, right
 
     height, width = result["grid"]
-    table = Table(title=f"attention on each word, {height} x {width} cells")
-    for column in ("word or phrase", "mean", "max", "peak (row, column)"):
-        table.add_column(column)
-    for word in result["words"]:
-        row, column = word["peak"]
-        table.add_row(word["name"], f"{word['mean']:.4f}", f"{word['max']:.4f}", f"{row}, {column}")
-    Console().print(table)
+    rows = [
+        [word["name"], word["mean"], word["max"], "{}, {}".format(*word["peak"])]
+        for word in result["words"]
+    ]
+    digits = "{:.4f}".format
+    columns = ["word or phrase", right("mean", digits), right("max", digits), "peak (row, column)"]
+    show(Table(columns, rows, f"attention on each word, {height} x {width} cells"))
 
 
 def _page(result: dict[str, Any], image: Any, maps: Any, layered: dict[str, Any]) -> str:

@@ -143,34 +143,31 @@ def _rows(loaded: Any, inputs: Any) -> dict[str, float]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from regard.report.document import show
+    from regard.report.table import Cell, Table, right
 
-    console = Console()
-    console.print(Text(result["answer"], "bold"))
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("word", "share on the picture", "looks most at (row, column)"):
-        table.add_column(column)
-    for word in result["words"]:
-        row, column = word["peak"]
-        name = Text(word["word"], "bold" if word["generated"] else "")
-        table.add_row(name, f"{100 * word['on picture']:.1f} %", f"{row}, {column}")
-    console.print(table)
+    rows = [
+        [
+            Cell(word["word"], "bold" if word["generated"] else ""),
+            word["on picture"],
+            "{}, {}".format(*word["peak"]),
+        ]
+        for word in result["words"]
+    ]
+    shares = right("share on the picture", "{:.1%}".format)
+    table = Table(["word", shares, "looks most at (row, column)"], rows)
     best = result["most on the picture"]
-    console.print(
+    lines = [
         f"Head {best['head']} of layer {best['layer']} looks at the picture most: "
         f"{100 * best['share']:.0f} % of its attention."
-    )
-    marked = {n: c for n, c in result["sinks"].items() if c}
-    if marked:
-        console.print(
-            "Sinks among the patches: " + ", ".join(f"layer {n}: {c}" for n, c in marked.items())
-        )
+    ]
+    if marked := {n: c for n, c in result["sinks"].items() if c}:
+        told = ", ".join(f"layer {n}: {c}" for n, c in marked.items())
+        lines.append(f"Sinks among the patches: {told}")
     if result["rows"]:
         told = ", ".join(f"{n} {v:.2f}" for n, v in result["rows"].items())
-        console.print(f"Mean row of the half that a cut would keep (0 top, 1 bottom): {told}.")
+        lines.append(f"Mean row of the half that a cut would keep (0 top, 1 bottom): {told}.")
+    show(Cell(result["answer"], "bold"), table, *lines)
     for note in result["notes"]:
         err().print(f"note: {note}", markup=False, highlight=False)
 

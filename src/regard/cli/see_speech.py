@@ -177,33 +177,13 @@ def _cost(model: Any, seen: Any, seconds: float, plain: float | None, clip: Any)
 
 def _show(page: dict[str, Any]) -> None:
     """Print the transcript, the words with their times, and the notes."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from regard.report.document import show
+    from regard.report.speech import cards, times
+    from regard.report.table import Cell, Table
 
-    from regard.report.speech import cards
-
-    console = Console()
-    console.print(Text(str(page["transcript"]), style="bold"))
-    console.print()
-    for big, words in cards(page):
-        console.print(Text.assemble("  ", (big, "bold cyan"), " ", words))
-    console.print()
-    table = Table(box=None, pad_edge=False)
-    columns = [("from", "start"), ("to", "end"), ("true start", "true_start"),
-               ("transformers", "theirs"), ("looks at", "peak"), ("spread", "spread")]  # fmt: skip
-    shown = [c for c in columns if any(w.get(c[1]) is not None for w in page["words"])]
-    table.add_column("word")
-    for name, _ in shown:
-        table.add_column(f"{name} (s)", justify="right")
-    for word in page["words"]:
-        cells = ["–" if word.get(k) is None else f"{word[k]:.2f}" for _, k in shown]
-        table.add_row(Text(str(word["text"])), *cells)
-    console.print(table)
-    console.print()
-    rows = Table.grid(padding=(0, 2))
-    for name, value in page["meta"]["cost"].items():
-        rows.add_row(Text(str(name), style="dim"), Text(str(value)))
-    for note in page["meta"]["notes"]:
-        rows.add_row(Text("Note", style="dim"), Text(str(note)))
-    console.print(rows)
+    facts = [[Cell(big, "bold cyan"), words] for big, words in cards(page)]
+    cost = [[Cell(n, "dim"), v] for n, v in page["meta"]["cost"].items()]
+    cost += [[Cell("Note", "dim"), note] for note in page["meta"]["notes"]]
+    blank = ["", ""]
+    transcript = Cell(str(page["transcript"]), "bold")
+    show(transcript, Table(blank, facts), times(page["words"]), Table(blank, cost))

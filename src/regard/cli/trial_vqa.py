@@ -91,21 +91,20 @@ def vqa(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from regard.report.document import show
+    from regard.report.table import Table, right
 
-    table = Table(box=box.SIMPLE_HEAD, title=f"{result['model']}: right answers, 95 % interval")
     names = list(next(iter(result["configurations"].values())))
-    table.add_column("configuration", overflow="fold", min_width=13)
-    for name in names:
-        table.add_column(name, justify="right", min_width=9)
-    for key, found in result["configurations"].items():
-        cells = []
-        for name in names:
-            low, high = found[name]["interval"]
-            cells.append(f"{found[name]['right']:.2f}\n{low:.2f}-{high:.2f}")
-        table.add_row(key, *cells)
-    Console().print(table)
+
+    def cell(found: dict[str, Any]) -> str:
+        low, high = found["interval"]
+        return f"{found['right']:.2f} ({low:.2f} to {high:.2f})"
+
+    rows = [
+        [key, *(cell(found[name]) for name in names)]
+        for key, found in result["configurations"].items()
+    ]
+    title = f"{result['model']}: right answers, 95 % interval"
     counts = next(iter(result["configurations"].values()))
-    Console().print("Asked: " + ", ".join(f"{n} {counts[n]['asked']}" for n in names) + ".")
+    asked = ", ".join(f"{n} {counts[n]['asked']}" for n in names)
+    show(Table(["configuration", *map(right, names)], rows, title, f"Asked: {asked}.", keys=1))

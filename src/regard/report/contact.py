@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from regard.report.document import Page, Picture, Row, Section, png
 from regard.report.look import INKS, ramp
+
+__all__ = ["figure", "heat", "marked", "page", "png", "sheet"]
 
 GAP = 8
 LABEL = 16
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
-
-
-def png(image: Any) -> bytes:
-    """A PIL image as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def heat(values: Any, size: tuple[int, int], theme: str = "light") -> Any:
@@ -90,40 +82,12 @@ def sheet(
     return whole
 
 
-def figure(image: Any, caption: str, width: int | None = None) -> str:
-    """One picture with its caption, as HTML; the picture travels inside."""
-    data = base64.b64encode(png(image)).decode()
-    wide = f' style="width:{width}px"' if width else ""
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}"{wide}>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def figure(image: Any, caption: str, width: int | None = None) -> Any:
+    """One picture with its caption, for a page; so many pixels wide."""
+    return Picture(image, caption, width)
 
 
-def page(title: str, notes: Sequence[str], sections: Mapping[str, Sequence[str]]) -> str:
-    """A self-contained page of figures: heading -> figures of a row, as `figure` gives them."""
-    light, dark = INKS["light"], INKS["dark"]
-    style = (
-        ":root{color-scheme:light dark}"
-        f"body{{margin:2rem auto;max-width:72rem;padding:0 1rem;color:{light['text']};"
-        "font:15px/1.5 system-ui,sans-serif}"
-        "h1{font-size:1.3rem}h2{font-size:1rem;margin:1.5rem 0 .5rem}"
-        ".row{display:flex;flex-wrap:wrap;gap:.75rem}figure{margin:0}"
-        "img{image-rendering:pixelated;display:block;max-width:100%}"
-        f"figcaption,.note{{color:{light['muted']};font-size:.85rem}}"
-        f"@media(prefers-color-scheme:dark){{body{{background:#14171c;color:{dark['text']}}}"
-        f"figcaption,.note{{color:{dark['muted']}}}}}"
-    )
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="generator" content="regard">',
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
-        *(f'<p class="note">{escape(note)}</p>' for note in notes),
-    ]
-    for heading, figures in sections.items():
-        parts.append(f'<h2>{escape(heading)}</h2><div class="row">{"".join(figures)}</div>')
-    return "\n".join([*parts, "</body></html>\n"])
+def page(title: str, notes: Sequence[str], sections: Mapping[str, Sequence[Any]]) -> str:
+    """A page of pictures that opens offline: heading -> pictures of a row."""
+    rows = [Section(heading, [Row(figures)]) for heading, figures in sections.items()]
+    return Page(title, rows, intro=notes, about="pictures").html()

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from regard.report import figures
+from regard.report.chart import Chart, Line, Panel
+from regard.report.document import Page, Plot, Row, Section
 from regard.report.look import INKS, centres, finite, short
-from regard.report.page import Section, _again, _facts, _heading, _notes, _slot, document
+from regard.report.page import ends
 from regard.report.page import write_page as _write
 from regard.report.sound import spectrogram
+from regard.report.table import Column, Table, right
 
 View = Mapping[str, Any]
 SOLID = 0.8  # reliability from which on a correlation is worth reading closely
@@ -24,32 +27,27 @@ def write_page(view: View, path: Any) -> Path:
 
 def render_page(view: View) -> str:
     """Return the page as text; the same view gives the same text. All words are escaped."""
-    drawn: dict[str, Any] = {}
     sections = [
-        _maps_section(view, drawn),
-        _cells_section(view, drawn),
-        _heads_section(view, drawn),
-        _deletion_section(view, drawn),
+        _maps_section(view),
+        _cells_section(view),
+        _heads_section(view),
+        _deletion_section(view),
         _trust_section(view),
     ]
-    title = "How much attention explains"
-    data: dict[str, Any] = {"tokens": [], "views": [], "marks": {}}
-    return document(title, _header(title, view), _facts(cards(view)), sections, data, drawn)
-
-
-def _header(title: str, view: View) -> str:
     meta = view.get("meta") or {}
-    under = [str(meta[k]) for k in ("model", "clip") if meta.get(k)]
     seconds = float(view.get("seconds_per_step") or 0) * float(view.get("steps") or 0)
-    under.append(f"{seconds:.1f} s of sound")
-    under.append(f"{(view.get('settings') or {}).get('masks', 0):,} masks")
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in under)
-    return (
-        '<header><p class="brand">regard <span>cross attention and saliency</span></p>'
-        f'<h1>{escape(title)}</h1><ul class="under">{items}</ul>'
-        f'<p class="lead" style="margin-top:1.1rem;font-size:1.15rem">'
-        f"“{escape(str(view.get('transcript') or ''))}”</p></header>"
-    )
+    return Page(
+        "How much attention explains",
+        [section for section in sections if section],
+        intro=[f"“{view.get('transcript') or ''}”"],
+        about="cross attention and saliency",
+        under=[
+            *(str(meta[k]) for k in ("model", "clip") if meta.get(k)),
+            f"{seconds:.1f} s of sound",
+            f"{(view.get('settings') or {}).get('masks', 0):,} masks",
+        ],
+        facts=cards(view),
+    ).html()
 
 
 def badge(view: View) -> tuple[str, str]:
@@ -174,16 +172,10 @@ def side_by_side(view: View, *, theme: str = "light") -> Any:
     return figures._figure(traces, layout, theme)
 
 
-def _maps_section(view: View, drawn: dict[str, Any]) -> Section:
+def _maps_section(view: View) -> Section | None:
     if not view.get("maps"):
         return None
-    body = _heading(
-        "maps",
-        "Attention beside saliency",
-        "The same word pieces, three times. Attention tells where the decoder looked. Saliency "
-        "tells what mattered: what, when taken out, changed the prediction of that piece.",
-    ) + _slot(
-        drawn,
+    plot = Plot(
         "maps",
         side_by_side(view),
         "Heat maps over time, one row a word piece: cross attention and two kinds of saliency.",
@@ -191,7 +183,11 @@ def _maps_section(view: View, drawn: dict[str, Any]) -> Section:
         "attention looked at something that did not matter, or missed something that did. The "
         "encoder’s output has already mixed moments; the sound has not.",
     )
-    return "maps", "Maps", body
+    lead = (
+        "The same word pieces, three times. Attention tells where the decoder looked. Saliency "
+        "tells what mattered: what, when taken out, changed the prediction of that piece."
+    )
+    return Section("Attention beside saliency", [plot], lead, "Maps", "maps")
 
 
 def spectral(view: View, *, theme: str = "light") -> Any:
@@ -232,26 +228,22 @@ def spectral(view: View, *, theme: str = "light") -> Any:
     return figures._figure(traces, layout, theme)
 
 
-def _cells_section(view: View, drawn: dict[str, Any]) -> Section:
+def _cells_section(view: View) -> Section | None:
     if not view.get("cells"):
         return None
-    body = _heading(
-        "cells",
-        "What mattered in the spectrogram",
-        "Saliency also tells which pitches mattered, which attention cannot.",
-    ) + _slot(
-        drawn,
+    plot = Plot(
         "cells",
         spectral(view),
         "Heat map of saliency over time and pitch.",
         "How to read this: a strong cell changed the prediction whenever it was taken out. "
         "Choose a word piece above the map.",
     )
-    return "cells", "Spectrogram", body
+    lead = "Saliency also tells which pitches mattered, which attention cannot."
+    return Section("What mattered in the spectrogram", [plot], lead, "Spectrogram", "cells")
 
 
-def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
-    slots = ""
+def _heads_section(view: View) -> Section | None:
+    plots = []
     for on, words in (("input", "saliency of the sound"), ("states", "saliency of the encoding")):
         grid = ((view.get(on) or {}).get("pearson") or {}).get("heads")
         if not grid:
@@ -265,44 +257,27 @@ def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
             theme="light",
             coloraxis={"cmin": 0, "cmax": 1},
         )
-        slots += _slot(
-            drawn,
-            f"heads-{on}",
-            figure,
-            f"Heat map, layer by head: correlation with the {words}.",
-            f"One cell is one head. All heads averaged reach {_number(view[on]['pearson']['all'])}"
-            f", the last third of the layers {_number(view[on]['pearson']['last'])}.",
+        plots.append(
+            Plot(
+                f"heads-{on}",
+                figure,
+                f"Heat map, layer by head: correlation with the {words}.",
+                "One cell is one head. All heads averaged reach "
+                f"{_number(view[on]['pearson']['all'])}, the last third of the layers "
+                f"{_number(view[on]['pearson']['last'])}.",
+            )
         )
-    if not slots:
+    if not plots:
         return None
-    rows = ""
-    layers = view["input"]["pearson"]["layers"]
-    for n in range(len(layers)):
-        cells = "".join(
-            f"<td>{_number(view[on][kind]['layers'][n])}</td>"
-            for on in ("input", "states")
-            for kind in ("pearson", "spearman")
-        )
-        rows += f"<tr><th scope='row'>layer {n}</th>{cells}</tr>"
-    cells = "".join(
-        f"<td>{_number(view[on][kind]['all'])}</td>"
-        for on in ("input", "states")
-        for kind in ("pearson", "spearman")
-    )
-    rows += f"<tr><th scope='row'>all</th>{cells}</tr>"
-    body = (
-        _heading(
-            "heads",
-            "Which heads agree with saliency",
-            "Correlations over the rows of the maps above, each row standardised.",
-        )
-        + f'<div class="pair">{slots}</div>'
-        + "<div class='scroll' tabindex='0' role='region' aria-label='Correlations by layer'>"
-        "<table><thead><tr><th scope='col'>heads averaged</th><th scope='col'>sound</th>"
-        "<th scope='col'>by ranks</th><th scope='col'>encoding</th><th scope='col'>by ranks</th>"
-        f"</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-    return "heads", "Heads", body
+    kinds = [(on, kind) for on in ("input", "states") for kind in ("pearson", "spearman")]
+    layers = range(len(view["input"]["pearson"]["layers"]))
+    rows = [[f"layer {n}", *(view[on][kind]["layers"][n] for on, kind in kinds)] for n in layers]
+    rows.append(["all", *(view[on][kind]["all"] for on, kind in kinds)])
+    names = ("sound", "by ranks", "encoding", "by ranks")
+    table = Table([Column("heads averaged"), *(right(name, _number) for name in names)], rows)
+    lead = "Correlations over the rows of the maps above, each row standardised."
+    blocks = [Row(plots, "pair"), table]
+    return Section("Which heads agree with saliency", blocks, lead, "Heads", "heads")
 
 
 def _number(value: Any) -> str:
@@ -319,62 +294,36 @@ NAMES = {
 }
 
 
-def curves(block: Mapping[str, Any], *, theme: str = "light") -> Any:
-    """Draw error rates over the share of the input that was taken out, a line a map."""
-    go = figures.plotly()
-    ink = INKS[theme]
-    styles = {
-        "saliency": {"color": ink["line"], "width": 2.6},
-        "pooled": {"color": ink["line"], "width": 1.6, "dash": "dash"},
-        "attention": {"color": ink["preplan"], "width": 2.6},
-        "random steps": {"color": ink["muted"], "width": 1.6},
-        "random cells": {"color": ink["muted"], "width": 1.6, "dash": "dot"},
-    }
-    traces = [
-        go.Scatter(
-            x=block["percent"],
-            y=[short(v) for v in values],
-            name=f"{NAMES.get(name, name)}: {block['scores'][name]:.0f}",
-            mode="lines+markers",
-            marker={"size": 5},
-            line=styles.get(name, {"width": 1.6}),
-            hovertemplate="%{x} % out: %{y:.0f} % wrong<extra></extra>",
+def curves(block: Mapping[str, Any]) -> Chart:
+    """Error rates over the share of the input that was taken out, a line a map."""
+    lines = [
+        Line(
+            f"{NAMES.get(name, name)}: {block['scores'][name]:.0f}",
+            list(zip(block["percent"], values)),
+            dashed=name in ("pooled", "random cells"),
         )
         for name, values in block["errors"].items()
     ]
     what = "words" if block.get("counted", "words") == "words" else "pieces"
-    layout = {
-        "height": 380,
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 130},
-        "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
-        "xaxis": {"title": {"text": "share of the spectrogram taken out (%)"}, "fixedrange": True},
-        "yaxis": {
-            "title": {"text": f"{what} wrong (%)"},
-            "fixedrange": True,
-            "range": [-3, 103],
-        },
-    }
-    return figures._figure(traces, layout, theme)
+    panel = Panel("share of the spectrogram taken out (%)", f"{what} wrong (%)", lines)
+    title = "Errors over the share of the spectrogram taken out, for each map"
+    return Chart([panel], title, size=(1048, 420))
 
 
-def _deletion_section(view: View, drawn: dict[str, Any]) -> Section:
+def _deletion_section(view: View) -> Section | None:
     block = view.get("deletion")
     if not block:
         return None
-    body = _heading(
-        "deletion",
-        "Taking out what ranks highest",
-        "A map that explains well names what the model cannot do without: its curve rises early, "
-        "and its area, the number in the legend, is large.",
-    ) + _slot(
-        drawn,
-        "deletion",
-        curves(block),
-        "Lines: errors over the share of the spectrogram taken out, for each map.",
+    how = (
         "How to read this: the highest-ranked cells go first, each replaced by the mean of its mel "
-        "bin. Attention has no pitch, so it takes out whole moments.",
+        "bin. Attention has no pitch, so it takes out whole moments."
     )
-    return "deletion", "Deletion", body
+    lead = (
+        "A map that explains well names what the model cannot do without: its curve rises early, "
+        "and its area, the number in the legend, is large."
+    )
+    blocks = [curves(block), how]
+    return Section("Taking out what ranks highest", blocks, lead, "Deletion", "deletion")
 
 
 def _trust_section(view: View) -> Section:
@@ -406,21 +355,14 @@ def _trust_section(view: View) -> Section:
             )
         )
     rows.append(("Settings", ", ".join(f"{k} {v}" for k, v in settings.items())))
-    cells = "".join(
-        f"<tr><th scope='row'>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows
+    return Section(
+        "How far to trust this",
+        [Table(["", ""], rows), *ends(view.get("notes") or [], view.get("meta") or {})],
+        "Saliency is measured with random masks. Two halves of them give two maps; how well "
+        "these agree bounds every correlation on this page.",
+        "Trust",
+        "trust",
     )
-    body = (
-        _heading(
-            "trust",
-            "How far to trust this",
-            "Saliency is measured with random masks. Two halves of them give two maps; how well "
-            "these agree bounds every correlation on this page.",
-        )
-        + f"<div class='scroll'><table><tbody>{cells}</tbody></table></div>"
-        + _notes(view.get("notes") or [])
-        + _again(view.get("meta") or {})
-    )
-    return "trust", "Trust", body
 
 
 def _pair(values: Any) -> str:

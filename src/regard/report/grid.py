@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from regard.report.chart import INK, TEXT
-from regard.report.look import ramp
+from regard.report.look import INKS, ramp
 
+INK = INKS["light"]
+TEXT = 26
 SIDE = 170  # pixels left of the cells for the names of the rows
 EDGE = 24  # the same without names, and right of the cells
 LINE = TEXT + 14  # of a line of words

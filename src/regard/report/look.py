@@ -38,6 +38,17 @@ INKS: dict[str, dict[str, str]] = {
         "band": "rgba(109,179,226,0.14)",
     },
 }
+# Series of a chart, by theme: Okabe and Ito's colours, lighter on dark.
+SERIES: dict[str, tuple[str, ...]] = {
+    "light": (
+        *("#0072b2", "#d55e00", "#008a65", "#b85a93"),
+        *("#b07800", "#3a9fd6", "#7a7a7a", "#111111"),
+    ),
+    "dark": (
+        *("#56a8e0", "#f28a45", "#35c79a", "#e39cc6"),
+        *("#ecb63c", "#9bd3f5", "#a5a5a5", "#f2f2f2"),
+    ),
+}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from regard.report import figures
+from regard.report.document import Page, Plot, Row, Section
 from regard.report.look import INKS, centres, finite, over, percent, short
-from regard.report.page import Section, _costs, _facts, _heading, _slot, document
+from regard.report.page import costs
 from regard.report.page import write_page as _write
 from regard.report.sound import spectrogram
+from regard.report.table import Cell, Column, Table, right
 
 View = Mapping[str, Any]
 
@@ -23,32 +25,26 @@ def write_page(view: View, path: Any) -> Path:
 
 def render_page(view: View) -> str:
     """Return the page as text; the same view gives the same text. All words are escaped."""
-    drawn: dict[str, Any] = {}
-    sections = [
-        _map_section(view, drawn),
-        _table_section(view),
-        _heads_section(view, drawn),
-        _single_section(view, drawn),
-        _costs(_cost_rows(view), "Exact cross attention.", view.get("meta") or {}),
-    ]
-    title = "Where each word listens"
-    data: dict[str, Any] = {"tokens": [], "views": [], "marks": {}}  # no text to colour here
-    return document(title, _header(title, view), _facts(cards(view)), sections, data, drawn)
-
-
-def _header(title: str, view: View) -> str:
     meta = view.get("meta") or {}
+    sections = [
+        _map_section(view),
+        _table_section(view),
+        _heads_section(view),
+        _single_section(view),
+        costs(_cost_rows(view), "Exact cross attention.", meta),
+    ]
     under = [str(meta[k]) for k in ("model", "clip") if meta.get(k)]
     if meta.get("seconds") is not None:
         under.append(f"{float(meta['seconds']):.1f} s of sound")
     under.append(f"{meta.get('layers')} decoder layers × {meta.get('heads')} heads")
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in under)
-    spoken = escape(str(view.get("transcript") or ""))
-    return (
-        '<header><p class="brand">regard <span>cross attention of a speech model</span></p>'
-        f'<h1>{escape(title)}</h1><ul class="under">{items}</ul>'
-        f'<p class="lead" style="margin-top:1.1rem;font-size:1.15rem">“{spoken}”</p></header>'
-    )
+    return Page(
+        "Where each word listens",
+        [section for section in sections if section],
+        intro=[f"“{view.get('transcript') or ''}”"],
+        about="cross attention of a speech model",
+        under=under,
+        facts=cards(view),
+    ).html()
 
 
 def cards(view: View) -> list[tuple[str, str]]:
@@ -241,17 +237,10 @@ def _short(text: str) -> str:
     return escape(text)
 
 
-def _map_section(view: View, drawn: dict[str, Any]) -> Section:
+def _map_section(view: View) -> Section | None:
     if not view.get("words") or not view.get("maps"):
         return None
-    body = _heading(
-        "map",
-        "Words and time",
-        "Above the sound as the model gets it, below what each word’s decoder steps look at while "
-        "they predict it. The menu shows single layers, or the heads that are known to follow the "
-        "sound.",
-    ) + _slot(
-        drawn,
+    plot = Plot(
         "map",
         listening_map(view),
         "Spectrogram over a heat map of words by time, with the time of each word as a bar.",
@@ -260,46 +249,51 @@ def _map_section(view: View, drawn: dict[str, Any]) -> Section:
         "heads. What a word looks at is not all that it depends on: attention says where "
         "information was fetched from, not what it did.",
     )
-    return "map", "Map", body
+    lead = (
+        "Above the sound as the model gets it, below what each word’s decoder steps look at while "
+        "they predict it. The menu shows single layers, or the heads that are known to follow the "
+        "sound."
+    )
+    return Section("Words and time", [plot], lead, "Map", "map")
 
 
-def _table_section(view: View) -> Section:
-    words: Sequence[Mapping[str, Any]] = view.get("words") or []
-    if not words:
-        return None
+def times(words: Sequence[View]) -> Table:
+    """When each word was said and where it looked, in seconds."""
     names = [("from", "start"), ("to", "end"), ("true start", "true_start"),
              ("transformers", "theirs"), ("looks most at", "peak"), ("centre", "centre"),
              ("spread", "spread")]  # fmt: skip
     shown = [(name, key) for name, key in names if any(w.get(key) is not None for w in words)]
-    head = "".join(f"<th>{escape(name)} (s)</th>" for name, _ in shown)
-    rows = []
-    for number, word in enumerate(words):
-        cells = "".join(
-            f"<td>{'–' if word.get(key) is None else format(float(word[key]), '.2f')}</td>"
-            for _, key in shown
-        )
-        share = percent(float(word.get("dropped") or 0.0))
-        rows.append(
-            f"<tr><td>{number}</td><td><code>{escape(str(word['text']))}</code></td>{cells}"
-            f"<td>{share}</td></tr>"
-        )
+    columns = [Column("word"), *(right(f"{name} (s)", "{:.2f}".format) for name, _ in shown)]
+    rows = [
+        [
+            Cell(str(word["text"]), "code"),
+            *(word.get(key) for _, key in shown),
+            float(word.get("dropped") or 0.0),
+        ]
+        for word in words
+    ]
+    return Table([*columns, right("on padding", percent)], rows)
+
+
+def _table_section(view: View) -> Section | None:
+    words: Sequence[Mapping[str, Any]] = view.get("words") or []
+    if not words:
+        return None
     stamp = ""
     if any("theirs" in w for w in words):
         stamp = (
             " Transformers’ stamps come from the rows in which a token is the input, one step "
             "after the rows that predict it, so they tend to come about one token later."
         )
-    body = (
-        _heading("times", "Word times", "When each word was said, and where it looked.")
-        + f'<div class="scroll"><table><thead><tr><th></th><th>word</th>{head}<th>on padding</th>'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="help">From and to: dynamic time warping over the alignment heads. Centre and '
-        f"spread: mean and standard deviation of the time a word looks at, all heads.{stamp}</p>"
+    note = (
+        "From and to: dynamic time warping over the alignment heads. Centre and spread: mean and "
+        f"standard deviation of the time a word looks at, all heads.{stamp}"
     )
-    return "times", "Times", body
+    lead = "When each word was said, and where it looked."
+    return Section("Word times", [times(words), note], lead, "Times", "times")
 
 
-def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
+def _heads_section(view: View) -> Section | None:
     heads = view.get("heads") or {}
     if not heads.get("monotone"):
         return None
@@ -312,7 +306,7 @@ def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
         ("dropped", "share on padding", "%{z:.1%} on padding", {"cmin": 0},
          "A strong head rests on the silence behind the clip: it has nothing to look for."),
     ]  # fmt: skip
-    slots = ""
+    plots = []
     for key, bar, hover, axis, caption in kinds:
         if not heads.get(key):
             continue
@@ -325,21 +319,19 @@ def _heads_section(view: View, drawn: dict[str, Any]) -> Section:
             theme="light",
             coloraxis=axis,
         )
-        slots += _slot(drawn, key, figure, f"Heat map, layer by head: {bar}.", caption)
-    body = _heading(
-        "heads", "What each head does", "Means over the words of this clip, one cell a head."
-    )
-    return "heads", "Heads", body + f'<div class="pair">{slots}</div>'
+        plots.append(Plot(key, figure, f"Heat map, layer by head: {bar}.", caption))
+    lead = "Means over the words of this clip, one cell a head."
+    return Section("What each head does", [Row(plots, "pair")], lead, "Heads", "heads")
 
 
-def _single_section(view: View, drawn: dict[str, Any]) -> Section:
+def _single_section(view: View) -> Section | None:
     maps = view.get("head_maps") or []
     if not maps:
         return None
     meta = view.get("meta") or {}
     total = int(meta.get("layers") or 0) * int(meta.get("heads") or 0)
     go = figures.plotly()
-    cells = ""
+    plots = []
     for number, one in enumerate(maps):
         flat = sorted(v for row in one["cells"] for v in row)
         trace = go.Heatmap(
@@ -360,20 +352,20 @@ def _single_section(view: View, drawn: dict[str, Any]) -> Section:
         }
         name = f"Layer {one['layer']}, head {one['head']}"
         mark = " · alignment head" if one.get("alignment") else ""
-        cells += _slot(
-            drawn,
-            f"ear{number}",
-            figures._figure([trace], layout, "light"),
-            f"Map of words by time of {name.lower()}.",
-            f"<b>{escape(name)}</b> follows at {one['monotone']:.2f}{mark}",
+        plots.append(
+            Plot(
+                f"ear{number}",
+                figures._figure([trace], layout, "light"),
+                f"Map of words by time of {name.lower()}.",
+                f"**{name}** follows at {one['monotone']:.2f}{mark}",
+            )
         )
     left = f", {len(maps)} of {total} heads" if len(maps) < total else ""
     lead = (
         f"Words run down, time runs across{left}; those that follow the sound best come first. "
         "Each map has its own colours."
     )
-    body = _heading("single", "Head by head", lead) + f'<div class="grid">{cells}</div>'
-    return "single", "Single heads", body
+    return Section("Head by head", [Row(plots, "grid")], lead, "Single heads", "single")
 
 
 def _cost_rows(view: View) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from regard.report.look import finite, ordinal, percent, ramp, short, visible
+from regard.report.table import Cell, Table, clean
 from regard.report.words import cost_rows, headline
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ def summary(overview: Overview, *, top: int = 8) -> RenderableType:
 
     # Text, never markup: a token such as "[red]" must be shown, not obeyed.
     title = str((overview.get("meta") or {}).get("title") or "What the model looks at")
-    parts: list[RenderableType] = [Text(title, style="bold"), Text()]
-    for big, words in headline(overview):
-        parts.append(Text.assemble("  ", (big, "bold cyan"), " ", words))
-    for part in (_sinks(overview), _tokens(overview, top), _cost(overview)):
+    parts: list[RenderableType] = [Text(clean(title), style="bold")]
+    facts = [[Cell(big, "bold cyan"), words] for big, words in headline(overview)]
+    first = Table(["", ""], facts) if facts else None
+    for part in (first, _sinks(overview), _tokens(overview, top), _cost(overview)):
         if part is not None:
             parts += [Text(), part]
     return Group(*parts)
@@ -63,33 +64,28 @@ def _sinks(overview: Overview) -> RenderableType | None:
     return text
 
 
-def _tokens(overview: Overview, top: int) -> RenderableType | None:
-    from rich.table import Table
-    from rich.text import Text
-
+def _tokens(overview: Overview, top: int) -> Table | None:
     tokens = [str(t) for t in overview.get("tokens") or []]
     views = [v for v in (overview.get("views") or {}).values() if v and v.get("values")]
     if not tokens or not views:
         return None
-    table = Table(title="Highest tokens", title_justify="left", title_style="dim", box=None)
-    columns = []
+    names, columns = ["rank"], []
     for view in views[:4]:
         unit = str(view.get("unit") or "")
         name = str(view.get("label") or "")
-        table.add_column(Text(f"{name} ({unit})" if unit else name), overflow="fold")
+        names.append(f"{name} ({unit})" if unit else name)
         known = [(v, i) for i, v in enumerate(map(finite, view["values"])) if v is not None]
         known = [(v, i) for v, i in known if i < len(tokens)]
         best = sorted(known, key=lambda pair: (-pair[0], pair[1]))[:top]
-        columns.append([Text(f"{short(v):>8,} {visible(tokens[i])[:24]} @{i}") for v, i in best])
-    for row in range(max(map(len, columns), default=0)):
-        table.add_row(*(c[row] if row < len(c) else "" for c in columns))
-    return table
+        columns.append([f"{short(v):,} {visible(tokens[i])[:24]} @{i}" for v, i in best])
+    rows = [
+        [str(n + 1), *(c[n] if n < len(c) else "" for c in columns)]
+        for n in range(max(map(len, columns)))
+    ]
+    return Table(names, rows, "Highest tokens", keys=1)
 
 
-def _cost(overview: Overview) -> RenderableType | None:
-    from rich.table import Table
-    from rich.text import Text
-
+def _cost(overview: Overview) -> Table | None:
     meta = overview.get("meta") or {}
     rows = cost_rows(meta) + [("Note", str(note)) for note in meta.get("notes") or []]
     hidden = (overview.get("sinks") or {}).get("hidden") or []
@@ -97,9 +93,4 @@ def _cost(overview: Overview) -> RenderableType | None:
         share = percent(finite(h.get("alpha")) or 0.0)
         words = f"“{visible(str(h.get('token') or ''))}” at {h.get('position')}: {share}"
         rows.append(("Later sink", f"{words} in {h.get('heads')} heads"))
-    if not rows:
-        return None
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(value))
-    return table
+    return Table(["", ""], [[Cell(name, "dim"), value] for name, value in rows]) if rows else None

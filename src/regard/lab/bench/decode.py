@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from regard.errors import InputError
+from regard.report.document import Page, Section
+from regard.report.table import from_grid
 
 from .record import (
     FAILED,
@@ -20,13 +22,14 @@ from .record import (
     Result,
     environment,
     judged,
-    machine_md,
+    machine,
     median,
+    ranged,
     ratios,
     resume,
     show_progress,
     spread,
-    targets_md,
+    targets,
 )
 from .timer import seconds
 
@@ -236,52 +239,44 @@ def markdown(result: Result, source: str) -> str:
     s = result.settings
     stock = result.cells["stock"].values
     count = done(result)
-    lines = [
-        "# Writing after a long context",
-        "",
-        f"<!-- Generated from {source} by `regard bench decode`; do not edit. -->",
-        "",
+    intro = (
         f"{s['model']} ({s['dtype']}) reads {s['prompt']} tokens and then writes, greedily with "
         f"`model.generate`, {s['tokens a round']} tokens in every way in turn, {count} rounds in "
         f"one process, up to {s['context']} tokens of context. Stock transformers runs its own "
-        f"{s['attention']} attention and cache.",
-        "",
-        *targets_md(judge(result)),
-        "## Time and memory",
-        "",
-        "| | tokens/s | range | times stock | range | MB after the prompt | share of stock | MB at "
-        "the end | share of stock | prompt, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+        f"{s['attention']} attention and cache."
+    )
+    grid = [["", "tokens/s", "range", "times stock", "range", "MB after the prompt",
+             "share of stock", "MB at the end", "share of stock", "prompt, s"]]  # fmt: skip
     for row, name in ROWS.items():
         cell = result.get(row)
         if cell is None or not cell.values.get("seconds"):
             why = result.cells[row].reason if row in result.cells else ""
-            lines.append(f"| {name} | not measured: {why or 'no run'} |" + " |" * 8)
+            grid.append([name, f"not measured: {why or 'no run'}", *[""] * 8])
             continue
         v = cell.values
         speed = spread([s["tokens a round"] / t for t in v["seconds"]])
+        sizes = [
+            text
+            for when in ("bytes_prompt", "bytes_end")
+            for text in (f"{v[when] / MB:.0f}", f"{v[when] / stock[when]:.3f}")
+        ]
         of = spread(faster(result, row))
-        lines.append(
-            f"| {name} | {speed['median']:.1f} | {speed['low']:.1f} to {speed['high']:.1f} | "
-            f"{of['median']:.2f} | {of['low']:.2f} to {of['high']:.2f} | "
-            f"{v['bytes_prompt'] / MB:.0f} | {v['bytes_prompt'] / stock['bytes_prompt']:.3f} | "
-            f"{v['bytes_end'] / MB:.0f} | {v['bytes_end'] / stock['bytes_end']:.3f} | "
-            f"{v['prefill']:.1f} |"
-        )
-    entries = result.cells["recycled"].values.get("entries")
-    lines += [
-        "",
+        grid.append([name, *ranged(speed, 1), *ranged(of), *sizes, f"{v['prefill']:.1f}"])
+    note = (
         f"Medians of {count} rounds; a ratio compares the two ways within a round. Bytes are "
         "those of the storage behind keys, values and what each method keeps beside them. The "
-        "time of the prompt is one measurement.",
-    ]
+        "time of the prompt is one measurement."
+    )
+    entries = result.cells["recycled"].values.get("entries")
     if entries is not None:
-        lines.append(
-            f"Recycled keeps every row, so it holds more; a written token reads {entries:.0f} keys "
-            f"in each key head on average, where stock reads all."
+        note += (
+            f" Recycled keeps every row, so it holds more; a written token reads {entries:.0f} "
+            "keys in each key head on average, where stock reads all."
         )
-    return "\n".join([*lines, *machine_md(result)])
+    blocks = [from_grid(grid, keys=1), note, machine(result)]
+    sections = [targets(judge(result)), Section("Time and memory", blocks)]
+    source = f"{source} by `regard bench decode`"
+    return Page("Writing after a long context", sections, [intro], source=source).markdown()
 
 
 def _words(taken: dict[str, float]) -> str:

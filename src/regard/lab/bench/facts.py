@@ -19,6 +19,8 @@ from regard.core import Mask, attend
 from regard.core.facts import FACTS, measure
 from regard.core.kernels import reference
 from regard.errors import InputError
+from regard.report.document import Page, Section
+from regard.report.table import Table, right
 
 from . import timer
 from .kernels import DTYPES
@@ -32,6 +34,7 @@ from .record import (
     resume,
     show_progress,
     spread,
+    targets,
 )
 
 CHECKED = 333  # tokens at which facts are compared with the dense float64 map
@@ -279,20 +282,20 @@ def judge(result: Result) -> list[dict[str, str]]:
     return said
 
 
-def rows(result: Result) -> list[list[str]]:
-    """The table: a row for each length and way."""
-    table = [["tokens", "", "ms", "times", "range", "peak MiB"]]
+def table(result: Result) -> Table:
+    """A row for each length and way."""
+    rows = []
     for total in lengths_of(result):
         for name in (*CALLS, *MODELS):
             cell = result.cells.get(f"{total} | {name}")
             if cell is None:
                 continue
             if not cell.values:
-                table.append([f"{total:,}", name, cell.outcome, "", cell.reason[:60], ""])
+                rows.append([f"{total:,}", name, cell.outcome, "", cell.reason[:60], ""])
                 continue
             of = ratio(result, total, name) or {"median": 1.0, "low": 1.0, "high": 1.0}
             middle = sorted(cell.values["seconds"])[len(cell.values["seconds"]) // 2]
-            table.append(
+            rows.append(
                 [
                     f"{total:,}",
                     name,
@@ -302,34 +305,22 @@ def rows(result: Result) -> list[list[str]]:
                     f"{cell.values['peak_bytes'] / 2**20:.0f}",
                 ]
             )
-    return table
+    names = [right("tokens"), "way", right("ms"), right("times"), "range", right("peak MiB")]
+    return Table(names, rows)
 
 
 def markdown(result: Result, source: str) -> str:
     """The page as text; the same result gives the same text."""
     s, e = result.settings, result.environment
-    table = rows(result)
-    return "\n".join(
-        [
-            f"# What exact facts cost on {e.get('device')}",
-            "",
-            f"<!-- Generated from {source} by `regard bench facts`; do not edit. -->",
-            "",
-            f"One causal attention call of {s['heads']} query and {s['kv_heads']} key heads of "
-            f"{s['dim']}, {s['dtype']}; and a language model of SmolLM2's shape with random "
-            "weights (30 layers of 9 query and 3 key heads of 64), of which only the last logits "
-            "are computed. `times` is over torch's fused attention, or the plain model, in the "
-            f"same round; medians of {s['rounds']} rounds.",
-            "",
-            "| target, stated before the run | measured | verdict |",
-            "| --- | --- | --- |",
-            *(f"| {t['rule']} | {t['measured']} | {t['verdict']} |" for t in judge(result)),
-            "",
-            "| " + " | ".join(table[0]) + " |",
-            "| ---: | --- | ---: | ---: | --- | ---: |",
-            *("| " + " | ".join(line) + " |" for line in table[1:]),
-            "",
-            f"torch {e.get('torch')}, transformers {e.get('transformers')}.",
-            "",
-        ]
+    intro = (
+        f"One causal attention call of {s['heads']} query and {s['kv_heads']} key heads of "
+        f"{s['dim']}, {s['dtype']}; and a language model of SmolLM2's shape with random "
+        "weights (30 layers of 9 query and 3 key heads of 64), of which only the last logits "
+        "are computed. `times` is over torch's fused attention, or the plain model, in the "
+        f"same round; medians of {s['rounds']} rounds."
     )
+    versions = f"torch {e.get('torch')}, transformers {e.get('transformers')}."
+    sections = [targets(judge(result)), Section("Times", [table(result), versions])]
+    source = f"{source} by `regard bench facts`"
+    title = f"What exact facts cost on {e.get('device')}"
+    return Page(title, sections, [intro], source=source).markdown()

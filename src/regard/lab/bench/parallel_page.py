@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
 
-from . import kernels_page as look
+from regard.report.chart import Bar, bars
+from regard.report.document import Code, Html, Items, Page, Section
+from regard.report.table import Table, right
+
 from .record import Result, load
 
 HEAD = (
@@ -86,26 +87,18 @@ def notes(result: Result) -> list[str]:
     return found
 
 
-def table(result: Result) -> Any:
-    """The result for a terminal."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+def grid(result: Result, names: Sequence[str]) -> Table:
+    """One row a scheme, in these columns."""
+    lines = [[line.get(name, "") for name in names] for line in rows(result)]
+    short = [
+        name.replace("forward ms", "fwd ms").replace("backward ms", "bwd ms") for name in names
+    ]
+    return Table([*short[:2], *map(right, short[2:])], lines, keys=1)
 
-    shown = Table(
-        title=title(result),
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-        header_style="bold",
-    )
-    for number, name in enumerate(BRIEF):
-        short = name.replace("forward", "fwd").replace("backward", "bwd")
-        left = number < 2
-        shown.add_column(Text(short), justify="left" if left else "right", no_wrap=True)
-    for line in rows(result):
-        shown.add_row(*(Text(line.get(name, "")) for name in BRIEF))
-    return Group(shown, Text(LEGEND), *(Text(note, style="dim") for note in notes(result)))
+
+def table(result: Result) -> Section:
+    """The result for a terminal."""
+    return Section(title(result), [grid(result, BRIEF), LEGEND, Items(notes(result))])
 
 
 LEGEND = (
@@ -123,81 +116,60 @@ def title(result: Result) -> str:
     )
 
 
+INTRODUCTION = (
+    "Generated from saved results by `python -m regard.lab.bench.parallel OUT RESULT...`; not "
+    "edited by hand. The grid is ranks that share heads x places of the ring / windows of a double "
+    "ring. "
+    "Forward and backward are times of the slowest rank, one process per rank, over those of the "
+    "first scheme in the same run. Sent is the most that one rank sent, counted at every message; "
+    "*as formula* says whether every rank sent exactly what the formula gives. Work is the area of "
+    "the mask under a rank's queries, the most over the mean; *in order* is the same without "
+    "zigzag placement. Errors are the largest difference from float64 attention in one process, as "
+    "a share of its largest value. The row *torch* is "
+    "`torch.distributed.tensor.experimental.context_parallel`; rows of *diffusers* are the schemes "
+    "of its attention dispatcher."
+)
+
+
 def page(paths: Sequence[str | Path]) -> str:
     """The documentation page of saved results, in Markdown."""
-    lines = [
-        "# Context parallelism, measured",
-        "",
-        "Generated from saved results by `python -m regard.lab.bench.parallel OUT RESULT...`; not",
-        "edited by hand. The grid is ranks that share heads x places of the ring / windows of a",
-        "double ring. Forward and backward are times of the slowest rank, one process per rank,",
-        "over those of the first scheme in the same run. Sent is the most",
-        "that one rank sent, counted at every message; *as formula* says whether every rank sent",
-        "exactly what the formula gives. Work is the area of the mask under a rank's queries, the",
-        "most over the mean; *in order* is the same without zigzag placement. Errors are the",
-        "largest difference from float64 attention in one process, as a share of its largest",
-        "value. The row *torch* is `torch.distributed.tensor.experimental.context_parallel`; rows",
-        "of *diffusers* are the schemes of its attention dispatcher.",
-        "",
-    ]
-    for path in paths:
-        result = load(path)
-        lines += [f"## {title(result)}", "", "| " + " | ".join(HEAD) + " |"]
-        lines += ["| --- | --- |" + " ---: |" * (len(HEAD) - 2)]
-        lines += ["| " + " | ".join(r.get(n, "") for n in HEAD) + " |" for r in rows(result)]
-        lines += ["", *(f"- {note}" for note in notes(result)), ""]
-        e = result.environment
-        command = (
-            f"torchrun --nproc-per-node {result.settings['ranks']} -m regard bench parallel "
-            f"--mask {result.settings['mask']} "
-            f"--tokens-per-rank {result.settings['tokens'] // result.settings['ranks']} "
-            f"--heads {result.settings['heads'][0]}:{result.settings['heads'][1]} "
-            f"--dim {result.settings['dim']}"
-        )
-        lines += ["```", command, "```", ""]
-        machine = f"{e['cpu']}, {e['cores']} cores, torch {e['torch']}"
-        timing = result.settings["timing"]
-        lines += [f"{timing}; {machine}, threads of a rank: {e['threads']}.", ""]
-    return "\n".join(lines)
+    sections = [_section(load(path)) for path in paths]
+    return Page("Context parallelism, measured", sections, [INTRODUCTION]).markdown()
+
+
+def _section(result: Result) -> Section:
+    s, e = result.settings, result.environment
+    command = (
+        f"torchrun --nproc-per-node {s['ranks']} -m regard bench parallel --mask {s['mask']} "
+        f"--tokens-per-rank {s['tokens'] // s['ranks']} --heads {s['heads'][0]}:{s['heads'][1]} "
+        f"--dim {s['dim']}"
+    )
+    machine = f"{e.get('cpu')}, {e.get('cores')} cores, torch {e.get('torch')}"
+    timing = f"{s['timing']}; {machine}, threads of a rank: {e.get('threads')}."
+    blocks = [grid(result, HEAD), Items(notes(result)), Code(command), timing]
+    return Section(title(result), blocks)
 
 
 def html(result: Result) -> str:
     """The table and the bytes of every scheme, as one HTML file that opens offline."""
-    grid = [list(HEAD), *([line.get(name, "") for name in HEAD] for line in rows(result))]
-    e = result.environment
-    machine = f"{e.get('cpu')}, {e.get('cores')} cores, torch {e.get('torch')}"
-    body = ["<h1>Context parallelism, measured</h1>", f"<p>{escape(title(result))}</p>"]
-    body += [look.table_html(grid, fold=False), f"<p>{escape(LEGEND)}</p>"]
-    body += ["<h2>Bytes that a rank sends, counted, and by the formula</h2>", bytes_svg(result)]
-    body += [f"<p>{escape(note)}</p>" for note in notes(result)]
-    timing = f"{result.settings['timing']}; {machine}, threads of a rank: {e.get('threads')}."
-    return look.document("Context parallelism", [*body, f"<p>{escape(timing)}</p>"])
+    heading = "Bytes that a rank sends, counted, and by the formula"
+    sections = [_section(result), Section(heading, [Html(bytes_svg(result))])]
+    return Page("Context parallelism, measured", sections, [LEGEND]).html()
 
 
 def bytes_svg(result: Result) -> str:
     """The most that one rank sent, a bar a scheme and direction; the formula is a mark on it."""
-    bars = [
-        (f"{name}, {way}", cell.values[way]["sent_most"], sum(cell.values[way]["formula"].values()))
-        for name, cell in result.cells.items()
-        for way in ("forward", "backward")
-        if cell.ok and "sent_most" in cell.values.get(way, {})
-    ]
-    out = look.svg(760, 48 + 26 * max(len(bars), 1), "Bytes sent by a rank, counted and by formula")
-    if not bars:
-        return "\n".join([*out, '<text x="60" y="40">nothing was counted</text></svg>', ""])
-    out.append('<text x="180" y="20" fill="#666">bar: counted; mark: formula</text>')
-    most = max(max(sent, formula) for _, sent, formula in bars) or 1
-    for n, (label, sent, formula) in enumerate(bars):
-        y, wide, at = 36 + 26 * n, 440 * sent / most, 180 + 440 * formula / most
-        color = look.COLORS[0 if label.endswith("forward") else 1]
-        words = _size(sent) if sent == formula else f"{_size(sent)}, formula {_size(formula)}"
-        out += [
-            f'<text x="172" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
-            f'<rect x="180" y="{y}" width="{wide:.1f}" height="16" fill="{color}"/>',
-            f'<path d="M{at:.1f} {y - 3}v22" stroke="#222" stroke-width="2.5"/>',
-            f'<text x="{max(180 + wide, at) + 8:.1f}" y="{y + 12}">{words}</text>',
-        ]
-    return "\n".join([*out, "</svg>", ""])
+    drawn = []
+    for name, cell in result.cells.items():
+        for n, way in enumerate(("forward", "backward")):
+            if cell.ok and "sent_most" in cell.values.get(way, {}):
+                sent = cell.values[way]["sent_most"]
+                formula = sum(cell.values[way]["formula"].values())
+                words = _size(sent) + (f", formula {_size(formula)}" if sent != formula else "")
+                drawn.append(Bar(f"{name}, {way}", sent, words, formula, n))
+    return bars(
+        drawn, "Bytes sent by a rank, counted and by formula", "bar: counted; mark: formula"
+    )
 
 
 def _size(n: int) -> str:

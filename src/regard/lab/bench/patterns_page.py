@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from regard.report.document import Html, Page, Row
+
 from .cases import Case, masks
-from .kernels_page import document
 
 SIZE = 32  # tokens of a drawing: small enough to see single pairs
 
@@ -84,18 +85,19 @@ def table(made: Sequence[Case]) -> Any:
 
 def html(made: Sequence[Case]) -> str:
     """All masks as one page that opens offline."""
-    body = ["<h1>Attention masks</h1>",
-            "<p>Rows are queries, columns are keys; a filled square is a pair that may look.</p>",
-            '<div class="masks">']  # fmt: skip
+    cards = []
     for case in made:
         p = _pattern(case)
-        body.append(
-            f"<section><h2>{escape(case.name)}</h2>{svg(case)}<p>{escape(p.definition)}</p>"
-            f"<p>{escape(p.kind)}; {case.area} of {case.total**2} pairs "
-            f"({case.area / case.total**2:.0%}); {escape(words(case) or 'no parameter')}</p>"
-            "</section>"
+        cards.append(
+            Html(
+                f"<div><h2>{escape(case.name)}</h2>{svg(case)}<p>{escape(p.definition)}</p>"
+                f"<p>{escape(p.kind)}; {case.area} of {case.total**2} pairs "
+                f"({case.area / case.total**2:.0%}); {escape(words(case) or 'no parameter')}</p>"
+                "</div>"
+            )
         )
-    return document("Attention masks", [*body, "</div>"])
+    said = "Rows are queries, columns are keys; a filled square is a pair that may look."
+    return Page("Attention masks", [], [said, Row(cards, "cards")], about="masks").html()
 
 
 def svg(case: Case) -> str:
@@ -110,7 +112,8 @@ def svg(case: Case) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {n} {n}" role="img" '
         f'shape-rendering="crispEdges"><title>{escape(case.name)}</title>'
-        f'<rect width="{n}" height="{n}" fill="#e9e9e6"/><path d="{"".join(bars)}" fill="#1d5f9e"/>'
+        f'<rect width="{n}" height="{n}" fill="var(--s0)"/><path d="{"".join(bars)}" '
+        'fill="var(--line)"/>'
         "</svg>"
     )
 

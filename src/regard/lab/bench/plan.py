@@ -15,6 +15,8 @@ from typing import Any
 from regard.core.parallel import NODE, SCHEMES, Load, Shape, place, sent, shape
 from regard.core.patterns import documents
 from regard.errors import InputError, nearest
+from regard.report.document import Section
+from regard.report.table import Cell, Table, right
 
 GIB = 2**30
 # published figures, one direction for links: dense bf16 TFLOP/s and GiB of a device, GB/s of a link
@@ -300,36 +302,31 @@ def as_dict(estimates: Sequence[Estimate], on: Machine) -> dict[str, Any]:
     return {"computed": True, "machine": asdict(on), "schemes": rows}
 
 
-def table(estimates: Sequence[Estimate], title: str) -> Any:
+def table(estimates: Sequence[Estimate], title: str) -> Section:
     """The estimates for a terminal, the best first."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(
-        title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold"
-    )
     heads = ("scheme", "grid", "work", "traffic", "fwd", "bwd", "sent", "memory", "fits", "ranks")
-    for number, name in enumerate(heads):
-        left = number < 2
-        shown.add_column(Text(name), justify="left" if left else "right", no_wrap=True)
+    rows: list[list[Any]] = []
     for e in estimates:
         limit = "any" if e.most_ranks is None else str(e.most_ranks)
         if e.grid is None:
-            shown.add_row(Text(e.scheme), *[""] * (len(heads) - 2), limit, style="dim")
+            rows.append([e.scheme, *[""] * (len(heads) - 2), limit])
             continue
         grid = f"{e.grid.ulysses}x{e.grid.ring}"
         grid += f"/{e.grid.windows}" if e.grid.windows > 1 else ""
-        shown.add_row(
-            Text(e.scheme),
-            grid,
-            *(_short(x) for x in (e.compute_ms, e.traffic_ms, e.forward_ms, e.backward_ms)),
-            _short((e.sent_forward + e.sent_backward) / GIB),
-            _short(e.memory_gib),
-            f"{e.most_tokens / 2**20:.3g}M",
-            limit,
-            style="" if e.possible else "dim",
+        rows.append(
+            [
+                e.scheme,
+                grid,
+                *(_short(x) for x in (e.compute_ms, e.traffic_ms, e.forward_ms, e.backward_ms)),
+                _short((e.sent_forward + e.sent_backward) / GIB),
+                _short(e.memory_gib),
+                f"{e.most_tokens / 2**20:.3g}M",
+                limit,
+            ]
         )
+    styled = [
+        [Cell(text, "" if e.possible else "dim") for text in row] for e, row in zip(estimates, rows)
+    ]
     lines = [f"{e.scheme} hits a wall: {e.wall}" for e in estimates if not e.possible]
     able = [e for e in estimates if e.possible]
     if able:
@@ -338,9 +335,12 @@ def table(estimates: Sequence[Estimate], title: str) -> Any:
     else:
         lines.append("no scheme is possible here: take more ranks, or fewer tokens")
     lines.append(
-        "Computed from formulas and the figures given, for one attention call; not measured.\n"
+        "Computed from formulas and the figures given, for one attention call; not measured."
+    )
+    lines.append(
         "grid: ranks that share heads x places of the ring / windows of a double ring; work, "
         "traffic, fwd, bwd: ms, the first two of a forward; sent, memory: GiB of one rank, forward "
         "and backward; fits: tokens in this memory; ranks: the most that the heads allow"
     )
-    return Group(shown, *(Text(line) for line in lines))
+    table = Table([*heads[:2], *map(right, heads[2:])], styled, keys=1)
+    return Section(title, [table, *lines])

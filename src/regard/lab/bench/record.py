@@ -15,6 +15,8 @@ from typing import Any
 
 from regard.errors import InputError
 from regard.files import write_text
+from regard.report.document import Section
+from regard.report.table import Table
 from regard.zoo.options import pick_device as pick_device
 
 MEASURED = "measured"
@@ -244,27 +246,31 @@ def judged(
     return said
 
 
-def targets_md(said: list[dict[str, str]]) -> list[str]:
-    """The lines of a page about targets, from what `judged` says."""
-    return [
-        "## Targets, stated before the run",
-        "",
-        "| target | measured | verdict |",
-        "| --- | --- | --- |",
-        *(f"| {t['rule']} | {t['measured']} | {t['verdict']} |" for t in said),
-        "",
-    ]
+def targets(said: list[dict[str, str]]) -> Section:
+    """The part of a page about targets, from what `judged` says."""
+    rows = [[t["rule"], t["measured"] or "-", t["verdict"]] for t in said]
+    return Section(
+        "Targets, stated before the run", [Table(["target", "measured", "verdict"], rows)]
+    )
 
 
-def machine_md(result: Result) -> list[str]:
-    """The last lines of a page: where it was measured."""
+def ranged(of: Mapping[str, float], digits: int = 2) -> list[str]:
+    """A median and its range, as cells.
+
+    >>> ranged({"median": 1.5, "low": 1.0, "high": 2.0})
+    ['1.50', '1.00 to 2.00']
+    """
+    low, middle, high = (f"{of[n]:.{digits}f}" for n in ("low", "median", "high"))
+    return [middle, f"{low} to {high}"]
+
+
+def machine(result: Result) -> str:
+    """Where it was measured, for the end of a page."""
     e = result.environment
-    return [
-        "",
+    return (
         f"Machine: {e.get('cpu')}, {e.get('threads')} of {e.get('cores')} cores, torch "
-        f"{e.get('torch')}, transformers {e.get('transformers')}.",
-        "",
-    ]
+        f"{e.get('torch')}, transformers {e.get('transformers')}."
+    )
 
 
 def _cpu() -> str:

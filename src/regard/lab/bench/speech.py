@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from regard.errors import InputError
+from regard.report.document import Block, Page, Section
+from regard.report.table import from_grid
 
 from . import timer
 from .record import (
@@ -27,13 +29,14 @@ from .record import (
     Result,
     environment,
     judged,
-    machine_md,
+    machine,
     median,
+    ranged,
     ratios,
     resume,
     show_progress,
     spread,
-    targets_md,
+    targets,
 )
 from .timer import peak, seconds
 
@@ -213,33 +216,24 @@ def judge(result: Result) -> list[dict[str, str]]:
 def markdown(result: Result, source: str) -> str:
     """The page as text; the same result gives the same text."""
     s = result.settings
-    lines = [
-        "# What cross-attention facts of speech cost",
-        "",
-        f"<!-- Generated from {source} by `regard bench speech`; do not edit. -->",
-        "",
+    intro = (
         f"{s['model']} ({s['dtype']}) transcribes {s['seconds']:g} s of sound into {s['tokens']} "
-        "tokens, plainly and in the other ways by turns in one process.",
-        "",
-        *targets_md(judge(result)),
-        "## Time and memory",
-        "",
-        "| | times plain transcription | range |",
-        "| --- | ---: | ---: |",
-    ]
+        "tokens, plainly and in the other ways by turns in one process."
+    )
+    grid = [["", "times plain transcription", "range"]]
     for row, name in ROWS.items():
-        of = ratios(result, row)
-        if of:
-            found = spread(of)
-            lines.append(
-                f"| {name} | {found['median']:.2f} | {found['low']:.2f} to {found['high']:.2f} |"
-            )
+        if of := ratios(result, row):
+            grid.append([name, *ranged(spread(of))])
+    blocks: list[Block] = [from_grid(grid)]
     memory = result.get("memory")
     if memory is not None:
-        lines += ["", "| | " + " | ".join(f"{n} tokens" for n in LENGTHS) + " |"]
-        lines += ["| --- |" + " ---: |" * len(LENGTHS)]
+        kept = [["", *(f"{n} tokens" for n in LENGTHS)]]
         for name, words in KEPT.items():
             peaks = [memory.values["peak"][f"{name} {n}"] / MB for n in LENGTHS]
-            lines.append(f"| {words} | " + " | ".join(f"{x:.1f} MB" for x in peaks) + " |")
-        lines += ["", f"Memory: {memory.values['how']}, the middle of three."]
-    return "\n".join([*lines, *machine_md(result)])
+            kept.append([words, *(f"{x:.1f} MB" for x in peaks)])
+        blocks += [from_grid(kept), f"Memory: {memory.values['how']}, the middle of three."]
+    blocks.append(machine(result))
+    sections = [targets(judge(result)), Section("Time and memory", blocks)]
+    source = f"{source} by `regard bench speech`"
+    title = "What cross-attention facts of speech cost"
+    return Page(title, sections, [intro], source=source).markdown()

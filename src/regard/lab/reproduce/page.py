@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from regard.errors import InputError
+from regard.report.document import Block, Items, Page, Section
+from regard.report.table import Cell, Table
 
-from .harness import VERDICTS, Claim, Interval, Result, results_folder, root, write_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .harness import VERDICTS, Interval, Result, results_folder, root, write_text
 
 _COLORS = {"reproduced": "green", "partly": "yellow", "not reproduced": "red", "needs scale": "dim"}
-_HEAD = """# Reproductions
-
-What the papers claim, measured on a small machine. The rule of every verdict is written in the code
-before the run, and a claim that does not hold is printed as such. This page is generated from
-`reproductions/*.json`; each was written by the command it names.
-
-The verdicts: **reproduced**; **partly**; **not reproduced**; **needs scale**: not measured here,
-with the command for a larger machine.
-"""
+_INTRODUCTION = (
+    "What the papers claim, measured on a small machine. The rule of every verdict is written in "
+    "the code before the run, and a claim that does not hold is printed as such. This page is "
+    "generated from `reproductions/*.json`; each was written by the command it names.",
+    "The verdicts: **reproduced**; **partly**; **not reproduced**; **needs scale**: not measured "
+    "here, with the command for a larger machine.",
+)
 
 
 def read(folder: str | Path | None = None) -> list[Result]:
@@ -54,69 +50,55 @@ def page(folder: str | Path | None = None, target: str | Path | None = None) -> 
 def page_text(results: Iterable[Result]) -> str:
     """The page as Markdown; the same results give the same text."""
     results = sorted(results, key=lambda r: r.slug)
-    lines = [_HEAD]
-    if results:
-        lines += [f"| method | {' | '.join(VERDICTS)} |", "|---|" + "---|" * len(VERDICTS)]
-        for r in results:
-            numbers = " | ".join(str(r.counts[v]) for v in VERDICTS)
-            lines.append(f"| [{_cell(r.slug)}](#{r.slug}) | {numbers} |")
-        lines.append("")
-    for result in results:
-        lines += _section(result)
-    return "\n".join(lines).rstrip() + "\n"
+    rows = [[Cell(r.slug, url=f"#{r.slug}"), *(r.counts[v] for v in VERDICTS)] for r in results]
+    counts = [Table(["method", *VERDICTS], rows)] if results else []
+    sections = [_section(result) for result in results]
+    return Page("Reproductions", sections, [*_INTRODUCTION, *counts]).markdown()
 
 
-def _section(result: Result) -> list[str]:
+def _section(result: Result) -> Section:
     made = ", ".join(f"{n} {v}" for n, v in result.versions.items())
     seeds = ", ".join(f"{n} {v}" for n, v in result.seeds.items())
-    lines = [
-        f"## {result.slug}",
-        "",
-        f"{result.title}: {result.paper}",
-        "",
-        f"{_model(result)}{result.data} Seeds: {seeds}.",
-        "",
-        "| claim | paper | here | control | interval | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
-    for claim in result.claims:
-        if claim.verdict == "needs scale":
-            continue
-        cells = [claim.statement, claim.paper, claim.here, claim.control]
-        cells += [interval_text(claim.interval), f"**{claim.verdict}**"]
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-    lines += ["", "Rules, fixed before the run:", ""]
     measured = [c for c in result.claims if c.verdict != "needs scale"]
-    for claim in measured:
-        lines.append(f"- {claim.statement}: {claim.rule}.")
-    notes = [c for c in measured if c.note]
-    if notes:
-        lines += ["", "Notes:", ""] + [f"- {c.statement}: {c.note}" for c in notes]
-    large = [c for c in result.claims if c.verdict == "needs scale"]
+    rows = [
+        [
+            *(c.statement, c.paper, c.here, c.control),
+            interval_text(c.interval),
+            Cell(c.verdict, "bold"),
+        ]
+        for c in measured
+    ]
+    blocks: list[Block] = [
+        f"{result.title}: {result.paper}",
+        f"{_model(result)}{result.data} Seeds: {seeds}.",
+        Table(["claim", "paper", "here", "control", "interval", "verdict"], rows),
+        "Rules, fixed before the run:",
+        Items([f"{c.statement}: {c.rule}." for c in measured]),
+    ]
+    if notes := [f"{c.statement}: {c.note}" for c in measured if c.note]:
+        blocks += ["Notes:", Items(notes)]
+    large = [
+        [c.statement, c.paper, c.rule, f"`{c.command}`" + ("" if c.built else " (not built yet)")]
+        for c in result.claims
+        if c.verdict == "needs scale"
+    ]
     if large:
-        lines += ["", "Needs scale, not measured here:", ""]
-        lines += ["| claim | paper | why | command |", "|---|---|---|---|"]
-        for c in large:
-            command = f"`{c.command}`" + ("" if c.built else " (not built yet)")
-            lines.append(
-                "| " + " | ".join(map(_cell, (c.statement, c.paper, c.rule, command))) + " |"
-            )
+        table = Table(["claim", "paper", "why", "command"], large)
+        blocks += ["Needs scale, not measured here:", table]
     if result.picture is not None:
-        lines += ["", f"![{_cell(result.picture)}](../reproductions/{result.slug}.png)"]
-        lines += ["", result.picture]
-    lines += [
-        "",
+        file = f"../reproductions/{result.slug}.png"
+        blocks += [f"![{' '.join(result.picture.split())}]({file})", result.picture]
+    blocks.append(
         f"`{result.command}`, {result.date}, {result.seconds:.0f} s on {result.device}; {made}; "
         f"commit {result.commit or 'unknown'}, source {result.source}"
-        + (f", weights {result.weights}." if result.weights else "."),
-        "",
-    ]
-    return lines
+        + (f", weights {result.weights}." if result.weights else ".")
+    )
+    return Section(result.slug, blocks)
 
 
 def _model(result: Result) -> str:
     """Which model was measured; a method may say that itself, with its data."""
-    return "" if result.model == "none" else f"Model {_cell(result.model)}. "
+    return "" if result.model == "none" else f"Model {result.model}. "
 
 
 def interval_text(interval: Interval | None) -> str:
@@ -135,40 +117,16 @@ def interval_text(interval: Interval | None) -> str:
     return ", ".join(parts) or interval.kind
 
 
-def _cell(text: Any) -> str:
-    """Text that stays within its cell, and is not taken for markup."""
-    flat = " ".join(str(text).split())
-    return flat.replace("|", "\\|").replace("<", "&lt;")
-
-
 def table(result: Result) -> Table:
-    """The claims of a result for `rich` to print."""
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(
-        title=Text(f"{result.slug} on {result.model}"),
-        title_justify="left",
-        show_lines=True,
-        show_header=False,
-    )
-    made.add_column(width=max(map(len, VERDICTS)))
-    made.add_column(overflow="fold")
+    """The claims of a result for a terminal."""
+    rows = []
     for claim in result.claims:
-        said = Text(claim.statement, "bold")
-        for name, words in _facts(claim).items():
-            said.append(f"\n{name}: ", "not bold dim").append(words, "not bold")
-        made.add_row(Text(claim.verdict, _COLORS[claim.verdict]), said)
-    if result.quick:
-        made.caption = "a quick run: too small for its verdicts to mean much"
-    return made
-
-
-def _facts(claim: Claim) -> dict[str, str]:
-    """What a reader weighs, by name."""
-    if claim.verdict == "needs scale":
-        command = f"{claim.command}{'' if claim.built else ' (not built yet)'}"
-        return {"paper": claim.paper, "measure it with": command}
-    facts = {"paper": claim.paper, "here": claim.here, "control": claim.control}
-    facts["interval"] = interval_text(claim.interval)
-    return {name: words for name, words in facts.items() if words and words != "-"}
+        facts = [claim.paper, claim.here, claim.control, interval_text(claim.interval), ""]
+        if claim.verdict == "needs scale":
+            command = f"{claim.command}{'' if claim.built else ' (not built yet)'}"
+            facts = [claim.paper, "", "", "", command]
+        verdict = Cell(claim.verdict, _COLORS[claim.verdict])
+        rows.append([claim.statement, verdict, *("" if f == "-" else f for f in facts)])
+    names = ["claim", "verdict", "paper", "here", "control", "interval", "measure it with"]
+    note = "a quick run: too small for its verdicts to mean much" if result.quick else ""
+    return Table(names, rows, f"{result.slug} on {result.model}", note)

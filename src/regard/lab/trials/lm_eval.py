@@ -20,6 +20,7 @@ from typing import Any
 
 from regard.errors import InputError, nearest
 from regard.parts.labels import check_model
+from regard.report.table import Table, right
 
 from .configurations import FULL, Configuration
 from .frame import Journal
@@ -186,19 +187,10 @@ def result(
     }
 
 
-def table(result: dict[str, Any]) -> Any:
-    """The result for `rich` to print: a row for each task and metric."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    keys = list(result["scores"])
-    shown = Table(title=Text(f"lm-eval on {result['model']}"), title_justify="left")
-    shown.box = box.SIMPLE_HEAD
-    for name in ("task", "metric", *keys):
-        shown.add_column(Text(name), justify="left" if name in ("task", "metric") else "right")
-    plain = result["scores"][FULL]
-    for task, own in plain.items():
+def table(result: dict[str, Any]) -> Table:
+    """A row for each task and metric."""
+    keys, rows = list(result["scores"]), []
+    for task, own in result["scores"][FULL].items():
         for metric, base in own.items():
             name = metric.split(",")[0]
             if name.endswith("_stderr") or name == "sample_len":
@@ -212,6 +204,7 @@ def table(result: dict[str, Any]) -> Any:
                     text += f" ± {error:.3f}"
                 elif value is not None and key != FULL:
                     text += f" ({value - base:+.3f})"
-                cells.append(Text(text))
-            shown.add_row(Text(task), Text(name), *cells)
-    return shown
+                cells.append(text)
+            rows.append([task, name, *cells])
+    columns = ["task", "metric", *map(right, keys)]
+    return Table(columns, rows, f"lm-eval on {result['model']}", keys=2)

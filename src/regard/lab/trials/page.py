@@ -12,33 +12,30 @@ from typing import Any
 
 from regard.errors import InputError
 from regard.files import write_text
+from regard.report.document import Block, Code, Items, Page, Section
+from regard.report.table import Table, right
 
-from .summary import Score, difference, heading, interval, number, percent, remarks, shown_mean
+from .summary import Score, grid, heading, interval, number, remarks, shown_mean
 
 TITLES = {
     "perplexity": "Perplexity of a continuation",
     "ruler": "RULER tasks",
     "labels": "Label scoring",
 }
-INTRODUCTION = """\
-# Quality at equal budget
-
-<!-- Generated from saved results by `python -m regard.lab.trials.page`; do not edit. -->
-
-What methods that shrink the key-value cache cost in quality, against each other at the same budget
-and against the full cache. Every configuration reads the same texts; differences to the full cache
-are those of the same text, with 95 % bootstrap intervals over texts. Methods that evict cut the
-prompt's cache once it was read, and keep every later token. Every scored token is predicted over
-the cache as the method keeps it.
-
-*Held* is the bytes of keys and values after the prompt, counted from storage; *read* the keys that
-a query head reads for a new token, counted at the attention call; both as shares of the full cache.
-Recycled Attention is not a smaller cache: it holds all keys and values, copies some, and reads few
-of them in most steps. At an equal number of kept rows it reads about as much as the other methods
-and holds more than the full cache: it saves time, not memory.
-
-Intervals show the spread over these texts on one model. They say nothing of other models.
-"""
+INTRODUCTION = (
+    "What methods that shrink the key-value cache cost in quality, against each other at the same "
+    "budget and against the full cache. Every configuration reads the same texts; differences to "
+    "the full cache are those of the same text, with 95 % bootstrap intervals over texts. Methods "
+    "that evict cut the prompt's cache once it was read, and keep every later token. Every scored "
+    "token is predicted over the cache as the method keeps it.",
+    "*Held* is the bytes of keys and values after the prompt, counted from storage; *read* the "
+    "keys that a query head reads for a new token, counted at the attention call; both as shares "
+    "of the full cache. Recycled Attention is not a smaller cache: it holds all keys and values, "
+    "copies some, and reads few of them in most steps. At an equal number of kept rows it reads "
+    "about as much as the other methods and holds more than the full cache: it saves time, not "
+    "memory.",
+    "Intervals show the spread over these texts on one model. They say nothing of other models.",
+)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -57,71 +54,52 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def page(paths: Sequence[str | Path]) -> str:
     """The page of some results, in the order given."""
-    lines = INTRODUCTION.splitlines()
-    for path in paths:
-        lines += ["", *section(load(path))]
-    return "\n".join(lines) + "\n"
+    sections = [section(load(path)) for path in paths]
+    source = "saved results by `python -m regard.lab.trials.page`"
+    return Page("Quality at equal budget", sections, INTRODUCTION, source=source).markdown()
 
 
-def section(result: dict[str, Any]) -> list[str]:
+def section(result: dict[str, Any]) -> Section:
     """One result."""
     scores = [Score(**s) for s in result["scores"]]
     given = ", ".join(f"{k.replace('_', ' ')} {_said(v)}" for k, v in result["settings"].items())
-    lines = [f"## {TITLES[result['trial']]}", "", f"{result['model']}; {given}."]
+    blocks: list[Block] = [f"{result['model']}; {given}."]
     tasks = list(dict.fromkeys(r["task"] for r in result["rows"]))
     if len(tasks) > 1:
-        lines += ["", *_ceilings(result, scores[0], tasks)]
+        blocks.append(_ceilings(result, scores[0]))
     for task in sorted(tasks, key=lambda t: t != "all"):
         own = [r for r in result["rows"] if r["task"] == task]
         if len(own) == 1 and len(tasks) > 1:
             continue  # nothing to compare the ceiling with
-        lines += ["", f"### {heading(result, task).capitalize()}", ""] if len(tasks) > 1 else [""]
-        lines += _table(scores, own)
-    said = remarks(result)[1:]
-    lines += ["", *(f"- {_md(line)}" for line in said)] if said else []
+        table = grid(scores, own)
+        title = heading(result, task).capitalize()
+        blocks.append(Section(title, [table]) if len(tasks) > 1 else table)
+    if said := remarks(result)[1:]:
+        blocks.append(Items(said))
     machine = result["environment"]
-    lines += [
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
+    blocks += [
+        Code(result["command"]),
         f"{result['date']}, {result['seconds'] / 60:.0f} minutes on {machine['threads']} thread"
-        f"{'' if machine['threads'] == 1 else 's'} of {_md(machine['cpu'])}; torch "
+        f"{'' if machine['threads'] == 1 else 's'} of {machine['cpu']}; torch "
         f"{machine['torch']}, transformers {machine['transformers']}.",
     ]
-    return lines
+    return Section(TITLES[result["trial"]], blocks)
 
 
-def _table(scores: Sequence[Score], own: Sequence[dict[str, Any]]) -> list[str]:
-    head = ["configuration"]
-    for score in scores:
-        unit = " (nats)" if score.exponential else ""
-        head += [score.title, "95 %", f"difference to full{unit}"]
-    head += ["held", "read"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for row in own:
-        cells = [row["configuration"]]
-        for score in scores:
-            cells += [
-                number(score, shown_mean(score, row)),
-                interval(score, row),
-                difference(score, row),
-            ]
-        cells += [percent(row["held"]), percent(row["read"])]
-        lines.append("| " + " | ".join(map(_md, cells)) + " |")
-    return lines
-
-
-def _ceilings(result: dict[str, Any], score: Score, tasks: Sequence[str]) -> list[str]:
+def _ceilings(result: dict[str, Any], score: Score) -> Table:
     """What the full model reaches on every task, and where that is too little."""
-    lines = [f"| task | {score.title} of the full model | 95 % | |", "| --- | ---: | ---: | --- |"]
-    for row in result["rows"]:
-        if row["configuration"] == "full" and row["task"] != "all":
-            low = "too low to tell" if row["task"] in result["low"] else ""
-            mean = number(score, shown_mean(score, row))
-            lines.append(f"| {row['task']} | {mean} | {interval(score, row)} | {low} |")
-    return lines
+    rows = [
+        [
+            row["task"],
+            number(score, shown_mean(score, row)),
+            interval(score, row),
+            "too low to tell" if row["task"] in result["low"] else "",
+        ]
+        for row in result["rows"]
+        if row["configuration"] == "full" and row["task"] != "all"
+    ]
+    columns = ["task", right(f"{score.title} of the full model"), right("95 %"), ""]
+    return Table(columns, rows)
 
 
 def _said(value: Any) -> str:
@@ -132,10 +110,6 @@ def _said(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _md(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

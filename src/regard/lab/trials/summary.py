@@ -8,16 +8,14 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from regard.lab.intervals import bootstrap
+from regard.report.document import Page, Section
+from regard.report.table import Cell, Column, Table, right
 
 from .configurations import FULL, Configuration
 from .frame import Found, Values
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.text import Text
 
 ALL = "all"
 BAR = 6  # letters of the longest bar
@@ -139,42 +137,48 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": sum(values) / len(values), "low": low, "high": high}
 
 
-# -- for a terminal --------------------------------------------------------------------------------
-def table(result: dict[str, Any]) -> Group:
-    """The result for `rich` to print."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
+# -- tables ----------------------------------------------------------------------------------------
+def table(result: dict[str, Any]) -> Page:
+    """The result for a terminal."""
     scores = [Score(**s) for s in result["scores"]]
     tasks = list(dict.fromkeys(r["task"] for r in result["rows"]))
-    parts: list[Any] = []
+    sections = []
     for task in tasks:
         own = [r for r in result["rows"] if r["task"] == task]
-        title = f"{result['trial']} on {result['model']}"
-        shown = Table(
-            title=Text(f"{title}: {heading(result, task)}" if len(tasks) > 1 else title),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-        )
-        shown.add_column("configuration", overflow="fold")
+        title = heading(result, task) if len(tasks) > 1 else "all texts"
+        sections.append(Section(title, [grid(scores, own, task in result["low"], bars=True)]))
+    sections.append(Section("Notes", remarks(result)))
+    return Page(f"{result['trial']} on {result['model']}", sections)
+
+
+def grid(
+    scores: Sequence[Score], rows: Sequence[dict[str, Any]], weak: bool = False, bars: bool = False
+) -> Table:
+    """A row for each configuration: a bar or the interval beside each score, and the difference to
+    the plain model. `weak` rows, of a task too hard for the model, have no colours.
+    """
+    columns: list[Column | str] = ["configuration"]
+    for score in scores:
+        unit = " (nats)" if score.exponential else ""
+        beside = Column("") if bars else right("95 %")
+        columns += [right(score.title), beside, right(f"difference to full{unit}")]
+    cells = []
+    for row in rows:
+        line = [Cell(row["configuration"])]
         for score in scores:
-            shown.add_column(Text(score.title), justify="right", no_wrap=True)
-            shown.add_column("", no_wrap=True)
-            unit = ", nats" if score.exponential else ""
-            shown.add_column(f"to full{unit} (95 %)", justify="right", no_wrap=True)
-        shown.add_column("held", justify="right", no_wrap=True)
-        shown.add_column("read", justify="right", no_wrap=True)
-        for row in own:
-            cells: list[Any] = [Text(row["configuration"])]
-            for score in scores:
-                most = max(abs(shown_mean(score, r)) for r in own)
-                cells += _cells(score, row, most, weak=task in result["low"])
-            shown.add_row(*cells, percent(row["held"]), percent(row["read"]))
-        parts.append(shown)
-    parts += [Text(line) for line in remarks(result)]
-    return Group(*parts)
+            mean, own = shown_mean(score, row), row[score.key].get("difference")
+            most = max(abs(shown_mean(score, r)) for r in rows) or 1
+            bar = Cell("█" * round(BAR * abs(mean) / most), "" if weak else "cyan")
+            style = ""
+            if own is not None and not weak and (own["low"] > 0 or own["high"] < 0):
+                style = "green" if (own["mean"] > 0) == (score.better == "high") else "red"
+            line += [
+                Cell(number(score, mean)),
+                bar if bars else Cell(interval(score, row)),
+                Cell(difference(score, row), style),
+            ]
+        cells.append([*line, percent(row["held"]), percent(row["read"])])
+    return Table([*columns, right("held"), right("read")], cells, keys=1)
 
 
 def heading(result: dict[str, Any], task: str) -> str:
@@ -257,19 +261,3 @@ def _signed(x: float, digits: int) -> str:
     """
     text = f"{x:+.{digits}f}"
     return text if float(text) else f"{0:.{digits}f}"
-
-
-def _cells(score: Score, row: dict[str, Any], most: float, weak: bool) -> list[Text]:
-    from rich.text import Text
-
-    mean = shown_mean(score, row)
-    length = round(BAR * abs(mean) / most) if most else 0
-    own, style = row[score.key].get("difference"), ""
-    if own is not None and not weak and (own["low"] > 0 or own["high"] < 0):
-        style = "green" if (own["mean"] > 0) == (score.better == "high") else "red"
-    dim = "dim" if weak else ""
-    return [
-        Text(number(score, mean), dim),
-        Text("█" * length, "dim" if weak else "cyan"),
-        Text(difference(score, row), style or dim),
-    ]

@@ -148,35 +148,26 @@ def number(value: float | None) -> str:
 
 
 def _show(view: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    from regard.report.document import show
     from regard.report.explain import NAMES, badge
+    from regard.report.table import Column, Table, right
 
-    console = Console()
-    console.print(Text(f"“{view['transcript']}”"))
-    table = Table(box=box.SIMPLE_HEAD, title="Correlation of attention with", title_justify="left")
-    for name in ("heads averaged", "the sound", "squared", "ranks", "its encoding", "ranks"):
-        table.add_column(name, justify="left" if name.startswith("heads") else "right")
-
-    def row(name: str, key: str, at: int | None = None) -> None:
-        cells = []
+    def row(name: str, key: str, at: int | None = None) -> list[Any]:
+        cells: list[Any] = [name]
         for on in ("input", "states"):
             for kind in ("pearson", "spearman"):
                 value = view[on][kind][key]
                 value = value[at] if at is not None else value
-                cells.append(number(value))
+                cells.append(value)
                 if on == "input" and kind == "pearson":
-                    cells.append(number(value and value**2))
-        table.add_row(name, *cells)
+                    cells.append(value and value**2)
+        return cells
 
-    for n in range(len(view["input"]["pearson"]["layers"])):
-        row(f"layer {n}", "layers", n)
-    row("last third", "last")
-    row("all", "all")
-    console.print(table)
+    rows = [row(f"layer {n}", "layers", n) for n in range(len(view["input"]["pearson"]["layers"]))]
+    rows += [row("last third", "last"), row("all", "all")]
+    names = ("the sound", "squared", "ranks", "its encoding", "ranks")
+    columns = [Column("heads averaged"), *(right(name, number) for name in names)]
+    lines = []
     flat = [
         (value, layer, head)
         for layer, heads in enumerate(view["input"]["pearson"]["heads"])
@@ -185,19 +176,21 @@ def _show(view: dict[str, Any]) -> None:
     ]
     if flat:
         value, layer, head = max(flat)
-        console.print(f"Best single head: layer {layer}, head {head}: {value:.3f}.")
+        lines.append(f"Best single head: layer {layer}, head {head}: {value:.3f}.")
     gap = view["mixing"]["gap"]
     if gap is not None:
-        console.print(f"Encoding less sound (context mixing): {gap:+.3f}.")
-    console.print(Text(" ".join(badge(view))))
+        lines.append(f"Encoding less sound (context mixing): {gap:+.3f}.")
+    lines.append(" ".join(badge(view)))
     if view["deletion"]:
         scores = ", ".join(f"{NAMES[n]} {v:.1f}" for n, v in view["deletion"]["scores"].items())
-        console.print(Text(f"Deletion scores ({view['deletion']['counted']}): {scores}."))
+        lines.append(f"Deletion scores ({view['deletion']['counted']}): {scores}.")
     for name, value in (view["references"] or {}).items():
-        console.print(
+        lines.append(
             f"{name.replace('_', ' ')}: {number(value['attention'])} with attention, "
             f"{number(value['saliency'])} with saliency."
         )
+    table = Table(columns, rows, "Correlation of attention with")
+    show(f"“{view['transcript']}”", table, *lines)
     for note in view["notes"]:
         err().print(f"note: {note}", markup=False, highlight=False)
 

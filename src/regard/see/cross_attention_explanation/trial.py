@@ -175,33 +175,23 @@ def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from regard.report.document import show
+    from regard.report.table import Table, right
 
-    console = Console()
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("utterance", "sound", "encoding", "reliability", "deletion", "transcript"):
-        table.add_column(name, justify="left" if name in ("utterance", "transcript") else "right")
+    rows: list[list[Any]] = []
     for row in result["utterances"]:
         if "problem" in row:
-            table.add_row(row["name"], "-", "-", "-", "-", Text(row["problem"]))
+            rows.append([row["name"], None, None, None, None, row["problem"]])
             continue
-        table.add_row(
-            Text(row["name"]),
-            *(number(row[on]["pearson"]["all"]) for on in ("input", "states")),
-            number(row["reliability"]["pooled"][1]),
-            number(row["deletion"]["scores"]["attention"] if row["deletion"] else None),
-            Text(row["transcript"]),
-        )
-    console.print(table)
-    means_table = Table(box=box.SIMPLE_HEAD, title="Means", title_justify="left")
-    for name in ("", "mean", "95 % interval", "utterances"):
-        means_table.add_column(name, justify="left" if not name else "right")
-    for name, value in result["means"].items():
-        low, high = value["interval"]
-        means_table.add_row(
-            name, f"{value['mean']:.3f}", f"{low:.3f} to {high:.3f}", str(value["of"])
-        )
-    console.print(means_table)
+        deletion = row["deletion"]["scores"]["attention"] if row["deletion"] else None
+        figures = [*(row[on]["pearson"]["all"] for on in ("input", "states"))]
+        figures += [row["reliability"]["pooled"][1], deletion]
+        rows.append([row["name"], *figures, row["transcript"]])
+    names = ("sound", "encoding", "reliability", "deletion")
+    utterances = ["utterance", *(right(name, number) for name in names), "transcript"]
+    means = [
+        [name, value["mean"], "{:.3f} to {:.3f}".format(*value["interval"]), value["of"]]
+        for name, value in result["means"].items()
+    ]
+    columns = ["", right("mean", number), right("95 % interval"), right("utterances")]
+    show(Table(utterances, rows), Table(columns, means, "Means"))

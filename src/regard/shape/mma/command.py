@@ -41,11 +41,11 @@ def train(
 
       regard train mma --steps 700 --out mma-training.json
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from regard.lab.bench.record import pick_device
-    from regard.shape.mma import train as trainings
+    from regard.report.document import show
+    from regard.report.table import Table, right
+
+    from . import train as trainings
 
     if model != "shapes-vlm":
         raise InputError(
@@ -63,16 +63,19 @@ def train(
         pool=pool,
         tower_minutes=tower_minutes,
     )
-    table = Table("run", "right", "seconds a step", "image states change by question", "by answer")
-    for name, run in result["runs"].items():
-        table.add_row(
-            name,
-            f"{100 * run['accuracy']['all']:.1f} %",
-            f"{run['seconds a step']:.3f}",
-            f"{run['change by question']:.4g}",
-            f"{run['change by answer']:.4g}",
-        )
-    Console().print(table)
+    keys = ("seconds a step", "change by question", "change by answer")
+    rows = [
+        [name, run["accuracy"]["all"], *(run[key] for key in keys)]
+        for name, run in result["runs"].items()
+    ]
+    columns = [
+        "run",
+        right("right", "{:.1%}".format),
+        right("seconds a step", "{:.3f}".format),
+        right("image states change by question", "{:.4g}".format),
+        right("by answer", "{:.4g}".format),
+    ]
+    show(Table(columns, rows))
 
 
 COMMANDS = {"train": train}

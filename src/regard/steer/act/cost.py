@@ -24,15 +24,18 @@ from regard.lab.bench.record import (
     Result,
     environment,
     judged,
-    machine_md,
+    machine,
     median,
+    ranged,
     ratios,
     resume,
     show_progress,
     spread,
-    targets_md,
+    targets,
 )
 from regard.lab.bench.timer import peak, seconds
+from regard.report.document import Page, Section
+from regard.report.table import from_grid
 
 SHARE = 0.2  # the published list for classification has 184 of 928 heads
 LONG = 8192
@@ -142,41 +145,29 @@ def judge(result: Result) -> list[dict[str, str]]:
 def markdown(result: Result, source: str) -> str:
     """The page as text; the same result gives the same text."""
     s = result.settings
-    lines = [
-        "# What ACT costs",
-        "",
-        f"<!-- Generated from {source} by `regard bench act`; do not edit. -->",
-        "",
+    intro = (
         f"Prefill of {s['tokens']} tokens through {s['model']} ({s['layers']} layers of "
         f"{s['heads']} heads, {s['dtype']}, logits of every token), the plain model on torch's "
         "fused attention and both rows in turn in one process. The heads are those of the layers "
         f"that ACT may change; the fifth is drawn at random ({s['heads few']} of "
-        f"{s['heads all']}). Sinks by alpha / N with alpha = {s['alpha']:g}, beta = {s['beta']:g}.",
-        "",
-        *targets_md(judge(result)),
-        "## Time",
-        "",
-        "| | seconds | range | times the plain model | range | keys that are sinks |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+        f"{s['heads all']}). Sinks by alpha / N with alpha = {s['alpha']:g}, beta = {s['beta']:g}."
+    )
+    grid = [["", "seconds", "range", "times the plain model", "range", "keys that are sinks"]]
     for row, name in {"plain": "plain model", **ROWS}.items():
         cell = result.cells.get(row)
         if cell is None or not cell.values["seconds"]:
             continue
         took, of = spread(cell.values["seconds"]), spread(ratios(result, row))
         many = f"{100 * cell.values['sinks']:.0f} %" if "sinks" in cell.values else "-"
-        lines.append(
-            f"| {name} | {took['median']:.2f} | {took['low']:.2f} to {took['high']:.2f} | "
-            f"{of['median']:.2f} | {of['low']:.2f} to {of['high']:.2f} | {many} |"
-        )
+        grid.append([name, *ranged(took), *ranged(of), many])
     rounds = len(result.cells["all"].values["seconds"])
-    lines += [
-        "",
+    note = (
         f"Medians of {rounds} rounds. The memory target is the growth of a process of its own in "
-        f"one call: finding the sinks of one head of {LONG} tokens and changing it.",
-        *machine_md(result),
-    ]
-    return "\n".join(lines)
+        f"one call: finding the sinks of one head of {LONG} tokens and changing it."
+    )
+    sections = [targets(judge(result)), Section("Time", [from_grid(grid), note, machine(result)])]
+    source = f"{source} by `regard bench act`"
+    return Page("What ACT costs", sections, [intro], source=source).markdown()
 
 
 def long_head(tokens: int = LONG, dim: int = 64) -> dict[str, Any]:
@@ -203,9 +194,7 @@ def long_head(tokens: int = LONG, dim: int = 64) -> dict[str, Any]:
 
 def _apart() -> dict[str, Any]:
     """`long_head` in a process of its own."""
-    code = (
-        "import json; from regard.steer.act.cost import long_head; print(json.dumps(long_head()))"
-    )
+    code = f"import json; from {__name__} import long_head; print(json.dumps(long_head()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"the memory could not be measured: {done.stderr.strip()[-200:]}")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import InputError
+from regard.report.table import from_grid
 
 from .drawing import Drawn, sample
 from .loop import earlier, finish, half, placed, save_folder, train
@@ -204,8 +205,8 @@ def table(quality: dict[str, dict[str, float]]) -> str:
     if not quality:
         return "Not judged."
     names = list(next(iter(quality.values())))
-    rows = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for label, values in quality.items():
-        cells = [f"{values[n]:.2f}" if n != "scenes" else f"{values[n]:.0f}" for n in names]
-        rows.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+    rows = [
+        [label, *(f"{values[n]:.{0 if n == 'scenes' else 2}f}" for n in names)]
+        for label, values in quality.items()
+    ]
+    return from_grid([["", *names], *rows]).markdown()

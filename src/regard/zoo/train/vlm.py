@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.errors import InputError
+from regard.report.table import from_grid
 from regard.zoo import vlm as zoo
 from regard.zoo.loading import load
 from regard.zoo.scenes import COLORS, SHAPES, SIZES
@@ -389,10 +390,10 @@ def sinks(model: Any, packed: Packed, device: str, count: int = 16) -> dict[str,
 def card(record: dict[str, Any]) -> str:
     """The model's card, from what was recorded."""
     s = record
-    rows = ["| | " + " | ".join(s["quality"]) + " |", "| --- |" + " ---: |" * len(s["quality"])]
+    rows = [["", *s["quality"]]]
     for kind in next(iter(s["quality"].values())):
         cells = [f"{q[kind]['right']:.3f} ({q[kind]['asked']})" for q in s["quality"].values()]
-        rows.append(f"| {kind} | " + " | ".join(cells) + " |")
+        rows.append([kind, *cells])
     body = (
         "The language model is SmolLM2-135M-Instruct from its own package; this folder holds the "
         "vision tower, the projector and a low-rank adapter only."
@@ -410,7 +411,7 @@ def card(record: dict[str, Any]) -> str:
             "",
             "Answers that are right in every word (questions asked):",
             "",
-            *rows,
+            from_grid(rows).markdown(),
             "",
             "Sinks: "
             + ", ".join(f"{name} {value}" for name, value in s["sinks"].items())
