@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from regard import zoo
 from regard.cli import main
 from regard.lab.trials import frame
 from regard.zoo.tiny import tiny
@@ -25,7 +24,7 @@ class Stop(BaseException):
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "load", lambda name: (tiny("llama"), Words()))
+    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny("llama"), Words()))
 
 
 @pytest.fixture
@@ -128,9 +127,11 @@ def test_labels(capsys: Any, tmp_path: Path) -> None:
     [
         (["perplexity", "--with", "snapkw"], "Did you mean 'snapkv'"),
         (["perplexity", "--with", "act:beta=3"], "beta"),
+        (["perplexity", "--device", "cuda:7"], "CUDA"),
+        (["vqa", "--with", "visiondrop:tokens=16,visiondrop:tokens=0"], "tokens"),
         (["perplexity", "--with", "h2o", "--ratio", "x"], "--ratio takes shares"),
         (["perplexity", "--with", "h2o", "--ratio", "2"], "share of the prompt"),
-        (["perplexity", "--with", "h2o", "--ratio", "0.5", "--budget", "3"], "give one"),
+        (["perplexity", "--with", "h2o", "--ratio", "0.5", "--budget", "3"], "mutually exclusive"),
         (["perplexity", "--text", "@none.txt"], "no file 'none.txt'"),
         (["perplexity", "--text", "a short text"], "give a longer text"),
         (["perplexity", "--context", "many"], "not a length"),
