@@ -34,18 +34,16 @@ def _found(trial: str = "ruler") -> Scores:
 
 
 def _result(trial: str) -> dict[str, Any]:
-    return result(
-        trial,
-        _found(trial),
-        read("h2o,snapkv", ratios=[0.5]),
-        model="llama",
-        settings={"length": 512, "tasks": ["a", "b"], "ceiling": 0.3},
-        environment={"cpu": "a CPU", "threads": 1, "torch": "2", "transformers": "5"},
-        device="cpu, float32",
-        command="regard trial ruler",
-        source="abc",
-        seconds=61.0,
-    )
+    return {
+        "trial": trial,
+        "model": "llama",
+        "settings": {"length": 512, "tasks": ["a", "b"], "ceiling": 0.3},
+        **result(trial, _found(trial), read("h2o,snapkv", ratios=[0.5])),
+        "environment": {"cpu": "a CPU", "threads": 1, "torch": "2", "transformers": "5"},
+        "command": "regard trial ruler",
+        "date": "2026-01-01",
+        "seconds": 61.0,
+    }
 
 
 def test_rows_of_several_tasks() -> None:

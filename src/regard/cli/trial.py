@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -92,7 +94,7 @@ def perplexity(
         "documents": documents,
         "batch_size": batch_size,
     }
-    _judge(trial, "perplexity", loaded, model, configurations, batches, settings, json, [content])
+    _judge("perplexity", trial, loaded, model, configurations, batches, settings, json, [content])
 
 
 @app.command("ruler")
@@ -153,7 +155,7 @@ def ruler(
         "batch_size": batch_size,
     }
     _judge(
-        trial, "ruler", loaded, model, configurations, batches, settings, json,
+        "ruler", trial, loaded, model, configurations, batches, settings, json,
         floor=trial.CEILING, skip_low=skip_low,
     )  # fmt: skip
 
@@ -207,7 +209,7 @@ def labels(
         "seed": seed,
     }
     pairs = [[e.text, e.label] for e in texts]
-    _judge(trial, "labels", loaded, model, configurations, batches, settings, json, [pairs])
+    _judge("labels", trial, loaded, model, configurations, batches, settings, json, [pairs])
 
 
 @app.command("lm-eval")
@@ -249,13 +251,14 @@ def lm_eval(
         "seed": seed,
     }
 
-    def run(journal: Any) -> Any:
-        return trial.run(
+    def run(journal: Any) -> dict[str, Any]:
+        scores = trial.run(
             loaded, tokenizer, names, configurations,
             include=include, limit=limit, shots=shots, seed=seed, journal=journal,
         )  # fmt: skip
+        return {"scores": scores}
 
-    _measured(trial, "lm-eval", run, trial.result, trial.table, loaded, model, settings, json)
+    _measured("lm-eval", trial, run, trial.table, loaded, model, settings, json)
 
 
 # -- what they share -------------------------------------------------------------------------------
@@ -278,8 +281,8 @@ def _ratios(given: str | None) -> list[float]:
 
 
 def _judge(
-    trial: ModuleType,
     name: str,
+    trial: ModuleType,
     model: Any,
     model_name: str,
     configurations: Sequence[Any],
@@ -292,22 +295,17 @@ def _judge(
     """Run a trial of texts, write its result, and print the table."""
     from regard.lab.trials import frame, summary
 
-    def run(journal: Any) -> Any:
-        return frame.run(model, configurations, batches, journal=journal, label=name, **how)
+    def run(journal: Any) -> dict[str, Any]:
+        scores = frame.run(model, configurations, batches, journal=journal, label=name, **how)
+        return summary.result(name, scores, configurations)
 
-    def result(scores: Any, **about: Any) -> dict[str, Any]:
-        return summary.result(name, scores, configurations, **about)
-
-    _measured(
-        trial, name, run, result, summary.table, model, model_name, settings, json, list(texts)
-    )
+    _measured(name, trial, run, summary.table, model, model_name, settings, json, list(texts))
 
 
 def _measured(
-    trial: ModuleType,
     name: str,
-    run: Callable[[Any], Any],
-    result: Callable[..., dict[str, Any]],
+    trial: ModuleType,
+    run: Callable[[Any], dict[str, Any]],
     table: Callable[[dict[str, Any]], Any],
     model: Any,
     model_name: str,
@@ -324,32 +322,27 @@ def _measured(
     from regard.lab.journal import Journal
     from regard.lab.reproduce.harness import device
 
-    about = {"trial": name, "model": model_name, "settings": settings, "on": placed(model)}
     source = fingerprint(trial.__name__, data=texts)
-    with Journal.beside(json, {**about, "source": source}) as journal:
-        made = result(
-            run(journal),
-            model=_shown(model_name),
-            settings=settings,
-            environment=environment(torch.get_num_threads()),
-            device=device(model),
-            command=_command(),
-            source=source,
-            seconds=journal.seconds,
-        )
-        write_json(made, json)
+    key = {"model": model_name, "settings": settings, "on": placed(model), "source": source}
+    with Journal.beside(json, {"trial": name, **key}) as journal:
+        result = {
+            "trial": name,
+            "model": _shown(model_name),
+            "settings": settings,
+            "command": shlex.join(["regard", *sys.argv[1:]]),
+            **run(journal),
+            "environment": environment(torch.get_num_threads(), str(model.device)),
+            "device": device(model),
+            "source": source,
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "seconds": round(journal.seconds, 1),
+        }
+        write_json(result, json)
         journal.clear()
     if str(json) != "-":
-        Console().print(table(made))
+        Console().print(table(result))
 
 
 def _shown(model: str) -> str:
     """A folder is named, not where it lies: results are read on other machines."""
     return Path(model).name if Path(model).is_dir() else model
-
-
-def _command() -> str:
-    """What was typed."""
-    import sys
-
-    return shlex.join(["regard", *sys.argv[1:]])

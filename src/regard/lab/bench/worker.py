@@ -177,7 +177,7 @@ class Bench:
         if self.setup.get("own", True):
             from regard.zoo.options import Loading
 
-            loading = Loading(device="cpu", **self.setup["loading"])
+            loading = Loading(device="cpu", **self.setup.get("loading", {}))
             self.model, self.tokenizer = loading.load(self.setup["model"])
             if getattr(self.model.config, "_attn_implementation", "sdpa") != "sdpa":
                 self.model.set_attn_implementation("sdpa")

@@ -163,31 +163,6 @@ def _evaluate(
     }
 
 
-def result(
-    found: dict[str, Any],
-    *,
-    model: str,
-    settings: dict[str, Any],
-    environment: dict[str, Any],
-    device: str,
-    command: str,
-    source: str,
-    seconds: float,
-) -> dict[str, Any]:
-    """Everything about one run as plain JSON values."""
-    return {
-        "trial": "lm-eval",
-        "model": model,
-        "settings": settings,
-        "command": command,
-        "scores": found,
-        "environment": environment,
-        "device": device,
-        "source": source,
-        "seconds": round(seconds, 1),
-    }
-
-
 def table(result: dict[str, Any]) -> Any:
     """The result for `rich` to print: a row for each task and metric."""
     from rich import box

@@ -4,7 +4,6 @@ for a terminal.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -48,40 +47,19 @@ SCORES: dict[str, tuple[Score, ...]] = {
 """The scores of every trial; the first is the one that a table is about."""
 
 
-def result(
-    trial: str,
-    scores: Scores,
-    configurations: Sequence[Configuration],
-    *,
-    model: str,
-    settings: dict[str, Any],
-    environment: dict[str, Any],
-    device: str,
-    command: str,
-    source: str,
-    seconds: float,
-) -> dict[str, Any]:
-    """Everything about one run as plain JSON values: the table (`rows`) and every single score
-    (`texts`).
-    """
+def result(trial: str, scores: Scores, configurations: Sequence[Configuration]) -> dict[str, Any]:
+    """What a run measured, as plain JSON values: the table (`rows`) and every score (`texts`)."""
     return {
-        "trial": trial,
-        "model": model,
-        "settings": settings,
-        "command": command,
         "scores": [asdict(s) for s in SCORES[trial]],
         "rows": rows(trial, scores, configurations),
         "low": scores.low,
         "skipped": scores.skipped,
         "refused": scores.refused,
         "notes": {key: notes for key, notes in scores.notes.items() if notes},
-        "environment": environment,
-        "device": device,
-        "source": source,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "seconds": round(seconds, 1),
         "texts": {
-            key: {task: {str(n): v for n, v in sorted(own.items())} for task, own in tasks.items()}
+            key: {
+                task: {str(n): v for n, v in sorted(texts.items())} for task, texts in tasks.items()
+            }
             for key, tasks in scores.values.items()
         },
     }
