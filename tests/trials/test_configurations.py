@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 
 import pytest
 
+from regard import catalog
+from regard.cards import Checked, setting
 from regard.errors import InputError
 from regard.lab.trials.configurations import known, read, with_setting
 from regard.shrink import H2O, Recycled, SnapKV, TaskKV
@@ -64,6 +67,34 @@ def test_every_method_is_there() -> None:
         assert len(one.handlers(100)) == 1 and len(one.source) == 12
         assert one.plain_prompt == method.card.plain_prompt
     assert not read("act+h2o", ratios=[0.5])[1].plain_prompt
+
+
+@dataclass(eq=False)
+class Cut(Checked):
+    """Settings of a toy method, whose budget is said in one of two ways."""
+
+    ratio: float | None = setting(None, "share kept", above=0, to=1)
+    cuts: int | None = setting(None, "rows cut", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio and self.cuts:
+            raise InputError("ratio and cuts are mutually exclusive")
+
+
+class Toy(catalog.Method):
+    settings = Cut  # type: ignore[assignment]
+
+
+def test_a_new_method_brings_its_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = catalog.everything()
+    act = next(m for m in every if m.card.slug == "act")
+    toy = Toy(replace(act.card, slug="toy"), act.package, act.folder)
+    monkeypatch.setattr(catalog, "everything", lambda: [*every, toy])
+    keys = [one.key for one in read("toy,toy:cuts=3,toy:ratio=0.1", ratios=[0.5])]
+    assert keys == ["full", "toy@0.5", "toy:cuts=3", "toy:ratio=0.1"]
+    with pytest.raises(InputError, match="cuts is a number of at least 1"):
+        read("toy:cuts=0", ratios=[0.5])
 
 
 def test_a_line_is_read_as_the_commands_read_it() -> None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from regard import catalog
+from regard.cards import Checked
 from regard.errors import InputError, nearest
 from regard.lab.fingerprint import fingerprint
 
@@ -44,8 +45,17 @@ class Part:
         return known()[self.method]
 
     def takes_budget(self) -> bool:
-        """Whether an equal budget can be set from outside: it has one, and none was written."""
-        return bool(BUDGETS & {*_kinds(self.entry)}) and not BUDGETS & {*dict(self.settings)}
+        """Whether an equal budget can be set from outside: it has one, and none was written, nor
+        a setting that takes its place.
+        """
+        kinds, given = _kinds(self.entry), dict(self.settings)
+        if not BUDGETS & {*kinds} or BUDGETS & {*given}:
+            return False
+        whole: dict[str, Any] = {"ratio": 1.0} if "ratio" in kinds else {"budget": 1}
+        settings = self.entry.settings
+        return settings is None or not (
+            _accepts(settings, given) and not _accepts(settings, {**given, **whole})
+        )
 
     def given(self, tokens: int, ratio: float | None, budget: int | None) -> dict[str, Any]:
         """The settings for a prompt of so many tokens."""
@@ -220,6 +230,14 @@ def _kinds(method: catalog.Method) -> dict[str, Callable[[str], Any] | None]:
     own = [f for f in fields(method.settings) if f.metadata]  # type: ignore[arg-type]
     kinds = {f.name: f.metadata["kind"] for f in own}
     return {n: None if isinstance(k, type) else k for n, k in kinds.items()}
+
+
+def _accepts(settings: type[Checked], given: dict[str, Any]) -> bool:
+    try:
+        settings(**given)
+    except InputError:
+        return False
+    return True
 
 
 def _value(text: str, kind: Callable[[str], Any] | None = None) -> Any:
