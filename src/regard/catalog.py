@@ -154,6 +154,11 @@ def exports(verb: str | None = None) -> dict[str, str]:
     return {name: module for names in found for name, module in names.items()}
 
 
+def names() -> dict[str, str]:
+    """Everything that can be imported from `regard` itself: name -> module."""
+    return {**import_module("regard")._LAZY, **exports()}
+
+
 def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a verb's package: a name is imported when it is asked for."""
     verb = package.rpartition(".")[2]
@@ -226,7 +231,7 @@ def stub() -> str:
         "__version__: str",
         "",
     ]
-    named = sorted({**package._LAZY, **exports()}.items(), key=lambda pair: (pair[1], pair[0]))
+    named = sorted(names().items(), key=lambda pair: (pair[1], pair[0]))
     lines += [f"from {module} import {name} as {name}" for name, module in named]
     for name, module in sorted(package._MODULES.items()):
         parent, _, leaf = module.rpartition(".")

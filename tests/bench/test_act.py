@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from regard import zoo
 from regard.errors import InputError
 from regard.lab.bench import pages
 from regard.lab.bench.record import load
@@ -27,7 +26,7 @@ class Words:
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deep(6, steep=30)
-    monkeypatch.setattr(zoo, "load", lambda name: (model, Words()))
+    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (model, Words()))
     monkeypatch.setattr(act, "_apart", lambda: {"bytes": 90_000_000, "how": "x", "sinks": 5})
 
 

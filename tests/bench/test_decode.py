@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import BatchEncoding, DynamicCache
 
-from regard import zoo
 from regard.errors import InputError
 from regard.lab.bench import decode, pages
 from regard.lab.bench.record import load
+from regard.parts.decoding.cache import held_bytes
 from regard.shrink.recycled_attention.method import Recycled
 from regard.zoo.tiny import tiny
 
@@ -25,7 +25,7 @@ class Words:
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "load", lambda name: (tiny("llama"), Words()))
+    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny("llama"), Words()))
     plain = decode._method
 
     def method(name: str) -> Any:
@@ -115,7 +115,7 @@ def test_bytes_come_from_storage() -> None:
     cache.update(whole[:, :, :2], whole[:, :, 2:4], 0)
     cache.layers[0].keys = whole[:, :, :2]
     cache.layers[0].values = whole[:, :, 2:4]
-    assert decode.held(cache.layers[0]) == 160, "views of one storage keep all of it"
+    assert held_bytes(cache) == 160, "views of one storage keep all of it"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,6 @@ def test_what_cannot_be(settings: dict[str, int], message: str) -> None:
 
 @pytest.mark.parametrize("family", ["whisper", "t5"])
 def test_an_encoder_decoder_is_refused(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    monkeypatch.setattr(zoo, "load", lambda name: (tiny(family), Words()))
+    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny(family), Words()))
     with pytest.raises(InputError, match=f"{family} is an encoder-decoder: name a decoder"):
         decode.run(family)

@@ -48,6 +48,20 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         resume(file, Result("kernels", {}, {}))
 
 
+def test_a_result_of_other_code_is_not_taken_up(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    first = resume(file, Result("see", {}, {"device": "cpu"}), "regard.core.state")
+    assert len(first.source) == 12
+    first.save(file)
+    assert resume(file, Result("see", {}, {"device": "cpu"}), "regard.core.state") == first
+    with pytest.raises(InputError, match="other code"):
+        resume(file, Result("see", {}, {"device": "cpu"}), "regard.core.mask")
+    with pytest.raises(InputError, match="'device' was 'cpu' and is now 'a GPU'"):
+        resume(file, Result("see", {}, {"device": "a GPU"}), "regard.core.state")
+    Result("see", {}, {}).save(file)  # older than both: it stays as it is
+    assert resume(file, Result("see", {}, {"device": "cpu"}), "regard.core.state").source == ""
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "see", "cells": 3}'])
 def test_a_file_that_is_no_result(text: str, tmp_path: Path) -> None:
     file = tmp_path / "r.json"

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from regard import zoo
 from regard.cli import main
-from regard.lab.trials import frame
+from regard.lab.trials import frame, vqa
 from regard.zoo.tiny import tiny
 
 from ..trials.words import Words
@@ -25,7 +24,7 @@ class Stop(BaseException):
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "load", lambda name: (tiny("llama"), Words()))
+    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny("llama"), Words()))
 
 
 @pytest.fixture
@@ -123,14 +122,32 @@ def test_labels(capsys: Any, tmp_path: Path) -> None:
     assert 0 <= row["correct"]["mean"] <= 1 and "difference" in row["margin"]
 
 
+def test_all_configurations_are_checked_before_the_first_runs(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the model, which has two layers, tells that the last one fails."""
+    heads = tmp_path / "heads.json"
+    heads.write_text('{"1": [0, 2]}')
+    line = ("--with", f"act:skip_layers=0/0,act:heads={heads}")
+    processor = Words()
+    processor.image_processor = object()  # type: ignore[attr-defined]
+    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny("llama"), processor))
+    monkeypatch.setattr(frame, "_measure", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(vqa, "score", lambda *_, **__: pytest.fail("work was begun"))
+    for trial in (("perplexity", "--text", TEXT, "--context", "40", "--documents", "2"), ("vqa",)):
+        code, _, err = run(capsys, "trial", *trial, *line)
+        assert code == 2 and "leaves the first 2" in err, err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["perplexity", "--with", "snapkw"], "Did you mean 'snapkv'"),
         (["perplexity", "--with", "act:beta=3"], "beta"),
+        (["perplexity", "--device", "cuda:7"], "CUDA"),
         (["perplexity", "--with", "h2o", "--ratio", "x"], "--ratio takes shares"),
         (["perplexity", "--with", "h2o", "--ratio", "2"], "share of the prompt"),
-        (["perplexity", "--with", "h2o", "--ratio", "0.5", "--budget", "3"], "give one"),
+        (["perplexity", "--with", "h2o", "--ratio", "0.5", "--budget", "3"], "mutually exclusive"),
         (["perplexity", "--text", "@none.txt"], "no file 'none.txt'"),
         (["perplexity", "--text", "a short text"], "give a longer text"),
         (["perplexity", "--context", "many"], "not a length"),

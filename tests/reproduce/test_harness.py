@@ -16,14 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from regard.catalog import _verdict, methods
+from regard import catalog
+from regard.catalog import methods, verdicts
 from regard.errors import InputError
 from regard.lab import reproduce
+from regard.lab.intervals import bootstrap
 from regard.lab.reproduce import harness
-from regard.lab.reproduce.harness import Claim, Interval, Journal, Measured, Setup, verdict
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.report.contact import heat, sheet
 from regard.see.refam.claims import referred
 from regard.zoo import tiny
+from regard.zoo.options import Loading
 from regard.zoo.shipped import shipped
 
 
@@ -62,12 +65,12 @@ def test_a_claim_cannot_be_settled_without_a_rule_or_a_number() -> None:
 
 def test_bootstrap() -> None:
     values = [float(n % 10) for n in range(400)]
-    low, high = harness.bootstrap(values)
+    low, high = bootstrap(values)
     assert low < 4.5 < high
     assert high - low == pytest.approx(2 * 1.96 * 2.872 / 20, rel=0.1)
-    assert harness.bootstrap(values) == (low, high)
+    assert bootstrap(values) == (low, high)
     with pytest.raises(ValueError, match="at least one"):
-        harness.bootstrap([])
+        bootstrap([])
 
 
 def test_write_text_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,27 +89,14 @@ def test_write_text_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Monk
         harness.write_text(tmp_path / "nowhere" / "a.json", "x")
 
 
-def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    path, made = tmp_path / "part.json", []
+class Fake(catalog.Method):
+    """A method whose claims lie in a module made here."""
 
-    def make(value: int) -> Any:
-        made.append(value)
-        return {"v": (value,)}
+    def has(self, file: str) -> bool:
+        return file == "claims"
 
-    assert Journal(path, {"a": 1}).get("x", lambda: make(1)) == {"v": [1]}
-    assert Journal(path, {"a": 1}).get("x", lambda: make(2)) == {"v": [1]}
-    assert Journal(path, {"a": 2}).get("x", lambda: make(3)) == {"v": [3]}  # other settings
-    path.write_text('{"key": {"a": 2}, "par')  # killed while writing by another program
-    assert Journal(path, {"a": 2}).get("x", lambda: make(4)) == {"v": [4]}
-    assert made == [1, 3, 4]
-
-
-def test_the_time_of_a_killed_leg_counts(tmp_path: Path) -> None:
-    first = Journal(tmp_path / "part.json", {})
-    first.started -= 100.0  # the parts took this long, and then the process was killed
-    first.get("x", lambda: 1)
-    assert Journal(tmp_path / "part.json", {}).seconds >= 100.0
-    assert Journal(tmp_path / "part.json", {"other": 1}).seconds < 100.0
+    def load(self, file: str = "method") -> Any:
+        return sys.modules["fake_method"]
 
 
 @pytest.fixture
@@ -132,7 +122,9 @@ def method(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     module.measure = measure  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_method", module)
-    monkeypatch.setitem(harness._METHODS, "fake", "fake_method")
+    known = catalog.everything()
+    card = replace(known[0].card, slug="fake")
+    monkeypatch.setattr(catalog, "everything", lambda: [*known, Fake(card, "fake", Path())])
     return module
 
 
@@ -157,7 +149,7 @@ def test_a_run_writes_what_it_found(method: ModuleType, tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "regard"} <= set(plain["versions"])
     assert plain["device"].startswith("cpu (") and plain["device"].endswith("float32")
     assert plain["seconds"] >= 0 and len(plain["date"]) == 10
-    assert _verdict(plain) == "1 reproduced, 1 needs scale"  # what `regard methods` prints
+    assert verdicts(plain) == "1 reproduced, 1 needs scale"  # what `regard methods` prints
     assert reproduce.read(tmp_path) == [result]
 
 
@@ -278,7 +270,7 @@ def test_the_table_shows_every_claim(method: ModuleType, tmp_path: Path) -> None
 @pytest.mark.parametrize("slug", reproduce.available())
 def test_claims_are_well_formed(slug: str) -> None:
     assert slug in {m.slug for m in methods()}
-    module = harness.import_module(harness._METHODS[slug])
+    module = catalog.method(slug).load("claims")
     keys = [c.key for c in module.CLAIMS]
     assert len(keys) == len(set(keys))
     for one in module.CLAIMS:
@@ -292,7 +284,7 @@ RESULTS = reproduce.read() if harness.results_folder().is_dir() else []
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: r.slug)
 def test_committed_results_fit_the_code(result: harness.Result) -> None:
     """The rules are those of the code, and the verdicts follow from the numbers."""
-    module = harness.import_module(harness._METHODS[result.slug])
+    module = catalog.method(result.slug).load("claims")
     assert not result.quick
     assert [c.key for c in result.claims] == [c.key for c in module.CLAIMS]
     for found, stated in zip(result.claims, module.CLAIMS):
@@ -310,7 +302,10 @@ def test_committed_results_are_of_the_weights_that_ship(result: harness.Result) 
     """A model that is trained anew is measured anew."""
     if shipped(result.model) is None:
         pytest.skip(f"{result.model} does not come with the package")
-    assert harness.weights_of(harness._model(result.model, result.model)[0]) == result.weights
+    assert (
+        harness.weights_of(harness._model(result.model, result.model, Loading())[0])
+        == result.weights
+    )
 
 
 def test_the_committed_page_is_generated() -> None:

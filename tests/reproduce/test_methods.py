@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from regard import catalog
 from regard.errors import InputError
 from regard.lab import reproduce
 from regard.lab.reproduce import harness
@@ -49,7 +50,7 @@ def runs_itself(slug: str) -> bool:
 
 def has_own_model(slug: str) -> bool:
     """Whether the method is measured on something else than a language model."""
-    module = harness.import_module(harness._METHODS[slug])
+    module = catalog.method(slug).load("claims")
     return bool(getattr(module, "MODEL", harness.MODEL) != harness.MODEL)
 
 
@@ -66,7 +67,7 @@ def test_what_has_a_model_of_its_own_has_tests_of_its_own(slug: str) -> None:
 
 @pytest.mark.parametrize("result", reproduce.read(), ids=lambda r: r.slug)
 def test_committed_verdicts_follow_from_their_rules(result: harness.Result) -> None:
-    stated = {c.key: c for c in harness.import_module(harness._METHODS[result.slug]).CLAIMS}
+    stated = {c.key: c for c in catalog.method(result.slug).load("claims").CLAIMS}
     assert [c.key for c in result.claims] == list(stated)
     for claim in result.claims:
         judge = stated[claim.key].judge
@@ -86,7 +87,7 @@ def test_it_runs_on_a_tiny_model(slug: str, tmp_path: Path) -> None:
 
 def settled_as_stated(slug: str, result: harness.Result) -> None:
     """Every claim has the verdict of its own rule, with a measurement and a control."""
-    stated = harness.import_module(harness._METHODS[slug]).CLAIMS
+    stated = catalog.method(slug).load("claims").CLAIMS
     assert [c.key for c in result.claims] == [c.key for c in stated]
     for claim, rule in zip(result.claims, stated):
         if rule.judge is None:

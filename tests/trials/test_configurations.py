@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 
 import pytest
 
+from regard import catalog
+from regard.cards import Checked, setting
 from regard.errors import InputError
-from regard.lab.trials import configurations as c
-from regard.lab.trials.configurations import METHODS, read
+from regard.lab.trials.configurations import known, read, with_setting
 from regard.shrink import H2O, Recycled, SnapKV, TaskKV
 from regard.steer.act.method import ACT
 
@@ -58,18 +61,60 @@ def test_equal_budgets() -> None:
 
 
 def test_every_method_is_there() -> None:
-    for name in METHODS:
+    assert {"act", "task-kv", "random", "visiondrop"} <= set(known())
+    for name, method in known().items():
         one = read(name, ratios=[0.5])[1]
         assert len(one.handlers(100)) == 1 and len(one.source) == 12
-        assert one.plain_prompt == (name not in ("act", "var", "visiondrop"))
+        assert one.plain_prompt == method.card.plain_prompt
     assert not read("act+h2o", ratios=[0.5])[1].plain_prompt
 
 
-def test_fingerprint_follows_the_files_a_method_imports(tmp_path: Path) -> None:
-    for name, text in (("a", "from .b import x\nimport os"), ("b", "from .c.d import y"),
-                       ("c", "from . import a"), ("e", "")):  # fmt: skip
-        (tmp_path / f"{name}.py").write_text(text)
-    assert {p.stem for p in c._files(tmp_path / "a.py")} == {"a", "b", "c"}
+@dataclass(eq=False)
+class Cut(Checked):
+    """Settings of a toy method, whose budget is said in one of two ways."""
+
+    ratio: float | None = setting(None, "share kept", above=0, to=1)
+    cuts: int | None = setting(None, "rows cut", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio and self.cuts:
+            raise InputError("ratio and cuts are mutually exclusive")
+
+
+class Toy(catalog.Method):
+    settings = Cut  # type: ignore[assignment]
+
+
+def test_a_new_method_brings_its_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = catalog.everything()
+    act = next(m for m in every if m.card.slug == "act")
+    toy = Toy(replace(act.card, slug="toy"), act.package, act.folder)
+    monkeypatch.setattr(catalog, "everything", lambda: [*every, toy])
+    keys = [one.key for one in read("toy,toy:cuts=3,toy:ratio=0.1", ratios=[0.5])]
+    assert keys == ["full", "toy@0.5", "toy:cuts=3", "toy:ratio=0.1"]
+    with pytest.raises(InputError, match="cuts is a number of at least 1"):
+        read("toy:cuts=0", ratios=[0.5])
+
+
+def test_a_line_is_read_as_the_commands_read_it() -> None:
+    one = read("task-kv:top=0,act:skip-layers=1/0")
+    assert dict(one[1].parts[0].settings) == {"top": None}
+    assert dict(one[2].parts[0].settings) == {"skip_layers": (1, 0)}
+
+
+def test_one_setting_for_all_that_have_it() -> None:
+    assert with_setting("h2o, act", "heads", "h.json") == "h2o,act:heads=h.json"
+    with pytest.raises(InputError, match="--heads goes with act"):
+        with_setting("h2o", "heads", "h.json")
+
+
+def test_reading_a_line_imports_no_torch() -> None:
+    code = (
+        "import sys; from regard.lab.trials.configurations import read; "
+        "read('act:beta=0.2+h2o,task-kv:ratio=0.4', ratios=[0.5]); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -97,7 +142,6 @@ def test_mistakes_in_values() -> None:
                                     ([], 0, "from 1 on"), ([0.5], 3, "one of them")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             read("h2o", ratios=ratios, budget=budget)
-    with pytest.raises(InputError, match="beta"):
-        read("act:beta=3")[1].handlers(10)
-    with pytest.raises(InputError, match="cannot be made with"):
-        read("act:beta=word")[1].handlers(10)
+    for line in ("act:beta=3", "act:beta=word", "h2o:ratio=0.5,recent=2", "snapkv:budget=none"):
+        with pytest.raises(InputError, match=r"is a number|either budget"):
+            read(line)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 import regard
+from regard import catalog
 from regard.errors import InputError
-from regard.lab.trials import configurations, frame, perplexity
+from regard.lab.journal import Journal
+from regard.lab.trials import configurations, frame
 from regard.lab.trials.configurations import read
-from regard.lab.trials.frame import Batch, Floor, Journal, Values, run
+from regard.lab.trials.frame import Batch, Floor, Values, run
 from regard.lab.trials.perplexity import batches
 from regard.reach import Call, Handler
 from regard.zoo.tiny import tiny
@@ -42,15 +45,22 @@ class Spoil(Handler):
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(configurations.METHODS, "spoil", (__name__, "Spoil"))
-    monkeypatch.setattr(configurations, "_class", _class(configurations._class))
+    known = configurations.known()
+    card = replace(known["act"].card, slug="spoil", method="Spoil")
+    known["spoil"] = Own(card, __name__, Path())
+    monkeypatch.setattr(configurations, "known", lambda: known)
 
 
-def _class(plain: Any) -> Any:
-    return lambda name: Spoil if name == "spoil" else plain(name)
+class Own(catalog.Method):
+    """A method of this file, without settings in its card."""
+
+    settings = None  # type: ignore[assignment]
+
+    def load(self, file: str = "method") -> Any:
+        return sys.modules[__name__]
 
 
-def _scores(found: frame.Found, key: str) -> list[float]:
+def _scores(found: frame.Scores, key: str) -> list[float]:
     return [v["nll"] for _, v in sorted(found.values[key]["text"].items())]
 
 
@@ -125,32 +135,20 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(frame, "_measure", counted)
     key = {"model": "llama", "size": (1, 2)}
-    with pytest.raises(KeyboardInterrupt):
-        run(model, line, own, journal=Journal.beside(out, key), show=False)
+    with pytest.raises(KeyboardInterrupt), Journal.beside(out, key) as journal:
+        run(model, line, own, journal=journal, show=False)
     assert [p.name for p in tmp_path.iterdir()] == [".out.json.partial.json"]
     calls.clear()
     calls.append("")  # room for two more before the next interruption
-    journal = Journal.beside(out, key)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), Journal.beside(out, key) as journal:
         run(model, line, own, journal=journal, show=False)
     monkeypatch.setattr(frame, "_measure", plain)
-    journal = Journal.beside(out, key)
-    assert len(journal.cells) == 5 and journal.spent > 0
-    found = run(model, line, own, journal=journal, show=False)
-    assert found.values == whole.values
-    journal.clear()
+    with Journal.beside(out, key) as journal:
+        assert len(journal.parts) == 5 and journal.spent > 0
+        found = run(model, line, own, journal=journal, show=False)
+        assert found.values == whole.values
+        journal.clear()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_journal_of_something_else_is_not_taken_up(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    one = Journal.beside(out, {"size": 1})
-    one.put("a", {"source": "", "values": []})
-    assert Journal.beside(out, {"size": 1}).cells and not Journal.beside(out, {"size": 2}).cells
-    assert one.path is not None
-    one.path.write_text("{half")
-    assert not Journal.beside(out, {"size": 1}).cells
-    assert Journal.beside(None, {}).path is None and Journal.beside(Path("-"), {}).path is None
 
 
 def test_changed_code_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,10 +156,10 @@ def test_changed_code_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None
     own = batches(model, Words(), TEXT, context=20, continuation=2, documents=1)
     line = read("h2o:ratio=0.5")
     run(model, line, own, journal=journal, show=False)
-    for cell in journal.cells.values():
+    for cell in journal.parts.values():
         cell["values"][0]["nll"] = -1.0
     assert _scores(run(model, line, own, journal=journal, show=False), line[1].key) == [-1.0]
-    journal.cells["h2o:ratio=0.5/text/0"]["source"] = "older"
+    journal.parts["h2o:ratio=0.5/text/0"]["source"] = "older"
     found = run(model, line, own, journal=journal, show=False)
     assert _scores(found, line[1].key)[0] > 0 and _scores(found, "full") == [-1.0]
 
@@ -209,9 +207,3 @@ def test_other_peoples_warnings_go_their_way() -> None:
     with pytest.warns(UserWarning, match="theirs"), frame._notes() as notes:
         warnings.warn("theirs", stacklevel=1)
     assert notes == []
-
-
-def test_fingerprint_tells_texts_apart() -> None:
-    assert frame.fingerprint(["ruler"], ["a"]) != frame.fingerprint(["ruler"], ["b"])
-    assert frame.fingerprint(["ruler"]) != frame.fingerprint(["perplexity"])
-    assert json.dumps(frame.fingerprint(["ruler"])) and perplexity.TASK == "text"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from regard import zoo
 from regard.errors import InputError
 from regard.lab.trials import lm_eval as trial
 from regard.lab.trials.configurations import read
@@ -66,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_a_local_task(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny("llama"), _tokenizer()
-    monkeypatch.setattr(zoo, "load", lambda name: (model, tokenizer))
+    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (model, tokenizer))
     before = [p.clone() for p in model.parameters()]
     out = folder.parent / "out.json"
     code, shown, err = run(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from regard.errors import InputError
 from regard.lab.trials.configurations import read
-from regard.lab.trials.frame import Found
+from regard.lab.trials.frame import Scores
 from regard.lab.trials.page import load, page
 from regard.lab.trials.summary import result, rows, table
 
@@ -21,30 +21,29 @@ def _values(key: str, *scores: float, held: float = 8.0, read: float = 4.0) -> A
     return {n: {key: x, "held": held, "read": read} for n, x in enumerate(scores)}
 
 
-def _found(trial: str = "ruler") -> Found:
+def _found(trial: str = "ruler") -> Scores:
     if trial == "perplexity":
         values = {"full": {"text": _values("nll", 1.0, 3.0)},
                   "h2o@0.5": {"text": _values("nll", 1.5, 3.5, held=4.0, read=2.0)}}  # fmt: skip
-        return Found(values, {}, {"h2o@0.5": ["H2O: a note"]}, [], [])
+        return Scores(values, {}, {"h2o@0.5": ["H2O: a note"]}, [], [])
     full = {"a": _values("recall", 1, 0.5), "b": _values("recall", 0, 0.25),
             "c": _values("recall", 1, 1)}  # fmt: skip
     h2o = {"a": _values("recall", 0.5, 0.5, held=2.0), "c": _values("recall", 1, 0, held=2.0)}
-    return Found({"full": full, "h2o@0.5": h2o}, {"snapkv@0.5": {"a": "too | short"}}, {},
+    return Scores({"full": full, "h2o@0.5": h2o}, {"snapkv@0.5": {"a": "too | short"}}, {},
                  ["b"], ["b"])  # fmt: skip
 
 
 def _result(trial: str) -> dict[str, Any]:
-    return result(
-        trial,
-        _found(trial),
-        read("h2o,snapkv", ratios=[0.5]),
-        model="llama",
-        settings={"length": 512, "tasks": ["a", "b"], "ceiling": 0.3},
-        environment={"cpu": "a CPU", "threads": 1, "torch": "2", "transformers": "5"},
-        command="regard trial ruler",
-        source="abc",
-        seconds=61.0,
-    )
+    return {
+        "trial": trial,
+        "model": "llama",
+        "settings": {"length": 512, "tasks": ["a", "b"], "ceiling": 0.3},
+        **result(trial, _found(trial), read("h2o,snapkv", ratios=[0.5])),
+        "environment": {"cpu": "a CPU", "threads": 1, "torch": "2", "transformers": "5"},
+        "command": "regard trial ruler",
+        "date": "2026-01-01",
+        "seconds": 61.0,
+    }
 
 
 def test_rows_of_several_tasks() -> None:

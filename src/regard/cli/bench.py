@@ -12,6 +12,7 @@ from regard.cli.common import check_file, check_output, count, write_json
 from regard.cli.derive import Commands
 from regard.cli.parallel import pair_of
 from regard.errors import InputError
+from regard.zoo.options import Loading
 
 app = Commands("Measure what things cost, in one run and one table.")
 
@@ -30,6 +31,8 @@ def see(
         Path | None, typer.Option(help="The Python that has the peer installed.")
     ] = None,
     out: bench_costs.Out = None,
+    *,
+    loading: Loading,
 ) -> None:
     """What watching costs: the fused model alone, with each fact, the eager route, and a peer.
 
@@ -49,6 +52,7 @@ def see(
         lengths=sizes,
         model=model,
         repeats=repeats,
+        loading=loading,
         peer=peer,
         peer_python=None if peer_python is None else str(peer_python),
         out=out,

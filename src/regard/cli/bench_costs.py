@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import check_file, count
+from regard.zoo.options import Loading
 
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
-Rounds = Annotated[int, typer.Option(min=1, help="How often each way has its turn.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timing rounds.")]
 Out = Annotated[
     Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
 ]
@@ -29,8 +30,10 @@ def decode(
     rounds: Rounds = 5,
     out: Out = None,
     page: Page = None,
+    *,
+    loading: Loading,
 ) -> None:
-    """Writing after a long context: stock transformers, Recycled Attention and Task-KV by turns.
+    """Decoding after a long context: stock transformers and methods that keep fewer keys, in turn.
 
     [bold]Example[/]
 
@@ -38,11 +41,16 @@ def decode(
     """
     from regard.lab.bench import decode as bench
 
-    measure(bench, out, page, model, context=count(context), rounds=rounds)
+    measure(bench, out, page, model, loading, context=count(context), rounds=rounds)
 
 
 def speech(
-    model: Model = "whisper-tiny.en", rounds: Rounds = 5, out: Out = None, page: Page = None
+    model: Model = "whisper-tiny.en",
+    rounds: Rounds = 5,
+    out: Out = None,
+    page: Page = None,
+    *,
+    loading: Loading,
 ) -> None:
     """What facts of cross attention cost while a speech model transcribes.
 
@@ -52,13 +60,16 @@ def speech(
     """
     from regard.lab.bench import speech as bench
 
-    measure(bench, out, page, model, rounds=rounds)
+    measure(bench, out, page, model, loading, rounds=rounds)
 
 
-def measure(bench: Any, out: Path | None, page: Path | None, model: str, **settings: Any) -> None:
+def measure(
+    bench: Any, out: Path | None, page: Path | None, model: str, loading: Loading, **settings: Any
+) -> None:
+    """Run a bench of one model, and say what became of its targets."""
     for path in (out, page):
         check_file(path)
-    finish(bench, bench.run(model, out=out, **settings), out, page)
+    finish(bench, bench.run(model, loading=loading, out=out, **settings), out, page)
 
 
 def finish(bench: Any, result: Any, out: Path | None, page: Path | None) -> None:

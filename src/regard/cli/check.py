@@ -1,4 +1,4 @@
-"""regard check: prove that the door into a model is sound, on this machine."""
+"""regard check: watching leaves a model's outputs unchanged, and facts match eager attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from regard.cli.common import check_output, count, load, working, write_json
+from regard.zoo.options import Loading, placed
 
 COLORS = {"ok": "green", "failed": "bold red", "n/a": "dim"}
 
@@ -18,8 +19,12 @@ def check(
     json: Annotated[
         Path | None, typer.Option(help="Write the findings as JSON here; - for stdout.")
     ] = None,
+    *,
+    loading: Loading,
 ) -> None:
-    """Prove that regard sees this model truly; exit code 0 if every check holds, 1 if one fails.
+    """Check that watching leaves outputs unchanged and facts match eager attention.
+
+    Exit code 0 if every check holds, 1 if one fails.
 
     Which layers are reached, which mask is truly used, facts against the dense map, prefill against
     decoding, a padded batch against each row alone, and that nothing is left behind.
@@ -32,14 +37,20 @@ def check(
 
     length = count(tokens)
     check_output(json)
-    loaded, _ = load(model)
+    loaded, _ = load(model, loading)
     with working("checking"):
         report = run(loaded, tokens=length)
-    write_json(report.as_dict(), json)
+    write_json({**report.as_dict(), "on": placed(loaded)}, json)
     if json is None or str(json) != "-":
         from regard.report.document import show
         from regard.report.table import Cell, Table
 
         rows = [[f.what, Cell(f.status, COLORS[f.status]), f.detail] for f in report.findings]
-        show(Table(["check", "result", "what was found"], rows, f"{model} ({report.model})"))
+        show(
+            Table(
+                ["check", "result", "what was found"],
+                rows,
+                f"{model} ({report.model}, {placed(loaded)})",
+            )
+        )
     raise typer.Exit(0 if report.ok else 1)

@@ -9,6 +9,7 @@ import typer
 
 from regard.cli.common import err
 from regard.errors import InputError, nearest
+from regard.zoo.options import Loading
 
 
 def reproduce(
@@ -26,6 +27,8 @@ def reproduce(
             help="Folder for the result; reproductions of the clone, or of the working folder."
         ),
     ] = None,
+    *,
+    loading: Loading,
 ) -> None:
     """Rerun the claims of a paper that this machine can measure, with control, interval and
     verdict.
@@ -50,7 +53,7 @@ def reproduce(
             raise InputError(f"{method} cannot be reproduced yet: {', '.join(known)} can")
         raise InputError(f"unknown method {method!r}.{nearest(method, slugs)}")
     folder = results_folder() if out is None else out
-    result = harness.run(method, quick=quick, model=model, out=folder)
+    result = harness.run(method, quick=quick, model=model, loading=loading, out=folder)
     Console().print(harness.table(result))
     place = folder / f"{method}{'.quick' if quick else ''}.json"
     err().print(f"result: {place}", markup=False, highlight=False, soft_wrap=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +16,7 @@ from regard.cli import trial_vqa
 from regard.cli.common import check_output, count, load, read_text, working, write_json
 from regard.cli.derive import Commands
 from regard.errors import InputError
+from regard.zoo.options import Loading, placed
 
 app = Commands("Judge methods on the same texts, side by side with the plain model.")
 
@@ -39,13 +43,6 @@ Out = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of what is made on the spot.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts of equal length read at once.")]
 RATIO = "0.25"
-FILES = {
-    "perplexity": ("perplexity",),
-    "ruler": ("ruler", "ruler_tasks"),
-    "labels": ("label_trial", "labels"),
-}
-"""What each trial is made of; unfinished work of other code is not taken up."""
-
 
 app.command("vqa")(trial_vqa.vqa)
 
@@ -62,6 +59,8 @@ def perplexity(
     budget: Budget = None,
     batch_size: BatchSize = 8,
     json: Out = None,
+    *,
+    loading: Loading,
 ) -> None:
     """How well a long text is continued over the cache that each method keeps.
 
@@ -77,7 +76,7 @@ def perplexity(
 
     configurations = _begin(with_, ratio, budget, json)
     content, length = read_text(text), count(context)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, loading)
     with working("cutting the text"):
         batches = trial.batches(
             loaded,
@@ -95,7 +94,7 @@ def perplexity(
         "documents": documents,
         "batch_size": batch_size,
     }
-    _judge("perplexity", loaded, model, configurations, batches, settings, json, [content])
+    _judge("perplexity", trial, loaded, model, configurations, batches, settings, json, [content])
 
 
 @app.command("ruler")
@@ -116,6 +115,8 @@ def ruler(
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     json: Out = None,
+    *,
+    loading: Loading,
 ) -> None:
     """Find needles, follow chains, count words and answer questions in long prompts (RULER).
 
@@ -132,7 +133,7 @@ def ruler(
 
     configurations = _begin(with_, ratio, budget, json)
     wanted, size = trial.names(tasks), count(length)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, loading)
     with working("making the prompts"):
         batches = trial.batches(
             loaded,
@@ -154,7 +155,7 @@ def ruler(
         "batch_size": batch_size,
     }
     _judge(
-        "ruler", loaded, model, configurations, batches, settings, json,
+        "ruler", trial, loaded, model, configurations, batches, settings, json,
         floor=trial.CEILING, skip_low=skip_low,
     )  # fmt: skip
 
@@ -170,13 +171,16 @@ def labels(
         str | None, typer.Option(help="The prompt of a file's texts, {text} in it.")
     ] = None,
     heads: Annotated[
-        Path | None, typer.Option(help="Head list of `regard calibrate act`, for act.")
+        Path | None,
+        typer.Option(help="Head list of `regard calibrate`, for methods that take one."),
     ] = None,
     examples: Annotated[int, typer.Option(help="Texts at most.")] = 80,
     ratio: Ratio = None,
     budget: Budget = None,
     seed: Seed = 0,
     json: Out = None,
+    *,
+    loading: Loading,
 ) -> None:
     """Whether the right label follows a text: accuracy, and margin over the best wrong label.
 
@@ -189,22 +193,23 @@ def labels(
       regard trial labels --task reviews.jsonl --template "Review: {text} It is" --with act,h2o
     """
     from regard.lab.trials import label_trial as trial
+    from regard.lab.trials.configurations import with_setting
 
     if heads is not None:
-        with_ = _with_heads(with_, heads)
+        with_ = with_setting(with_, "heads", str(heads))
     configurations = _begin(with_, ratio, budget, json)
-    how, found = trial.task(task, template=template, examples=examples, seed=seed)
-    loaded, tokenizer = load(model)
-    batches = trial.batches(loaded, tokenizer, found, how)
+    how, texts = trial.task(task, template=template, examples=examples, seed=seed)
+    loaded, tokenizer = load(model, loading)
+    batches = trial.batches(loaded, tokenizer, texts, how)
     settings = {
         "task": Path(task).name,
         "labels": list(how.labels),
         "template": how.template,
-        "examples": len(found),
+        "examples": len(texts),
         "seed": seed,
     }
-    texts = [[e.text, e.label] for e in found]
-    _judge("labels", loaded, model, configurations, batches, settings, json, [texts])
+    pairs = [[e.text, e.label] for e in texts]
+    _judge("labels", trial, loaded, model, configurations, batches, settings, json, [pairs])
 
 
 @app.command("lm-eval")
@@ -221,6 +226,8 @@ def lm_eval(
     budget: Budget = None,
     seed: Seed = 0,
     json: Out = None,
+    *,
+    loading: Loading,
 ) -> None:
     """EleutherAI's lm-evaluation-harness on the model with methods applied.
 
@@ -231,42 +238,27 @@ def lm_eval(
 
       regard trial lm-eval --tasks arc_easy --limit 100 --with act
     """
-    from rich.console import Console
-
-    from regard.lab.bench.record import environment
     from regard.lab.trials import lm_eval as trial
-    from regard.lab.trials.frame import Journal, fingerprint
 
     configurations = _begin(with_, ratio, budget, json)
     names = tasks.split(",")
     trial.tasks(names, include)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, loading)
     settings = {
         "tasks": [n.strip() for n in names if n.strip()],
         "limit": limit,
         "shots": shots,
         "seed": seed,
     }
-    source = fingerprint(["lm_eval"])
-    key = {"trial": "lm-eval", "model": model, "settings": settings, "source": source}
-    journal = Journal.beside(json, key)
-    found = trial.run(
-        loaded, tokenizer, names, configurations,
-        include=include, limit=limit, shots=shots, seed=seed, journal=journal,
-    )  # fmt: skip
-    made = trial.result(
-        found,
-        model=_shown(model),
-        settings=settings,
-        environment=environment(_threads()),
-        command=_command(),
-        source=source,
-        seconds=journal.seconds,
-    )
-    write_json(made, json)
-    journal.clear()
-    if str(json) != "-":
-        Console().print(trial.table(made))
+
+    def run(journal: Any) -> dict[str, Any]:
+        scores = trial.run(
+            loaded, tokenizer, names, configurations,
+            include=include, limit=limit, shots=shots, seed=seed, journal=journal,
+        )  # fmt: skip
+        return {"scores": scores}
+
+    _measured("lm-eval", trial, run, trial.table, loaded, model, settings, json)
 
 
 # -- what they share -------------------------------------------------------------------------------
@@ -276,7 +268,7 @@ def _begin(with_: str, ratio: str | None, budget: int | None, json: Path | None)
 
     check_output(json)
     if ratio is not None and budget is not None:
-        raise InputError("--ratio and --budget are two ways to say it: give one")
+        raise InputError("--ratio and --budget are mutually exclusive")
     given = ratio if ratio is not None or budget is not None else RATIO
     return read(with_, ratios=_ratios(given), budget=budget)
 
@@ -288,21 +280,9 @@ def _ratios(given: str | None) -> list[float]:
         raise InputError(f"--ratio takes shares such as 0.25 or 0.25,0.5, not {given!r}") from None
 
 
-def _with_heads(with_: str, heads: Path) -> str:
-    """The head list as a setting of every `act` that has no settings of its own."""
-    if any(c in str(heads) for c in ",+:="):
-        raise InputError(f"{heads}: a comma, plus, colon or equals sign in its name: rename it")
-    pieces = [p.split("+") for p in with_.split(",")]
-    if not any(part.strip() == "act" for own in pieces for part in own):
-        raise InputError("--heads goes with act: give --with act, or write act:heads=FILE yourself")
-    return ",".join(
-        "+".join(f"act:heads={heads}" if part.strip() == "act" else part for part in own)
-        for own in pieces
-    )
-
-
 def _judge(
     name: str,
+    trial: ModuleType,
     model: Any,
     model_name: str,
     configurations: Sequence[Any],
@@ -312,47 +292,57 @@ def _judge(
     texts: Sequence[Any] = (),
     **how: Any,
 ) -> None:
-    """Run a trial, write its result, and print the table."""
+    """Run a trial of texts, write its result, and print the table."""
+    from regard.lab.trials import frame, summary
+
+    def run(journal: Any) -> dict[str, Any]:
+        scores = frame.run(model, configurations, batches, journal=journal, label=name, **how)
+        return summary.result(name, scores, configurations)
+
+    _measured(name, trial, run, summary.table, model, model_name, settings, json, list(texts))
+
+
+def _measured(
+    name: str,
+    trial: ModuleType,
+    run: Callable[[Any], dict[str, Any]],
+    table: Callable[[dict[str, Any]], Any],
+    model: Any,
+    model_name: str,
+    settings: dict[str, Any],
+    json: Path | None,
+    texts: Any = None,
+) -> None:
+    """Run a trial with a journal beside its result, write the result, and print its table."""
+    import torch
     from rich.console import Console
 
     from regard.lab.bench.record import environment
-    from regard.lab.trials import frame
-    from regard.lab.trials.summary import result, table
+    from regard.lab.fingerprint import fingerprint
+    from regard.lab.journal import Journal
+    from regard.lab.reproduce.harness import device
 
-    source = frame.fingerprint(FILES[name], list(texts))
-    key = {"trial": name, "model": model_name, "settings": settings, "source": source}
-    journal = frame.Journal.beside(json, key)
-    found = frame.run(model, configurations, batches, journal=journal, label=name, **how)
-    made = result(
-        name,
-        found,
-        configurations,
-        model=_shown(model_name),
-        settings=settings,
-        environment=environment(_threads()),
-        command=_command(),
-        source=source,
-        seconds=journal.seconds,
-    )
-    write_json(made, json)
-    journal.clear()
+    source = fingerprint(trial.__name__, data=texts)
+    key = {"model": model_name, "settings": settings, "on": placed(model), "source": source}
+    with Journal.beside(json, {"trial": name, **key}) as journal:
+        result = {
+            "trial": name,
+            "model": _shown(model_name),
+            "settings": settings,
+            "command": shlex.join(["regard", *sys.argv[1:]]),
+            **run(journal),
+            "environment": environment(torch.get_num_threads(), str(model.device)),
+            "device": device(model),
+            "source": source,
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "seconds": round(journal.seconds, 1),
+        }
+        write_json(result, json)
+        journal.clear()
     if str(json) != "-":
-        Console().print(table(made))
+        Console().print(table(result))
 
 
 def _shown(model: str) -> str:
     """A folder is named, not where it lies: results are read on other machines."""
     return Path(model).name if Path(model).is_dir() else model
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _command() -> str:
-    """What was typed."""
-    import sys
-
-    return shlex.join(["regard", *sys.argv[1:]])

@@ -9,14 +9,17 @@ import typer
 
 from regard.cli.common import check_output, load, write_json
 from regard.errors import InputError
+from regard.zoo.options import Loading, placed
+
+MODEL = "shapes-vlm"
 
 
 def vqa(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A name of `regard models`, a folder or a hub id; shapes-vlm if not given, or "
-            "smol-vlm, which has attention sinks, where VAR is asked for."
+            help="A name of `regard models`, a folder or a hub id; if not given, shapes-vlm, or "
+            "the model that the methods are shown on."
         ),
     ] = None,
     with_: Annotated[
@@ -38,6 +41,8 @@ def vqa(
         Path | None,
         typer.Option("--json", "--out", help="Write everything as JSON here; - for stdout."),
     ] = None,
+    *,
+    loading: Loading,
 ) -> None:
     """How many questions about drawn scenes stay right under each method.
 
@@ -58,15 +63,18 @@ def vqa(
     check_output(json)
     configurations = read(with_)
     if model is None:
-        sinks = any(part.method == "var" for one in configurations for part in one.parts)
-        model = "smol-vlm" if sinks else "shapes-vlm"
+        shown_on = [part.entry.card.model for one in configurations for part in one.parts]
+        model = next((name for name in shown_on if name != MODEL), MODEL)
     wanted = trial.KINDS if kinds == "all" else tuple(k.strip() for k in kinds.split(","))
     given = trial.items(questions, wanted, seed=seed, held_out=True if held_out else None)
-    loaded, processor = load(model)
+    loaded, processor = load(model, loading)
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"{model} reads no pictures: name a vision-language model")
+    for one in configurations:
+        api.apply(loaded, *one.handlers(0))  # refuses what cannot work, before any work
     result: dict[str, Any] = {
         "model": model,
+        "on": placed(loaded),
         "settings": {"kinds": list(wanted), "questions": questions, "seed": seed,
                      "held_out": held_out},
         "configurations": {},

@@ -25,7 +25,8 @@ from regard.errors import RegardError
 from regard.lab.bench import kernels as kernels_bench
 from regard.lab.bench import parallel as parallel_bench
 from regard.lab.bench.record import load
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import bootstrap
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 
 TITLE = (
     "Long-Context Attention Benchmark: From Kernel Efficiency to Distributed Context Parallelism"

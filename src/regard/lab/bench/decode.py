@@ -1,4 +1,7 @@
-"""What a long context costs while a model writes: stock transformers, Recycled and Task-KV in turn.
+"""What a long context costs while a model writes: stock transformers and the methods in turn.
+
+The methods are those of the catalogue that only keep other rows of the prompt; the `DECODE` of a
+method's `cost.py` says with which settings, and what is expected of it.
 
 `regard bench decode --out benchmarks/results/decode.json` measures, and goes on where it was
 interrupted.
@@ -12,9 +15,12 @@ from typing import Any
 
 import torch
 
+from regard import catalog
 from regard.errors import InputError
+from regard.parts.decoding.cache import held_bytes
 from regard.report.document import Page, Section
 from regard.report.table import from_grid
+from regard.zoo.options import Loading
 
 from .record import (
     FAILED,
@@ -33,24 +39,30 @@ from .record import (
 )
 from .timer import seconds
 
-BUDGET, STRIDE = 1024, 16
-RATIO, SLACK = 0.4, 1.02
-BLOCK = STRIDE  # tokens written by each way before the next one's turn: one whole stride
+BLOCK = 16  # tokens written by each way before the next one's turn
 MB = 1e6
+
+
+def _methods() -> dict[str, tuple[catalog.Method, dict[str, Any]]]:
+    """The methods by the name of their row, each with what its folder says of decoding."""
+    rows = {}
+    for method in catalog.methods():
+        card = method.card
+        if card.takes == "text" and card.plain_prompt and method.has("method"):
+            told = method.load("cost").DECODE if method.has("cost") else {}
+            rows[told.get("row", card.slug)] = (method, told)
+    return rows
+
+
+METHODS = _methods()
 ROWS = {
     "stock": "stock transformers, sdpa",
-    "recycled": f"Recycled, budget {BUDGET}, stride {STRIDE}",
-    "task-kv": f"Task-KV, ratio {RATIO}",
+    **{row: told.get("title", method.card.name) for row, (method, told) in METHODS.items()},
 }
 TARGETS: list[dict[str, Any]] = [
-    {"row": "recycled", "least": 1.6, "rule": "Recycled: at least 1.6 times the tokens a second"},
-    {"row": "task-kv", "least": 1.3, "rule": "Task-KV: at least 1.3 times the tokens a second"},
-    {
-        "row": "task-kv",
-        "most": RATIO * SLACK,
-        "rule": f"Task-KV: once the prompt is read, at most {RATIO} x {SLACK} of the stock cache's "
-        "bytes, counted from storage",
-    },
+    {"row": row, **target}
+    for row, (_, told) in METHODS.items()
+    for target in told.get("targets", ())
 ]
 
 
@@ -59,6 +71,7 @@ def run(
     *,
     context: int = 8192,
     rounds: int = 5,
+    loading: Loading | None = None,
     out: str | Path | None = None,
     threads: int | None = None,
     progress: Any = show_progress,
@@ -69,6 +82,7 @@ def run(
         model: a name of `regard.models()`, a folder or a hub id.
         context: tokens at the end, written ones included; the prompt is the beginning of
             northanger-abbey.
+        loading: device, dtype and the like.
         rounds: how often each way writes `BLOCK` tokens, greedily, with `model.generate`.
         out: JSON file, written after every round.
 
@@ -83,7 +97,7 @@ def run(
         )
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    loaded, ids = opening(model, prompt, context)
+    loaded, ids = opening(model, prompt, context, loading)
     loaded.generation_config.eos_token_id = None  # every way writes as many tokens
     settings = {
         "model": Path(model).name,
@@ -91,14 +105,15 @@ def run(
         "prompt": prompt,
         "rounds": rounds,
         "tokens a round": BLOCK,
-        "budget": BUDGET,
-        "stride": STRIDE,
-        "ratio": RATIO,
+        "methods": {row: told.get("settings", {}) for row, (_, told) in METHODS.items()},
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "attention": loaded.config._attn_implementation,
     }
-    fresh = Result("decode", settings, environment(threads), [dict(t) for t in TARGETS])
-    result = resume(out, fresh)
+    fresh = Result(
+        "decode", settings, environment(threads, str(loaded.device)), [dict(t) for t in TARGETS]
+    )
+    modules = [f"{method.package}.method" for method, _ in METHODS.values()]
+    result = resume(out, fresh, __name__, *modules)
     for name in ROWS:
         result.cells.setdefault(name, Cell({"row": name}, values={"seconds": []}))
     if done(result) >= rounds:
@@ -132,7 +147,9 @@ def run(
     return result
 
 
-def opening(model: str, tokens: int, context: int) -> tuple[Any, torch.Tensor]:
+def opening(
+    model: str, tokens: int, context: int, loading: Loading | None = None
+) -> tuple[Any, torch.Tensor]:
     """The model, and so many first tokens of northanger-abbey for it.
 
     Raises:
@@ -140,7 +157,7 @@ def opening(model: str, tokens: int, context: int) -> tuple[Any, torch.Tensor]:
     """
     from regard import zoo
 
-    loaded, tokenizer = zoo.load(model)
+    loaded, tokenizer = (loading or Loading()).load(model)
     if loaded.config.is_encoder_decoder:
         raise InputError(f"{model} is an encoder-decoder: name a decoder, such as smollm2-135m")
     room = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
@@ -149,7 +166,7 @@ def opening(model: str, tokens: int, context: int) -> tuple[Any, torch.Tensor]:
     ids = tokenizer(zoo.text("northanger-abbey"), return_tensors="pt").input_ids[:, :tokens]
     if ids.shape[1] < tokens:
         raise InputError(f"the text has {ids.shape[1]} tokens: choose fewer")
-    return loaded, ids
+    return loaded, ids.to(loaded.device)
 
 
 class _Way:
@@ -179,36 +196,21 @@ class _Way:
             )
 
         if self.method is None:  # stock: no session, transformers' own attention
-            return seconds(generate)
+            return seconds(generate, str(self.model.device))
         with torch.no_grad(), apply(self.model, self.method):
-            return seconds(generate)
+            return seconds(generate, str(self.model.device))
 
     @property
     def bytes(self) -> int:
         """Bytes of keys and values held, counted from storage."""
-        return sum(held(layer) for layer in self.cache.layers)
-
-
-def held(layer: Any) -> int:
-    """Bytes that one layer of a cache holds, counted from storage."""
-    if hasattr(layer, "nbytes"):
-        return int(layer.nbytes)
-    stores = {
-        t.untyped_storage().data_ptr(): t.untyped_storage() for t in (layer.keys, layer.values)
-    }
-    return sum(s.nbytes() for s in stores.values())
+        return held_bytes(self.cache)
 
 
 def _method(name: str) -> Any:
-    if name == "recycled":
-        from regard.shrink import Recycled
-
-        return Recycled(budget=BUDGET, stride=STRIDE)
-    if name == "task-kv":
-        from regard.shrink import TaskKV
-
-        return TaskKV(ratio=RATIO)
-    return None
+    if name not in METHODS:
+        return None
+    method, told = METHODS[name]
+    return method.run(**told.get("settings", {}))
 
 
 def done(result: Result) -> int:
@@ -217,7 +219,7 @@ def done(result: Result) -> int:
 
 
 def faster(result: Result, row: str) -> list[float]:
-    """How many times the tokens a second of stock transformers in the same round."""
+    """How many times the tokens a second of stock transformers, round by round."""
     return ratios(result, "stock", base=row)
 
 
@@ -267,16 +269,18 @@ def markdown(result: Result, source: str) -> str:
         "those of the storage behind keys, values and what each method keeps beside them. The "
         "time of the prompt is one measurement."
     )
-    entries = result.cells["recycled"].values.get("entries")
-    if entries is not None:
-        note += (
-            f" Recycled keeps every row, so it holds more; a written token reads {entries:.0f} "
-            "keys in each key head on average, where stock reads all."
-        )
+    note = " ".join([note, *notes(result)])
     blocks = [from_grid(grid, keys=1), note, machine(result)]
     sections = [targets(judge(result)), Section("Time and memory", blocks)]
     source = f"{source} by `regard bench decode`"
     return Page("Writing after a long context", sections, [intro], source=source).markdown()
+
+
+def notes(result: Result) -> list[str]:
+    """What the methods' folders add to the numbers."""
+    told = {row: told["note"] for row, (_, told) in METHODS.items() if "note" in told}
+    cells = {row: result.get(row) for row in told}
+    return [told[row].format(**cell.values) for row, cell in cells.items() if cell is not None]
 
 
 def _words(taken: dict[str, float]) -> str:

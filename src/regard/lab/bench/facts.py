@@ -27,7 +27,6 @@ from .kernels import DTYPES
 from .record import (
     Cell,
     Result,
-    device_name,
     environment,
     outcome_of,
     pick_device,
@@ -127,8 +126,9 @@ def run(
         "heads": heads[0], "kv_heads": heads[1], "dim": dim, "dtype": dtype, "device": device,
         "seed": seed, "rounds": rounds,
     }  # fmt: skip
-    machine = {**environment(torch.get_num_threads()), "device": device_name(device)}
-    result = resume(out, Result("facts", settings, machine, [dict(t) for t in TARGETS]))
+    machine = environment(torch.get_num_threads(), device)
+    fresh = Result("facts", settings, machine, [dict(t) for t in TARGETS])
+    result = resume(out, fresh, __name__)
     result.save(out)
     if "exact" not in result.cells:
         result.cells["exact"] = Cell({"tokens": CHECKED}, values=_errors(setting))

@@ -33,7 +33,6 @@ from .record import (
     NO_MEMORY,
     Cell,
     Result,
-    device_name,
     environment,
     outcome_of,
     pick_device,
@@ -136,9 +135,9 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        machine = {**environment(torch.get_num_threads()), "device": device_name(device)}
+        machine = environment(torch.get_num_threads(), device)
         fresh = Result("kernels", settings, machine, [dict(t) for t in TARGETS])
-        result = resume(out, fresh)
+        result = resume(out, fresh, __name__)
         _forget_edited(result, pool)
         result.save(out)  # no space or no permission shows before any work
         if "machine" not in result.cells:

@@ -484,7 +484,7 @@ def _begin(comm: Comm, out: str | Path | None, new: Result) -> Result:
     result = new
     if comm.rank == 0:
         try:
-            result = resume(out, new)
+            result = resume(out, new, __name__)
         except InputError as error:
             failure = error
     if _same(comm, [failure is not None])[0]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from regard.errors import InputError
 from regard.files import write_text
+from regard.lab.fingerprint import fingerprint
 from regard.report.document import Section
 from regard.report.table import Table
 from regard.zoo.options import pick_device as pick_device
@@ -60,6 +61,7 @@ class Result:
     environment: dict[str, Any]
     targets: list[dict[str, Any]] = field(default_factory=list)
     cells: dict[str, Cell] = field(default_factory=dict)
+    source: str = ""  # fingerprint of the code that measured; empty in results older than that
 
     def get(self, key: str) -> Cell | None:
         """The cell if it was measured, else None.
@@ -95,12 +97,17 @@ def load(path: str | Path) -> Result:
         ) from None
 
 
-def resume(path: str | Path | None, new: Result) -> Result:
+def resume(path: str | Path | None, new: Result, *modules: str) -> Result:
     """The saved result to go on from, or `new` where there is none.
+
+    Args:
+        modules: the code that measures, with all that it imports: a result of other code is
+            refused as well.
 
     Numbers are comparable only within one machine and one set of settings: another run in the same
     file is refused, with the first thing that differs. Targets stay as they were first stated.
     """
+    new.source = fingerprint(*modules) if modules else ""
     if path is None or not Path(path).is_file():
         return new
     old = load(path)
@@ -111,19 +118,24 @@ def resume(path: str | Path | None, new: Result) -> Result:
         ("environment", old.environment, new.environment),
     ):
         for key in now:
-            if was.get(key) != now[key]:
+            before = was.get(key, "cpu" if key == "device" else None)  # older results leave it out
+            if before != now[key]:
                 raise InputError(
-                    f"{path} holds another run: {what} {key!r} was {was.get(key)!r} and is now "
+                    f"{path} holds another run: {what} {key!r} was {before!r} and is now "
                     f"{now[key]!r}. Choose another file, or remove this one"
                 )
+    if old.source and old.source != new.source:
+        raise InputError(
+            f"{path} was measured by other code: choose another file, or remove this one"
+        )
     return old
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     """The machine and the versions that numbers depend on.
 
-    >>> sorted(environment(1))[:3]
-    ['cores', 'cpu', 'memory_gib']
+    >>> sorted(environment(1))[:4]
+    ['cores', 'cpu', 'device', 'memory_gib']
     """
     import torch
     import transformers
@@ -133,6 +145,7 @@ def environment(threads: int) -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "device": device_name(device),
         "memory_gib": _memory_gib(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from regard.errors import InputError, nearest
+from regard.zoo.options import Loading
 
 from . import record
 from .page import page, table
@@ -130,6 +131,7 @@ def run(
     *,
     facts: Sequence[str] | None = None,
     repeats: int = 3,
+    loading: Loading | None = None,
     out: str | Path | None = None,
     peer: str | None = None,
     peer_python: str | None = None,
@@ -150,6 +152,7 @@ def run(
         lengths: tokens of the input.
         model: a name of `regard.models()`, a checkpoint folder or a hub id.
         facts: what "all facts" and the single-fact rows hold; all that need no settings when None.
+        loading: dtype and revision of the model, on the CPU.
         repeats: pairs (plain, row) timed in turn; fewer where three would take over `pair_seconds`.
         out: JSON file, written after every cell; a run of the same settings goes on there.
         peer, peer_python: "nnsight" or "transformer_lens", and the Python that has it installed.
@@ -173,6 +176,11 @@ def run(
         raise InputError(f"unknown peer {peer!r}.{nearest(peer, PEERS)}")
     if not isinstance(model, (str, os.PathLike)):
         raise InputError("the model is loaded in processes apart: pass its name or folder")
+    loading = loading or Loading()
+    if loading.device not in (None, "cpu") or loading.device_map:
+        raise InputError("memory is counted from the process, on the CPU: write --device cpu")
+    chosen = {n: getattr(loading, n) for n in ("revision", "trust_remote_code")}
+    chosen["dtype"] = loading.dtype or "float32"
     _needs_psutil()
     threads = threads or _cores()
     result = resume(
@@ -183,20 +191,24 @@ def run(
                 "model": Path(model).name,
                 "repeats": repeats,
                 "seed": seed,
-                "dtype": "float32",
+                "dtype": chosen["dtype"],
                 "facts": _facts(facts),
                 "memory_limit": memory_limit,
             },
             record.environment(threads),
             [dict(t) for t in TARGETS],
         ),
+        __name__,
+        f"{__package__}.worker",
     )
     result.save(out)  # settings and targets stand in the file before the first number
     steps = plan(lengths, facts=facts, repeats=repeats, peer=peer, growth=growth, kernel=kernel)
     longest = max([*lengths, *(growth or [])])
     say = progress or (lambda line: None)
     with tempfile.TemporaryDirectory(prefix="regard-bench-") as folder:
-        runner = _Runner(os.fspath(model), threads, seed, peer_python, timeout, spare, Path(folder))
+        runner = _Runner(
+            os.fspath(model), chosen, threads, seed, peer_python, timeout, spare, Path(folder)
+        )
         todo = [s for s in steps if not result.settled(s.key)]
         if len(todo) < len(steps):
             say(f"{len(steps) - len(todo)} of {len(steps)} cells are there already")
@@ -220,6 +232,7 @@ class _Runner:
     def __init__(
         self,
         model: str,
+        loading: Job,
         threads: int,
         seed: int,
         peer_python: str | None,
@@ -227,7 +240,8 @@ class _Runner:
         spare: int,
         folder: Path,
     ) -> None:
-        self.setup: Job = {"model": model, "threads": threads, "seed": seed, "own": True}
+        self.setup: Job = {"model": model, "loading": loading, "threads": threads, "seed": seed}
+        self.setup["own"] = True
         self.path, self.peer_python = model, peer_python
         self.timeout, self.spare, self.folder = timeout, spare, folder
         self.about: Job = {}

@@ -22,6 +22,7 @@ import torch
 from regard.errors import InputError
 from regard.report.document import Block, Page, Section
 from regard.report.table import from_grid
+from regard.zoo.options import Loading
 
 from . import timer
 from .record import (
@@ -79,6 +80,7 @@ def half_minute(seconds: float = SECONDS) -> Any:
 def run(
     model: str = "whisper-tiny.en",
     *,
+    loading: Loading | None = None,
     rounds: int = 5,
     out: str | Path | None = None,
     threads: int | None = None,
@@ -88,12 +90,12 @@ def run(
 
     Args:
         model: a speech model by name, folder or hub id.
+        loading: device, dtype and the like.
         out: JSON file, written after every round.
 
     Raises:
         InputError: a number of rounds that cannot be, a file that holds another run.
     """
-    from regard import zoo
     from regard.parts.speech.cross_attention import cross_attention, prepare
     from regard.zoo.convert import errors_only
 
@@ -101,12 +103,16 @@ def run(
         raise InputError("rounds is at least 1")
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    loaded, processor = zoo.load(model)
+    loaded, processor = (loading or Loading()).load(model)
+    device = str(loaded.device)
     sound = half_minute()
-    settings = {"model": Path(model).name, "seconds": SECONDS, "dtype": "float32"}
-    result = resume(
-        out, Result("speech", settings, environment(threads), [dict(t) for t in TARGETS])
-    )
+    settings = {
+        "model": Path(model).name,
+        "seconds": SECONDS,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+    }
+    fresh = Result("speech", settings, environment(threads, device), [dict(t) for t in TARGETS])
+    result = resume(out, fresh, __name__)
 
     def plain(**more: Any) -> Any:
         given, _ = prepare(loaded, processor, sound)
@@ -128,7 +134,7 @@ def run(
         if len(result.cells["stamps"].values["seconds"]) < rounds:
             result.settings.setdefault("tokens", len(look().tokens))  # and what is made once
         while (done := len(result.cells["stamps"].values["seconds"])) < rounds:
-            taken = {name: seconds(way) for name, way in ways.items()}
+            taken = {name: seconds(way, device) for name, way in ways.items()}
             for name, value in taken.items():
                 result.cells[name].values["seconds"].append(round(value, 4))
             result.save(out)
@@ -184,12 +190,14 @@ def _decoding(model: Any, call: Callable[[], Any]) -> tuple[int, str]:
     """
     before: list[int | None] = []
 
+    device = str(model.device)
+
     def ran(*_: Any) -> None:
-        before.append(timer.mark())
+        before.append(None if device.startswith("cuda") else timer.mark())
 
     hook = model.get_encoder().register_forward_hook(ran)
     try:
-        whole, how = peak(call)
+        whole, how = peak(call, device)
     finally:
         hook.remove()
     at = before[-1] if before else None

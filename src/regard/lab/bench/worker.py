@@ -175,16 +175,19 @@ class Bench:
         import torch
 
         if self.setup.get("own", True):
-            import regard
+            from regard.zoo.options import Loading
 
-            self.model, self.tokenizer = regard.load(self.setup["model"])
+            loading = Loading(device="cpu", **self.setup.get("loading", {}))
+            self.model, self.tokenizer = loading.load(self.setup["model"])
             if getattr(self.model.config, "_attn_implementation", "sdpa") != "sdpa":
                 self.model.set_attn_implementation("sdpa")
         else:
             from transformers import AutoModelForCausalLM
 
             self.model = AutoModelForCausalLM.from_pretrained(
-                self.setup["model"], dtype=torch.float32, attn_implementation="sdpa"
+                self.setup["model"],
+                attn_implementation="sdpa",
+                **{"dtype": torch.float32, **self.setup.get("loading", {})},
             ).eval()
         if self.setup.get("ids"):
             tokens = json.loads(Path(self.setup["ids"]).read_text(encoding="ascii"))

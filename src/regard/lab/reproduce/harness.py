@@ -14,18 +14,19 @@ import math
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from regard import catalog, files
 from regard.errors import InputError, nearest
-from regard.lab.intervals import bootstrap as bootstrap
+from regard.lab.fingerprint import fingerprint
+from regard.lab.journal import Journal
 from regard.progress import bar
 from regard.versions import versions
+from regard.zoo.options import Loading, placed
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "needs scale")
 MODEL = "smollm2-135m"
@@ -191,49 +192,6 @@ class Measured:
     picture: tuple[Any, str] | None = None
 
 
-class Journal:
-    """Finished parts of a run, kept on disk so that an interrupted run goes on where it stopped.
-
-    Parts of other settings (another model, another size, other code) are not taken up.
-    """
-
-    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
-        self.path, self.key = path, key
-        self.parts: dict[str, Any] = {}
-        self.spent, self.started = 0.0, time.perf_counter()
-        if path is not None and path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                if found["key"] == key:
-                    self.parts, self.spent = found["parts"], float(found["seconds"])
-            except (ValueError, KeyError, TypeError):
-                pass  # half a file is no file: measure again
-
-    def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """The part of this name, measured by `make` unless it is there; plain JSON values only."""
-        if name not in self.parts:
-            self.parts[name] = json.loads(json.dumps(make()))
-            self.save()
-        return self.parts[name]
-
-    @property
-    def seconds(self) -> float:
-        """How long the run has taken, earlier legs included."""
-        return self.spent + time.perf_counter() - self.started
-
-    def save(self) -> None:
-        """Write the parts, and the time with them: a killed leg is counted up to its last part."""
-        if self.path is not None:
-            found = {"key": self.key, "seconds": self.seconds, "parts": self.parts}
-            write_text(self.path, json.dumps(found))
-
-    def clear(self) -> None:
-        """Forget all parts."""
-        self.parts = {}
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
 def available() -> list[str]:
     """The methods whose claims can be measured here, by the slug of `regard methods`."""
     return sorted(m.slug for m in catalog.everything() if m.has("claims"))
@@ -244,6 +202,7 @@ def run(
     *,
     quick: bool = False,
     model: Any = None,
+    loading: Loading | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Result:
@@ -254,6 +213,7 @@ def run(
         quick: a much smaller run, to see that it works; its verdicts mean little, and its result
             goes to `<slug>.quick.json`.
         model: a name for `regard.load`, or a pair (model, tokenizer); the method's own if None.
+        loading: device, dtype and the like of a model given by name.
         out: the folder of the result; `reproductions` of the clone, or of the working folder.
         progress: show a bar on stderr where that is a terminal.
 
@@ -271,51 +231,54 @@ def run(
         raise InputError(f"the folder {folder} cannot be made: {problem.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"the folder {folder} cannot be written: name another with out=")
-    method = catalog.method(slug).load("claims")
-    loaded, tokenizer, name = None, None, "none"
-    own = getattr(method, "MODEL", MODEL)
-    if own is not None:
-        loaded, tokenizer, name = _model(own if model is None else model, own)
-    elif model is not None:
+    entry, loading = catalog.method(slug), loading or Loading()
+    claims = entry.load("claims")
+    default = getattr(claims, "MODEL", MODEL)
+    if default is None and model is not None:
         raise InputError(f"{slug} measures attention alone: leave the model out")
-    source = fingerprint(slug)
+    loaded, tokenizer, name = None, None, "none"
+    if default is not None:
+        loaded, tokenizer, name = _model(default if model is None else model, default, loading)
+    source = fingerprint(f"{entry.package}.claims")
     weights = None if loaded is None else weights_of(loaded)
-    key = {"slug": slug, "model": name, "weights": weights, "quick": quick, "source": source}
-    partial = folder / f".{slug}{'.quick' if quick else ''}.partial.json"
-    journal = Journal(partial, key)
-    try:
-        done = method.measure(Setup(loaded, tokenizer, name, quick, journal, progress))
-    finally:
-        if journal.parts:
-            journal.save()
-    keys = [c.key for c in done.claims]
-    if keys != [c.key for c in method.CLAIMS]:
-        raise ValueError(f"{slug} settled {keys}, which are not the claims it had stated")
-    result = Result(
-        slug=slug,
-        title=method.TITLE,
-        paper=method.PAPER,
-        claims=done.claims,
-        model=name,
-        data=done.data,
-        seeds=done.seeds,
-        settings=done.settings,
-        versions=versions(),
-        device=device(loaded),
-        commit=commit(),
-        source=source,
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        seconds=round(journal.seconds, 1),
-        quick=quick,
-        command=_command(slug, quick, "none" if name == own else name),
-        picture=None if done.picture is None else done.picture[1],
-        weights=weights,
-    )
-    if done.picture is not None:
-        picture = folder / f"{slug}{'.quick' if quick else ''}.png"
-        files.write_bytes(picture, _few_colors(done.picture[0]))
-    result.write(folder)
-    journal.clear()
+    key = {
+        "slug": slug,
+        "model": name,
+        "weights": weights,
+        "on": None if loaded is None else placed(loaded),
+        "quick": quick,
+        "source": source,
+    }
+    with Journal(folder / f".{slug}{'.quick' if quick else ''}.partial.json", key) as journal:
+        measured = claims.measure(Setup(loaded, tokenizer, name, quick, journal, progress))
+        keys = [c.key for c in measured.claims]
+        if keys != [c.key for c in claims.CLAIMS]:
+            raise ValueError(f"{slug} settled {keys}, which are not the claims it had stated")
+        result = Result(
+            slug=slug,
+            title=claims.TITLE,
+            paper=claims.PAPER,
+            claims=measured.claims,
+            model=name,
+            data=measured.data,
+            seeds=measured.seeds,
+            settings=measured.settings,
+            versions=versions(),
+            device=device(loaded),
+            commit=commit(),
+            source=source,
+            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            seconds=round(journal.seconds, 1),
+            quick=quick,
+            command=_command(slug, quick, "none" if name == default else name, loading),
+            picture=None if measured.picture is None else measured.picture[1],
+            weights=weights,
+        )
+        if measured.picture is not None:
+            picture = folder / f"{slug}{'.quick' if quick else ''}.png"
+            files.write_bytes(picture, _few_colors(measured.picture[0]))
+        result.write(folder)
+        journal.clear()
     return result
 
 
@@ -392,17 +355,6 @@ def commit() -> str | None:
     return f"{head}+changes" if head and changed else head
 
 
-def fingerprint(slug: str) -> str:
-    """Twelve digits that change when the method's own files do."""
-    here = Path(__file__).resolve().parent
-    name = slug.replace("-", "_")
-    mark = hashlib.sha256()
-    files = [here / f"{name}.py", here / "problems.py", *here.parent.glob(f"s*/{name}.py")]
-    for path in sorted(f for f in files if f.is_file()):
-        mark.update(path.read_bytes())
-    return mark.hexdigest()[:12]
-
-
 def weights_of(model: Any) -> str:
     """Twelve digits that change when a weight of a model, or of a pipeline's parts, does.
 
@@ -424,9 +376,9 @@ def weights_of(model: Any) -> str:
     return mark.hexdigest()[:12]
 
 
-def _model(model: Any, own: str) -> tuple[Any, Any, str]:
-    """A model as it is given or named, its tokenizer and its name; a pipeline where the method's
-    own is one.
+def _model(model: Any, default: str, loading: Loading) -> tuple[Any, Any, str]:
+    """A model as it is given or named, its tokenizer and its name; a pipeline where the default
+    is one.
     """
     if not isinstance(model, (str, os.PathLike)):
         loaded, tokenizer = model
@@ -434,22 +386,30 @@ def _model(model: Any, own: str) -> tuple[Any, Any, str]:
             return loaded, tokenizer, type(loaded).__name__
         # a folder is named, not where it lies: results are read on other machines
         return loaded, tokenizer, Path(loaded.config._name_or_path).name or type(loaded).__name__
-    from regard.zoo import load
-    from regard.zoo.pipelines import is_pipeline, load_pipeline
+    from regard.zoo.pipelines import is_pipeline
 
-    if is_pipeline(model) and not is_pipeline(own):
-        raise InputError(f"{model} is a diffusion pipeline: the claims need a model such as {own}")
-    if is_pipeline(own):
-        return load_pipeline(model), None, Path(model).name
-    loaded, tokenizer = load(model)
+    if is_pipeline(model) and not is_pipeline(default):
+        raise InputError(
+            f"{model} is a diffusion pipeline: the claims need a model such as {default}"
+        )
+    if is_pipeline(default):
+        return loading.pipeline(model), None, Path(model).name
+    loaded, tokenizer = loading.load(model)
     if tokenizer is None:
         raise InputError(f"{model} carries no tokenizer, and the claims need texts")
     name = os.fspath(model)
     return loaded, tokenizer, Path(name).name if os.path.isdir(name) else name
 
 
-def _command(slug: str, quick: bool, model: str) -> str:
+def _command(slug: str, quick: bool, model: str, loading: Loading) -> str:
     words = ["regard", "reproduce", slug]
     if model not in (MODEL, "none"):
         words += ["--model", model]
+    for option in fields(loading):
+        value = getattr(loading, option.name)
+        if value != option.default:
+            words += [
+                f"--{option.name.replace('_', '-')}",
+                *([] if value is True else [str(value)]),
+            ]
     return " ".join([*words, "--quick"] if quick else words)

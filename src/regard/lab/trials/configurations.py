@@ -1,38 +1,35 @@
-"""Configurations of a trial, written as a line of text: which methods run, with which settings."""
+"""Configurations of a trial, written as a line of text: which methods run, with which settings.
+
+What a method can be set to is read from its card: a line is checked before anything is loaded.
+"""
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import inspect
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+from regard import catalog
+from regard.cards import Checked
 from regard.errors import InputError, nearest
-from regard.reach import Handler
+from regard.lab.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from regard.reach import Handler
 
 FULL = "full"
-PLAIN_PROMPT = ("task-kv", "recycled-attention", "streaming-llm", "snapkv", "h2o", "random")
-"""Methods that leave the pass over the prompt as it is, and only keep other rows of it."""
-METHODS = {
-    "act": ("regard.steer", "ACT"),
-    "task-kv": ("regard.shrink", "TaskKV"),
-    "recycled-attention": ("regard.shrink", "Recycled"),
-    "streaming-llm": ("regard.shrink", "StreamingLLM"),
-    "snapkv": ("regard.shrink", "SnapKV"),
-    "h2o": ("regard.shrink", "H2O"),
-    "random": ("regard.shrink", "RandomEviction"),
-    "var": ("regard.steer", "VAR"),
-    "visiondrop": ("regard.shrink", "VisionDrop"),
-}
-"""What a configuration may be made of: name -> where the class lies; imported when asked for."""
-
+BUDGETS = {"ratio", "budget"}
 _WORDS = {"true": True, "false": False, "none": None}
+
+
+def known() -> dict[str, catalog.Method]:
+    """What a configuration may be made of, by slug."""
+    ready = [m for m in catalog.everything() if m.card.takes in ("text", "picture")]
+    return {m.card.slug: m for m in ready if m.has("method")}
 
 
 @dataclass(frozen=True)
@@ -42,16 +39,29 @@ class Part:
     method: str
     settings: tuple[tuple[str, Any], ...] = ()
 
-    def takes_budget(self) -> bool:
-        """Whether an equal budget can be set from outside: it has one, and none was written."""
-        has, given = _parameters(self.method), {key for key, _ in self.settings}
-        return bool({"ratio", "budget"} & set(has)) and not {"ratio", "budget"} & given
+    @property
+    def entry(self) -> catalog.Method:
+        """The method in the catalogue."""
+        return known()[self.method]
 
-    def make(self, tokens: int, ratio: float | None, budget: int | None) -> Handler:
-        """The method, made for a prompt of so many tokens."""
+    def takes_budget(self) -> bool:
+        """Whether an equal budget can be set from outside: it has one, and none was written, nor
+        a setting that takes its place.
+        """
+        kinds, given = _kinds(self.entry), dict(self.settings)
+        if not BUDGETS & {*kinds} or BUDGETS & {*given}:
+            return False
+        whole: dict[str, Any] = {"ratio": 1.0} if "ratio" in kinds else {"budget": 1}
+        settings = self.entry.settings
+        return settings is None or not (
+            _accepts(settings, given) and not _accepts(settings, {**given, **whole})
+        )
+
+    def given(self, tokens: int, ratio: float | None, budget: int | None) -> dict[str, Any]:
+        """The settings for a prompt of so many tokens."""
         given = dict(self.settings)
         if self.takes_budget():
-            has = _parameters(self.method)
+            has = _kinds(self.entry)
             if ratio is not None and "ratio" in has:
                 given["ratio"] = ratio
             elif ratio is not None:
@@ -60,8 +70,18 @@ class Part:
                 given["budget"] = budget
             elif budget is not None:
                 given["ratio"] = min(1.0, budget / max(tokens, 1))
+        return given
+
+    def check(self, ratio: float | None, budget: int | None) -> None:
+        """Refuse a value that the method's settings do not take."""
+        if self.entry.settings is not None:
+            self.entry.settings(**self.given(1000, ratio, budget))
+
+    def make(self, tokens: int, ratio: float | None, budget: int | None) -> Handler:
+        """The method, made for a prompt of so many tokens."""
+        given = self.given(tokens, ratio, budget)
         try:
-            made: Handler = _class(self.method)(**given)
+            made: Handler = self.entry.run(**given)
         except TypeError as problem:  # a word where a number belongs, a setting left out
             raise InputError(f"{self.method} cannot be made with {given}: {problem}") from None
         return made
@@ -106,16 +126,13 @@ class Configuration:
     @property
     def plain_prompt(self) -> bool:
         """Whether the pass over a prompt is that of the plain model."""
-        return bool(self.parts) and all(p.method in PLAIN_PROMPT for p in self.parts)
+        return bool(self.parts) and all(p.entry.card.plain_prompt for p in self.parts)
 
-    @property
+    @cached_property
     def source(self) -> str:
-        """Twelve digits that change with the methods' files, and those they import beside them."""
-        mark = hashlib.sha256()
-        files = {f for p in self.parts for f in _files(Path(inspect.getfile(_class(p.method))))}
-        for path in sorted(files):
-            mark.update(path.read_bytes())
-        return mark.hexdigest()[:12] if self.parts else ""
+        """The fingerprint of the methods' code; empty for the plain model."""
+        modules = [f"{p.entry.package}.method" for p in self.parts]
+        return fingerprint(*modules) if modules else ""
 
 
 def read(
@@ -138,8 +155,8 @@ def read(
     (0, 0)
 
     Raises:
-        InputError: an unknown name or setting, one configuration twice, one method twice in it, a
-            budget out of range, both kinds of budget.
+        InputError: an unknown name or setting, a value out of range, one configuration twice, one
+            method twice in it, both kinds of budget.
     """
     if ratios and budget is not None:
         raise InputError("a budget is given as a ratio or as a number of rows: give one of them")
@@ -148,7 +165,7 @@ def read(
             raise InputError(f"a ratio is the share of the prompt that is kept, not {ratio:g}")
     if budget is not None and budget < 1:
         raise InputError(f"a budget is a number of rows from 1 on, not {budget}")
-    found = {FULL: Configuration(FULL)}
+    configurations = {FULL: Configuration(FULL)}
     for name in _names(given or ""):
         if name == FULL:
             continue
@@ -162,10 +179,13 @@ def read(
         every: list[float | None] = [*dict.fromkeys(ratios)] if free and ratios else [None]
         for share in every:
             one = Configuration(name, parts, share, budget if free else None)
-            if one.key in found:
+            if one.key in configurations:
                 raise InputError(f"the configuration {name!r} is given twice: take one out")
-            found[one.key] = one
-    return list(found.values())
+            configurations[one.key] = one
+    for one in configurations.values():
+        for part in one.parts:
+            part.check(one.ratio, one.budget)
+    return list(configurations.values())
 
 
 def _names(text: str) -> list[str]:
@@ -173,72 +193,91 @@ def _names(text: str) -> list[str]:
     >>> _names("act, h2o:ratio=0.5,recent=0.2 ,snapkv:pool=3,window=8+act,full")
     ['act', 'h2o:ratio=0.5,recent=0.2', 'snapkv:pool=3,window=8+act', 'full']
     """
-    found: list[str] = []
+    names: list[str] = []
     for piece in ("".join(p.split()) for p in text.split(",")):
-        if found and re.match(r"[^:+]*=", piece):  # one more setting of the method before it
-            found[-1] += f",{piece}"
+        if names and re.match(r"[^:+]*=", piece):  # one more setting of the method before it
+            names[-1] += f",{piece}"
         elif piece:
-            found.append(piece)
-    return found
+            names.append(piece)
+    return names
 
 
 def _part(piece: str, whole: str) -> Part:
     name, colon, rest = piece.partition(":")
-    if name not in METHODS:
+    methods = known()
+    if name not in methods:
         raise InputError(
-            f"there is no method {name!r} to make {whole!r} of.{nearest(name, METHODS)}"
+            f"there is no method {name!r} to make {whole!r} of.{nearest(name, methods)}"
         )
-    settings: dict[str, Any] = {}
+    kinds, settings = _kinds(methods[name]), dict[str, Any]()
     for item in rest.split(",") if colon else []:
         key, equals, value = item.partition("=")
         if not key or not equals or not value:
             raise InputError(f"{piece!r} is not written as {name}:setting=value,setting=value")
         key = key.replace("-", "_")
-        if key not in _parameters(name):
-            raise InputError(f"{name} has no setting {key!r}.{nearest(key, _parameters(name))}")
+        if key not in kinds:
+            raise InputError(f"{name} has no setting {key!r}.{nearest(key, kinds)}")
         if key in settings:
             raise InputError(f"{piece!r} gives {key} twice: take one out")
-        settings[key] = _value(value)
+        settings[key] = _value(value, kinds[key])
     return Part(name, tuple(settings.items()))
 
 
-def _value(text: str) -> Any:
+def _kinds(method: catalog.Method) -> dict[str, Callable[[str], Any] | None]:
+    """The settings of a method, each with what reads it from text, None for the common way."""
+    if method.settings is None:
+        return dict.fromkeys(inspect.signature(method.run).parameters)
+    own = [f for f in fields(method.settings) if f.metadata]  # type: ignore[arg-type]
+    kinds = {f.name: f.metadata["kind"] for f in own}
+    return {n: None if isinstance(k, type) else k for n, k in kinds.items()}
+
+
+def _accepts(settings: type[Checked], given: dict[str, Any]) -> bool:
+    try:
+        settings(**given)
+    except InputError:
+        return False
+    return True
+
+
+def _value(text: str, kind: Callable[[str], Any] | None = None) -> Any:
     """
     >>> [_value(t) for t in ("4", "0.4", "1e-3", "2/1", "true", "none", "heads.json")]
     [4, 0.4, 0.001, (2, 1), True, None, 'heads.json']
     """
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
+    if kind is not None:
+        return kind(text)
     if re.fullmatch(r"\d+(/\d+)+", text):
         return tuple(map(int, text.split("/")))
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            return kind(text)
+            return number(text)
         except ValueError:
             continue
     return text
 
 
-def _files(module: Path) -> set[Path]:
-    """A file, and those beside it that it imports."""
-    found, todo = set[Path](), [module]
-    while todo:
-        path = todo.pop()
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                beside = path.with_name(f"{node.module.split('.')[0]}.py")
-                todo += [beside] if beside.is_file() and beside not in found else []
-    return found
+def with_setting(given: str, name: str, value: str) -> str:
+    """The line with one more setting for every method that has it and states no settings.
 
+    >>> with_setting("act+h2o,act:beta=1", "heads", "h.json")
+    'act:heads=h.json+h2o,act:beta=1'
 
-def _parameters(name: str) -> list[str]:
-    return list(inspect.signature(_class(name)).parameters)
-
-
-def _class(name: str) -> Any:
-    module, found = METHODS[name]
-    try:
-        return getattr(import_module(module), found)
-    except (ImportError, AttributeError):
-        raise InputError(f"{name} is not part of this installation: leave it out") from None
+    Raises:
+        InputError: no such method in the line, or a value that a line cannot hold.
+    """
+    if any(c in value for c in ",+:="):
+        raise InputError(f"{value}: a comma, plus, colon or equals sign in its name: rename it")
+    takers = [slug for slug, method in known().items() if name in _kinds(method)]
+    lines = [[part.strip() for part in piece.split("+")] for piece in given.split(",")]
+    if not any(part in takers for parts in lines for part in parts):
+        raise InputError(
+            f"--{name} goes with {' or '.join(takers)}: name it in --with, or write "
+            f"{takers[0]}:{name}=... there yourself"
+        )
+    return ",".join(
+        "+".join(f"{part}:{name}={value}" if part in takers else part for part in parts)
+        for parts in lines
+    )

@@ -10,8 +10,6 @@ head reads in a step of decoding, counted at the attention call.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +23,9 @@ from torch import Tensor
 
 from regard.core import State
 from regard.errors import InputError, RegardError
-from regard.files import write_text
+from regard.lab.intervals import mean
+from regard.lab.journal import Journal
+from regard.parts.decoding.cache import held_bytes
 from regard.progress import bar
 from regard.reach import Call, Handler
 
@@ -77,22 +77,20 @@ class Meter(Handler):
 
 
 class Fork(Handler):
-    """Shows one pass over a prompt to methods that do not change its outputs, each with a cache of
-    its own.
-    """
+    """Shows one pass over a prompt to methods that do not change it, each with its own cache."""
 
     def __init__(self, methods: Sequence[Sequence[Handler]], caches: Sequence[Any]) -> None:
         self.methods, self.caches = methods, caches
         self.notes: list[list[str]] = [[] for _ in methods]
 
     def cache(self, cache: Any) -> None:
-        for methods, own in zip(self.methods, self.caches):
+        for methods, separate in zip(self.methods, self.caches):
             for method in methods:
-                method.cache(own)
+                method.cache(separate)
 
     def after(self, call: Call, state: State) -> None:
-        for methods, own, notes in zip(self.methods, self.caches, self.notes):
-            own.update(call.k, call.v, call.site.layer)
+        for methods, cache, notes in zip(self.methods, self.caches, self.notes):
+            cache.update(call.k, call.v, call.site.layer)
             with _notes() as new:
                 for method in methods:
                     if method.before(call) is not None or method.after(call, state) is not None:
@@ -100,51 +98,8 @@ class Fork(Handler):
             notes += new
 
 
-class Journal:
-    """Finished measurements, kept on disk so that an interrupted run goes on where it stopped.
-
-    Those of other settings (another model, other texts, other code) are not taken up.
-    """
-
-    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
-        self.path, self.key = path, json.loads(json.dumps(key))
-        self.cells: dict[str, Any] = {}
-        self.spent, self.started = 0.0, time.perf_counter()
-        if path is not None and path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                if found["key"] == self.key:
-                    self.cells, self.spent = dict(found["cells"]), float(found["seconds"])
-            except (ValueError, KeyError, TypeError):
-                pass  # half a file is no file: measure again
-
-    @classmethod
-    def beside(cls, out: Path | None, key: dict[str, Any]) -> Journal:
-        """The journal of a result that is written to `out`; in memory alone for None and "-"."""
-        file = out is not None and str(out) != "-"
-        return cls(out.with_name(f".{out.name}.partial.json") if file and out else None, key)
-
-    @property
-    def seconds(self) -> float:
-        """How long the run has taken, earlier legs included."""
-        return self.spent + time.perf_counter() - self.started
-
-    def put(self, name: str, cell: Any) -> None:
-        """Add a measurement, and save."""
-        self.cells[name] = cell
-        if self.path is not None:
-            found = {"key": self.key, "seconds": self.seconds, "cells": self.cells}
-            write_text(self.path, json.dumps(found))
-
-    def clear(self) -> None:
-        """Forget everything: the result is written."""
-        self.cells = {}
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
 @dataclass
-class Found:
+class Scores:
     """What was measured, by configuration key and task.
 
     Attributes:
@@ -163,7 +118,7 @@ class Found:
 
 
 def check(model: Any, configurations: Sequence[Configuration], batches: Sequence[Batch]) -> None:
-    """Refuse what cannot work, before any work.
+    """Refuse every configuration that cannot work, before the first is measured.
 
     Raises:
         InputError: a setting that a method or this model cannot take.
@@ -186,7 +141,7 @@ def run(
     skip_low: bool = False,
     show: bool = True,
     label: str = "trial",
-) -> Found:
+) -> Scores:
     """Measure every text under every configuration; the plain model comes first.
 
     What the journal holds is not measured again, unless the code of the method has changed since.
@@ -201,31 +156,31 @@ def run(
         ReachError: a model whose attention regard cannot reach.
     """
     check(model, configurations, batches)
-    own = journal if journal is not None else Journal(None, {})
-    found = Found({}, {}, {}, [], [])
+    journal = journal if journal is not None else Journal(None, {})
+    scores = Scores({}, {}, {}, [], [])
     plain = [c for c in configurations if c.name == FULL]
     others = [c for c in configurations if c.name != FULL]
     with bar(len(batches) * len(configurations), label, show) as step:
         for group in (plain, others):
             for batch in batches:  # a run that is cut short has all methods on some texts
-                skip = group is others and batch.task in found.skipped
+                skip = group is others and batch.task in scores.skipped
                 if not skip:
-                    _measure_missing(model, batch, group, own)
+                    _measure_missing(model, batch, group, journal)
                 for configuration in group:
                     if not skip:
-                        _take(found, batch, configuration, own.cells[_name(batch, configuration)])
+                        cell = journal.parts[_name(batch, configuration)]
+                        _take(scores, batch, configuration, cell)
                     step()
             if group is plain and floor is not None:
-                found.low = _low(found, floor)
-                found.skipped = list(found.low) if skip_low else []
-    return found
+                scores.low = _low(scores, floor)
+                scores.skipped = list(scores.low) if skip_low else []
+    return scores
 
 
-def _low(found: Found, floor: Floor) -> list[str]:
+def _low(scores: Scores, floor: Floor) -> list[str]:
     low = []
-    for task, values in found.values.get(FULL, {}).items():
-        scores = [float(v[floor.score]) for v in values.values()]
-        if sum(scores) / len(scores) < floor.least:
+    for task, values in scores.values.get(FULL, {}).items():
+        if mean([float(v[floor.score]) for v in values.values()]) < floor.least:
             low.append(task)
     return low
 
@@ -240,7 +195,7 @@ def _measure_missing(
     """Measure what the journal does not hold, or holds of other code."""
     missing = []
     for configuration in configurations:
-        known = journal.cells.get(_name(batch, configuration))
+        known = journal.parts.get(_name(batch, configuration))
         if known is None or known["source"] != configuration.source:
             missing.append(configuration)
     together = [c for c in missing if c.plain_prompt]
@@ -269,8 +224,8 @@ def _share(model: Any, batch: Batch, configurations: Sequence[Configuration]) ->
 
     methods = [c.handlers(batch.tokens) for c in configurations]
     caches = [DynamicCache(config=model.config) for _ in methods]
-    for own in methods:
-        apply(model, *own)  # each looks up its sites
+    for group in methods:
+        apply(model, *group)  # each looks up its sites
     fork = Fork(methods, caches)
     try:
         with torch.no_grad(), apply(model, fork):
@@ -278,7 +233,7 @@ def _share(model: Any, batch: Batch, configurations: Sequence[Configuration]) ->
     except RegardError:
         return {}
     every = zip(configurations, methods, caches, fork.notes)
-    return {c.key: _Ready(own, cache, notes) for c, own, cache, notes in every}
+    return {c.key: _Ready(group, cache, notes) for c, group, cache, notes in every}
 
 
 def _measure(
@@ -293,7 +248,7 @@ def _measure(
         try:
             with torch.no_grad(), apply(model, *methods, meter):
                 cache = ready.cache if ready else prefill(model, batch.prompt)
-                size = held(cache) / len(batch.numbers)
+                size = held_bytes(cache) / len(batch.numbers)
                 values = batch.measure(model, cache)
         except RegardError as problem:
             if not configuration.parts:
@@ -307,14 +262,14 @@ def _measure(
     return {**cell, "values": values, "notes": notes, "seconds": seconds}
 
 
-def _take(found: Found, batch: Batch, configuration: Configuration, cell: Any) -> None:
+def _take(scores: Scores, batch: Batch, configuration: Configuration, cell: Any) -> None:
     key = configuration.key
-    notes = found.notes.setdefault(key, [])
+    notes = scores.notes.setdefault(key, [])
     notes += [n for n in cell["notes"] if n not in notes]
     if "refused" in cell:
-        found.refused.setdefault(key, {})[batch.task] = cell["refused"]
+        scores.refused.setdefault(key, {})[batch.task] = cell["refused"]
         return
-    tasks = found.values.setdefault(key, {})
+    tasks = scores.values.setdefault(key, {})
     tasks.setdefault(batch.task, {}).update(zip(batch.numbers, cell["values"]))
 
 
@@ -333,18 +288,6 @@ def _notes() -> Iterator[list[str]]:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
-def fingerprint(modules: Sequence[str], texts: Any = None) -> str:
-    """Twelve digits that change when what is measured, or the code that measures, does.
-
-    Args:
-        modules: files of this package, without ending, that a trial is made of beside this one.
-    """
-    mark = hashlib.sha256(json.dumps(texts).encode())
-    for name in ("frame", *modules):
-        mark.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    return mark.hexdigest()[:12]
-
-
 # -- reading a text with a cache -------------------------------------------------------------------
 def prefill(model: Any, ids: Tensor) -> Any:
     """The cache after prompts `[batch, tokens]`, as the methods at work leave it."""
@@ -360,25 +303,6 @@ def step(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Logits `[batch, vocabulary]` after one more token each, `[batch, 1]`."""
     logits: Tensor = model(ids, past_key_values=cache, use_cache=True).logits
     return logits[:, -1]
-
-
-def held(cache: Any) -> int:
-    """Bytes of keys and values that the layers of a cache hold.
-
-    >>> from transformers import DynamicCache
-    >>> cache = DynamicCache()
-    >>> _ = cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
-    >>> held(cache)
-    192
-    """
-    total = 0
-    for layer in cache.layers:
-        own = getattr(layer, "nbytes", None)  # a layer that a method put there counts its storage
-        if own is None:
-            pair = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            own = sum(t.numel() * t.element_size() for t in pair if t is not None)
-        total += int(own)
-    return total
 
 
 def check_room(model: Any, tokens: int) -> None:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError, nearest
+from regard.lab.journal import Journal
 from regard.parts.labels import check_model
 from regard.report.table import Table, right
 
 from .configurations import FULL, Configuration
-from .frame import Journal
 
 EXTRA = (
     "regard trial lm-eval needs the package lm-eval, which is part of an extra: "
@@ -92,16 +92,16 @@ def run(
     manager, wanted = tasks(names, include)
     check_model(model, tokenizer)
     check(model, configurations)
-    own = journal if journal is not None else Journal(None, {})
-    found = {}
+    journal = journal if journal is not None else Journal(None, {})
+    results = {}
     for configuration in configurations:
         key, source = configuration.key, configuration.source
-        known = own.cells.get(key)
+        known = journal.parts.get(key)
         if known is None or known["source"] != source:
             scores = _evaluate(model, tokenizer, manager, wanted, configuration, limit, shots, seed)
-            own.put(key, {"source": source, "scores": scores})
-        found[key] = own.cells[key]["scores"]
-    return found
+            journal.put(key, {"source": source, "scores": scores})
+        results[key] = journal.parts[key]["scores"]
+    return results
 
 
 def check(model: Any, configurations: Sequence[Configuration]) -> None:
@@ -161,29 +161,6 @@ def _evaluate(
     return {
         task: {name: float(x) for name, x in own.items() if isinstance(x, (int, float))}
         for task, own in done["results"].items()
-    }
-
-
-def result(
-    found: dict[str, Any],
-    *,
-    model: str,
-    settings: dict[str, Any],
-    environment: dict[str, Any],
-    command: str,
-    source: str,
-    seconds: float,
-) -> dict[str, Any]:
-    """Everything about one run as plain JSON values."""
-    return {
-        "trial": "lm-eval",
-        "model": model,
-        "settings": settings,
-        "command": command,
-        "scores": found,
-        "environment": environment,
-        "source": source,
-        "seconds": round(seconds, 1),
     }
 
 

@@ -4,18 +4,17 @@ for a terminal.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from regard.lab.intervals import bootstrap
+from regard.lab.intervals import bootstrap, mean, paired
 from regard.report.document import Page, Section
 from regard.report.table import Cell, Column, Table, right
 
 from .configurations import FULL, Configuration
-from .frame import Found, Values
+from .frame import Scores, Values
 
 ALL = "all"
 BAR = 6  # letters of the longest bar
@@ -46,66 +45,49 @@ SCORES: dict[str, tuple[Score, ...]] = {
 """The scores of every trial; the first is the one that a table is about."""
 
 
-def result(
-    trial: str,
-    found: Found,
-    configurations: Sequence[Configuration],
-    *,
-    model: str,
-    settings: dict[str, Any],
-    environment: dict[str, Any],
-    command: str,
-    source: str,
-    seconds: float,
-) -> dict[str, Any]:
-    """Everything about one run as plain JSON values: the table (`rows`) and every single score
-    (`texts`).
-    """
+def result(trial: str, scores: Scores, configurations: Sequence[Configuration]) -> dict[str, Any]:
+    """What a run measured, as plain JSON values: the table (`rows`) and every score (`texts`)."""
     return {
-        "trial": trial,
-        "model": model,
-        "settings": settings,
-        "command": command,
         "scores": [asdict(s) for s in SCORES[trial]],
-        "rows": rows(trial, found, configurations),
-        "low": found.low,
-        "skipped": found.skipped,
-        "refused": found.refused,
-        "notes": {key: notes for key, notes in found.notes.items() if notes},
-        "environment": environment,
-        "source": source,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "seconds": round(seconds, 1),
+        "rows": rows(trial, scores, configurations),
+        "low": scores.low,
+        "skipped": scores.skipped,
+        "refused": scores.refused,
+        "notes": {key: notes for key, notes in scores.notes.items() if notes},
         "texts": {
-            key: {task: {str(n): v for n, v in sorted(own.items())} for task, own in tasks.items()}
-            for key, tasks in found.values.items()
+            key: {
+                task: {str(n): v for n, v in sorted(texts.items())} for task, texts in tasks.items()
+            }
+            for key, tasks in scores.values.items()
         },
     }
 
 
-def rows(trial: str, found: Found, configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
+def rows(
+    trial: str, scores: Scores, configurations: Sequence[Configuration]
+) -> list[dict[str, Any]]:
     """One row for each configuration and task, and one over all tasks where there are several.
 
     The last leaves out tasks that are too hard for the plain model. Intervals are 95 % bootstrap
     intervals over texts; a difference to the plain model is that of the same texts.
     """
-    tasks = list(found.values.get(FULL, {}))
-    fair = [t for t in tasks if t not in found.low]
+    tasks = list(scores.values.get(FULL, {}))
+    fair = [t for t in tasks if t not in scores.low]
     made = []
     for configuration in configurations:
-        own = found.values.get(configuration.key, {})
+        own = scores.values.get(configuration.key, {})
         for task in tasks:
             if task in own:
-                made.append(_row(trial, found, configuration, task, [task]))
+                made.append(_row(trial, scores, configuration, task, [task]))
         if len(tasks) > 1 and fair and all(t in own for t in fair):
-            made.append(_row(trial, found, configuration, ALL, fair))
+            made.append(_row(trial, scores, configuration, ALL, fair))
     return made
 
 
 def _row(
-    trial: str, found: Found, configuration: Configuration, name: str, tasks: list[str]
+    trial: str, scores: Scores, configuration: Configuration, name: str, tasks: list[str]
 ) -> dict[str, Any]:
-    own, plain = found.values[configuration.key], found.values[FULL]
+    own, plain = scores.values[configuration.key], scores.values[FULL]
     pairs = [(own[t][n], plain[t][n]) for t in tasks for n in sorted(own[t])]
     row: dict[str, Any] = {
         "configuration": configuration.key,
@@ -118,23 +100,25 @@ def _row(
     for score in SCORES[trial]:
         row[score.key] = _measured(score, pairs)
         if configuration.name != FULL:
-            row[score.key]["difference"] = _spread([a[score.key] - b[score.key] for a, b in pairs])
+            apart = paired(*([side[score.key] for side in sides] for sides in zip(*pairs)))
+            difference = {"mean": apart.mean, "low": apart.low, "high": apart.high}
+            row[score.key]["difference"] = difference
     row["held"] = sum(a["held"] for a, _ in pairs) / max(sum(b["held"] for _, b in pairs), 1)
     read = [a["read"] / b["read"] for a, b in pairs if a["read"] and b["read"]]
-    row["read"] = sum(read) / len(read) if read else None
+    row["read"] = mean(read) if read else None
     return row
 
 
 def _measured(score: Score, pairs: list[tuple[Values, Values]]) -> dict[str, Any]:
-    found = _spread([a[score.key] for a, _ in pairs])
+    values = _spread([a[score.key] for a, _ in pairs])
     if not score.exponential:
-        return found
-    return {**found, "exp": {name: math.exp(x) for name, x in found.items()}}
+        return values
+    return {**values, "exp": {name: math.exp(x) for name, x in values.items()}}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
     low, high = bootstrap(values)
-    return {"mean": sum(values) / len(values), "low": low, "high": high}
+    return {"mean": mean(values), "low": low, "high": high}
 
 
 # -- tables ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError
-from regard.lab.intervals import bootstrap
+from regard.lab.intervals import bootstrap, mean
 from regard.zoo.train import questions
 from regard.zoo.train.drawing import sample
 
@@ -57,7 +57,7 @@ def items(
     wrong = [k for k in kinds if k not in questions.KINDS]
     if wrong or not kinds:
         raise InputError(f"kinds are {', '.join(questions.KINDS)}, not {wrong or 'none'}")
-    found: list[Item] = []
+    drawn_items: list[Item] = []
     for n, kind in enumerate(kinds):
         make = torch.Generator().manual_seed(1000 * seed + n)
         own: list[Item] = []
@@ -80,8 +80,8 @@ def items(
                         bool(asked.probe[at]),
                     )
                 )
-        found += own
-    return found
+        drawn_items += own
+    return drawn_items
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def summary(given: Sequence[Item], scores: Sequence[dict[str, float]]) -> dict[s
     groups["all"] = [one["right"] for one in scores]
     return {
         name: {
-            "right": sum(values) / len(values),
+            "right": mean(values),
             "interval": list(bootstrap(values)),
             "asked": len(values),
         }

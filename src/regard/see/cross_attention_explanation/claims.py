@@ -14,7 +14,8 @@ from functools import partial
 from statistics import fmean, median
 from typing import Any
 
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import bootstrap, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.zoo.sentences import Sentence, sentences
 
 from .method import Explanation, explain, place_words
@@ -288,8 +289,7 @@ def settled(found: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         ),
         _deleted(stated["deletion"], found, limits, said, shown),
     ]
-    apart = [b - a for a, b in zip(gap[SMALL], gap[LARGE])]
-    low, high = bootstrap(apart)
+    _, low, high, apart = paired(gap[LARGE], gap[SMALL])
     made.append(
         stated["deeper"].settle(
             {"difference": fmean(apart), "low": low, "high": high},

@@ -81,14 +81,14 @@ def explanation(
         **{"margin": margin, "baseline": baseline, **chosen(loaded, language, task)},
         **{"step": step or None, "seed": seed, "batch": batch},
     }
-    from regard.lab.reproduce.harness import Journal, fingerprint
+    from regard.lab.fingerprint import fingerprint
+    from regard.lab.journal import Journal
     from regard.progress import bar
     from regard.see.cross_attention_explanation.method import explain
 
-    source = fingerprint("cross-attention-explanation")
+    source = fingerprint(explain.__module__)
     key = {"trial": "explanation", "model": model, "settings": settings, "source": source}
-    beside = None if json is None or str(json) == "-" else json.with_name(f".{json.name}.partial")
-    journal = Journal(beside, key)
+    journal = Journal.beside(json, key)
     rows: list[dict[str, Any]] = []
     with bar(len(items), "utterances") as tick:
         for name, place in items:
@@ -107,6 +107,7 @@ def explanation(
     if json is None or str(json) != "-":
         _show(result)
     journal.clear()
+    journal.close()
 
 
 def _items(data: str) -> list[tuple[str, Any]]:

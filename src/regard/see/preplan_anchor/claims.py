@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.reproduce.problems import problems
 
 from .method import Coupling, Rhythm, couplings, perturb, rhythm
@@ -245,32 +246,29 @@ def _couplings(seen: dict[bool, list[Rhythm]]) -> dict[str, Claim]:
 
 def _perturb(changes: list[dict[str, Any]]) -> Claim:
     stated = next(c for c in CLAIMS if c.key == "perturb")
-    each = [c["high"] - c["low"] for c in changes]
-    low, high = bootstrap(each)
+    means = {n: mean([c[n] for c in changes]) for n in changes[0]}
+    difference, low, high, each = paired(*([c[n] for c in changes] for n in ("high", "low")))
     lower = sum(d < 0 for d in each) / len(each)
-
-    def mean(name: str) -> float:
-        return sum(c[name] for c in changes) / len(changes)
 
     return stated.settle(
         {
-            "difference": sum(each) / len(each),
+            "difference": difference,
             "low": low,
             "high": high,
-            "at_high_fai": mean("high"),
-            "at_low_fai": mean("low"),
+            "at_high_fai": means["high"],
+            "at_low_fai": means["low"],
             "lower_in": lower,
-            "place_high": mean("high_place"),
-            "place_low": mean("low_place"),
-            "entropy_high": mean("high_entropy"),
-            "entropy_low": mean("low_entropy"),
+            "place_high": means["high_place"],
+            "place_low": means["low_place"],
+            "entropy_high": means["high_entropy"],
+            "entropy_low": means["low_entropy"],
         },
-        here=f"{mean('high'):.3f}, lower in {100 * lower:.0f} % of {len(each)} problems",
-        control=f"{mean('low'):.3f} at the lowest FAI",
+        here=f"{means['high']:.3f}, lower in {100 * lower:.0f} % of {len(each)} problems",
+        control=f"{means['low']:.3f} at the lowest FAI",
         interval=Interval("difference, bootstrap", low, high),
-        note=f"the tokens compared stand at {mean('high_place'):.0f} (high) and "
-        f"{mean('low_place'):.0f} (low) of the response on average, with entropy "
-        f"{mean('high_entropy'):.2f} and {mean('low_entropy'):.2f}: place and certainty are not "
+        note=f"the tokens compared stand at {means['high_place']:.0f} (high) and "
+        f"{means['low_place']:.0f} (low) of the response on average, with entropy "
+        f"{means['high_entropy']:.2f} and {means['low_entropy']:.2f}: place and certainty are not "
         "held equal",
     )
 

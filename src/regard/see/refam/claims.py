@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from regard.core import State
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.reach import Call, Handler, Session, Site
 from regard.reach.denoising import denoising
 from regard.report.contact import heat, marked, sheet
@@ -313,14 +314,10 @@ def _planted(pipe: Any, one: Referred) -> dict[str, Any]:
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _iou(found: list[dict[str, Any]], arm: str) -> tuple[float, float]:
     """Overall and mean overlap."""
     inter, union = ([f[arm][k] for f in found] for k in ("inter", "union"))
-    return sum(inter) / max(1, sum(union)), _mean([i / max(1, u) for i, u in zip(inter, union)])
+    return sum(inter) / max(1, sum(union)), mean([i / max(1, u) for i, u in zip(inter, union)])
 
 
 def _hits(found: list[dict[str, Any]], arm: str, which: str = "hit") -> list[float]:
@@ -329,14 +326,13 @@ def _hits(found: list[dict[str, Any]], arm: str, which: str = "hit") -> list[flo
 
 def _grounding(claim: Claim, found: list[dict[str, Any]]) -> Claim:
     full = list(ARMS)[-1]
-    gains = [a - b for a, b in zip(_hits(found, full), _hits(found, full, "other"))]
-    low, high = bootstrap(gains, seed=SEED)
-    values: dict[str, Any] = {"hit": _mean(_hits(found, full)), "low": low, "high": high}
-    values["other"] = _mean(_hits(found, full, "other"))
+    _, low, high, _ = paired(_hits(found, full), _hits(found, full, "other"), seed=SEED)
+    values: dict[str, Any] = {"hit": mean(_hits(found, full)), "low": low, "high": high}
+    values["other"] = mean(_hits(found, full, "other"))
     for arm in ARMS:
-        overall, mean = _iou(found, arm)
-        values |= {f"hit, {arm}": _mean(_hits(found, arm)), f"oIoU, {arm}": overall}
-        values[f"IoU, {arm}"] = mean
+        overall, each = _iou(found, arm)
+        values |= {f"hit, {arm}": mean(_hits(found, arm)), f"oIoU, {arm}": overall}
+        values[f"IoU, {arm}"] = each
     arms = "; ".join(
         f"{arm} {100 * values[f'hit, {arm}']:.1f} % / {values[f'oIoU, {arm}']:.3f}" for arm in ARMS
     )
@@ -350,9 +346,8 @@ def _grounding(claim: Claim, found: list[dict[str, Any]]) -> Claim:
 
 def _gain(claim: Claim, found: list[dict[str, Any]], arm: str, against: str) -> Claim:
     a, b = _hits(found, arm), _hits(found, against)
-    gains = [x - y for x, y in zip(a, b)]
-    low, high = bootstrap(gains, seed=SEED)
-    values = {"gain": _mean(gains), "low": low, "high": high, "with": _mean(a), "without": _mean(b)}
+    gain, low, high, _ = paired(a, b, seed=SEED)
+    values = {"gain": gain, "low": low, "high": high, "with": mean(a), "without": mean(b)}
     return claim.settle(
         values,
         here=f"{100 * values['with']:.1f} % of points inside",
@@ -364,9 +359,9 @@ def _gain(claim: Claim, found: list[dict[str, Any]], arm: str, against: str) -> 
 def _background(claim: Claim, found: list[dict[str, Any]]) -> Claim:
     stop = [f["spread"]["stop"] for f in found]
     content = [f["spread"]["content"] for f in found]
-    low, high = bootstrap([a - b for a, b in zip(stop, content)], seed=SEED)
-    values = {"stop": _mean(stop), "content": _mean(content), "low": low, "high": high}
-    values["padding"] = _mean([f["padding"] for f in found])
+    _, low, high, _ = paired(stop, content, seed=SEED)
+    values = {"stop": mean(stop), "content": mean(content), "low": low, "high": high}
+    values["padding"] = mean([f["padding"] for f in found])
     return claim.settle(
         values,
         here=f"{100 * values['stop']:.1f} % of the discarded words' attention",

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import bootstrap, mean
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 
 from .method import EPSILON, TOKENS, Sinks, inputs, sinks, uniform_alpha
 
@@ -258,34 +259,31 @@ def _bias(
         names = ("key-bias", "small-value")
         return {n: stated[n].settle(none, here="no head has a sink", control="-") for n in names}
 
-    def mean(values: dict[str, Any], name: str) -> float:
-        return sum(values[name]) / len(values[name])
-
-    gap, key, value = (mean(probes, n) for n in ("gap", "key_ratio", "value_ratio"))
+    gap, key, value = (mean(probes[n]) for n in ("gap", "key_ratio", "value_ratio"))
     low, high = bootstrap(probes["gap"])
     heads = f"{probes['count'][0]:.0f} sink heads"
     elsewhere = f"token {ELSEWHERE + 1}"
-    rest = f"; in the other heads {{}} {mean(others, 'gap'):.2f}" if others else ""
+    rest = f"; in the other heads {{}} {mean(others['gap']):.2f}" if others else ""
     made = {
         "key-bias": stated["key-bias"].settle(
             {
                 "gap": gap,
                 "key": key,
-                "cosine": mean(probes, "cosine"),
-                "cosine_others": mean(probes, "cosine_others"),
-                "norms": mean(probes, "norms"),
-                "norms_others": mean(probes, "norms_others"),
+                "cosine": mean(probes["cosine"]),
+                "cosine_others": mean(probes["cosine_others"]),
+                "norms": mean(probes["norms"]),
+                "norms_others": mean(probes["norms_others"]),
                 "share_of_heads_gap": probes["share_gap"][0],
                 "share_of_heads_key": probes["share_key"][0],
-                "control_gap": mean(control, "gap"),
-                "control_key": mean(control, "key_ratio"),
+                "control_gap": mean(control["gap"]),
+                "control_key": mean(control["key_ratio"]),
             },
             here=f"gap {gap:.2f}, key {key:.2f} of the median ({heads})",
-            control=f"{elsewhere}: gap {mean(control, 'gap'):.2f}, "
-            f"key {mean(control, 'key_ratio'):.2f}",
+            control=f"{elsewhere}: gap {mean(control['gap']):.2f}, "
+            f"key {mean(control['key_ratio']):.2f}",
             interval=Interval("gap, bootstrap", low, high),
-            note=f"cosine {mean(probes, 'cosine'):.2f}, with other keys "
-            f"{mean(probes, 'cosine_others'):.2f}; larger in "
+            note=f"cosine {mean(probes['cosine']):.2f}, with other keys "
+            f"{mean(probes['cosine_others']):.2f}; larger in "
             f"{100 * probes['share_gap'][0]:.0f} % of the sink heads" + rest.format("the gap is"),
         )
     }
@@ -294,10 +292,10 @@ def _bias(
         {
             "value": value,
             "share_of_heads": probes["share_value"][0],
-            "control_value": mean(control, "value_ratio"),
+            "control_value": mean(control["value_ratio"]),
         },
         here=f"{value:.2f} ({heads})",
-        control=f"{elsewhere}: {mean(control, 'value_ratio'):.2f}",
+        control=f"{elsewhere}: {mean(control['value_ratio']):.2f}",
         interval=Interval("bootstrap", low, high),
         note=f"below the median in {100 * probes['share_value'][0]:.0f} % of the sink heads",
     )

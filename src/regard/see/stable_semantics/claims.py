@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core import State
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import bootstrap, mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.trials.scenes import Found, read
 from regard.parts.text.expressions import words
 from regard.reach import Call, Session
@@ -281,23 +282,19 @@ def auc(values: Tensor, mask: Tensor) -> float:
     return float((rank[inside].sum() - n * (n + 1) / 2) / (n * m)) if n and m else 0.5
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _maps(claim: Claim, found: list[list[dict[str, Any]]]) -> Claim:
     """Means over captions, so that images of one caption count as one."""
     rows = [[a for image in caption for a in image["auc"]] for caption in found]
     rows = [r for r in rows if r]
     if not rows:  # no image shows a colour of its caption
         rows = [[dict.fromkeys(KINDS, 0.5)]]
-    means = {k: [_mean([a[k] for a in r]) for r in rows] for k in KINDS}
-    values: dict[str, Any] = {k: _mean(v) for k, v in means.items()}
+    means = {k: [mean([a[k] for a in r]) for r in rows] for k in KINDS}
+    values: dict[str, Any] = {k: mean(v) for k, v in means.items()}
     for other in ("last", "centre"):
-        gains = [a - b for a, b in zip(means["average"], means[other])]
-        values[f"{other}_low"], values[f"{other}_high"] = bootstrap(gains, seed=SEED)
+        _, low, high, _ = paired(means["average"], means[other], seed=SEED)
+        values[f"{other}_low"], values[f"{other}_high"] = low, high
     overlap = [o for caption in found for image in caption for o in image["iou"]]
-    best = [_mean([o[n] for o in overlap]) for n in range(len(TAUS))] if overlap else [0.0]
+    best = [mean([o[n] for o in overlap]) for n in range(len(TAUS))] if overlap else [0.0]
     values |= {"iou": max(best), "tau": TAUS[best.index(max(best))], "chunks": len(overlap)}
     values["shown"] = len(overlap) / (2 * sum(len(c) for c in found))
     return claim.settle(
@@ -318,11 +315,11 @@ def _places(claim: Claim, found: list[list[dict[str, Any]]]) -> Claim:
         said = {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}
         return float(said[image["relation"]])
 
-    shares = [_mean([right(image) for image in caption]) for caption in found]
+    shares = [mean([right(image) for image in caption]) for caption in found]
     low, high = bootstrap(shares, seed=SEED)
     return claim.settle(
-        {"share": _mean(shares), "low": low, "high": high},
-        here=f"{100 * _mean(shares):.1f} % of images",
+        {"share": mean(shares), "low": low, "high": high},
+        here=f"{100 * mean(shares):.1f} % of images",
         control="50 % by chance",
         interval=Interval("bootstrap over captions", low, high),
     )
@@ -339,11 +336,11 @@ def _seeds(claim: Claim, found: list[list[dict[str, Any]]]) -> Claim:
         pairs = own @ own.T
         same.append(float((pairs.sum() - pairs.diagonal().sum()) / (len(own) * (len(own) - 1))))
         other.append(float((own @ unit[n - 1].T).mean()))
-    low, high = bootstrap([a - b for a, b in zip(same, other)], seed=SEED)
+    _, low, high, _ = paired(same, other, seed=SEED)
     return claim.settle(
-        {"same": _mean(same), "other": _mean(other), "low": low, "high": high},
-        here=f"mean cosine {_mean(same):.3f} over seeds",
-        control=f"{_mean(other):.3f} between captions",
+        {"same": mean(same), "other": mean(other), "low": low, "high": high},
+        here=f"mean cosine {mean(same):.3f} over seeds",
+        control=f"{mean(other):.3f} between captions",
         interval=Interval("bootstrap over captions", low, high),
     )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from regard.errors import InputError
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, root, verdict
+from regard.lab.intervals import bootstrap, mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, root, verdict
 from regard.report.grid import grid
 
 from . import train as trainings
@@ -94,14 +95,10 @@ def measure(setup: Setup) -> Measured:
     few = tuple(k for k in kinds if k not in MANY)
 
     def accuracy(arm: str, seed: int, of: tuple[str, ...] = ("all",)) -> float:
-        own = [by[arm, seed]["accuracy"][k] for k in of if k in by[arm, seed]["accuracy"]]
-        return sum(own) / len(own)
+        return mean([by[arm, seed]["accuracy"][k] for k in of if k in by[arm, seed]["accuracy"]])
 
     def gain(over: str, of: tuple[str, ...] = ("all",)) -> list[float]:
         return [accuracy("mma", s, of) - accuracy(over, s, of) for s in seeds]
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
 
     def right(arm: str, of: tuple[str, ...] = ("all",)) -> float:
         return 100 * mean([accuracy(arm, s, of) for s in seeds if (arm, s) in by])
@@ -113,7 +110,7 @@ def measure(setup: Setup) -> Measured:
     both = [s for s in seeds if ("text first", s) in by]  # fewer seeds than the main comparison
     order = [accuracy("mma", s) - accuracy("text first", s) for s in both]
     several, others = gain("causal", MANY), gain("causal", few)
-    more = [a - b for a, b in zip(several, others)]
+    more = paired(several, others).values
     each = "; ".join(
         f"{a}: " + ", ".join(f"{k} {right(a, (k,)):.0f}" for k in kinds) for a in trainings.ARMS
     )

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 from regard.core import State
 from regard.core.kernels.reference import probabilities
 from regard.errors import InputError
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.parts.decoding.cache import Rows
 from regard.reach import Call, Handler, Site
 from regard.watching import apply
@@ -414,23 +415,15 @@ def _forced(
     shares = [x for log in logs for x in log.recovered]
     return {
         "loss": torch.stack(losses).mean(0).tolist(),
-        "full": _mean([log.full for log in logs]),
-        "entries": _mean([log.entries / log.tokens for log in logs]),
-        "recovered": _mean(shares) if shares else None,
+        "full": mean([log.full for log in logs]),
+        "entries": mean([log.entries / log.tokens for log in logs]),
+        "recovered": mean(shares) if shares else None,
         "seconds": sorted(seconds)[len(seconds) // 2],
         "total": sum(seconds),
     }
 
 
 # -- verdicts ------------------------------------------------------------------------------------
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _apart(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b)]
-
-
 def _settle(parts: dict[str, Any], size: Size) -> dict[str, Claim]:
     stated = {c.key: c for c in CLAIMS}
     return {
@@ -443,57 +436,59 @@ def _settle(parts: dict[str, Any], size: Size) -> dict[str, Claim]:
 
 
 def _settle_mass(claim: Claim, found: dict[str, list[list[float]]]) -> Claim:
-    own = {name: [_mean(row) for row in rows] for name, rows in found.items()}
-    mean = {name: _mean(values) for name, values in own.items()}
-    low, high = bootstrap(_apart(own["recycled"], own["local"]))
-    h2o = bootstrap(_apart(own["recycled"], own["h2o"]))
-    curve = {name: [_mean(at) for at in zip(*rows)] for name, rows in found.items()}
-    near, far = _mean(curve["recycled"][:8]), _mean(curve["recycled"][-8:])
+    own = {name: [mean(row) for row in rows] for name, rows in found.items()}
+    share = {name: mean(values) for name, values in own.items()}
+    _, low, high, _ = paired(own["recycled"], own["local"])
+    h2o = paired(own["recycled"], own["h2o"])
+    curve = {name: [mean(at) for at in zip(*rows)] for name, rows in found.items()}
+    near, far = mean(curve["recycled"][:8]), mean(curve["recycled"][-8:])
     return claim.settle(
         {
-            **mean,
+            **share,
             "low": low,
             "high": high,
-            "over_h2o_low": h2o[0],
-            "over_h2o_high": h2o[1],
+            "over_h2o_low": h2o.low,
+            "over_h2o_high": h2o.high,
             "fall": near - far,
             "curves": {name: [round(x, 2) for x in values] for name, values in curve.items()},
         },
-        here=f"{mean['recycled']:.1f} % against {mean['local']:.1f} %; {near:.1f} % over the first "
-        f"8 tokens, {far:.1f} % over the last 8",
-        control=f"random keys {mean['random']:.1f} %, H2O {mean['h2o']:.1f} %, the best possible "
-        f"{mean['best']:.1f} %",
+        here=f"{share['recycled']:.1f} % against {share['local']:.1f} %; {near:.1f} % over the "
+        f"first 8 tokens, {far:.1f} % over the last 8",
+        control=f"random keys {share['random']:.1f} %, H2O {share['h2o']:.1f} %, the best possible "
+        f"{share['best']:.1f} %",
         interval=Interval("points over sinks and recent tokens, bootstrap", low, high),
-        note=f"over H2O {h2o[0]:+.1f} to {h2o[1]:+.1f} points; H2O here keeps the keys that the "
+        note=f"over H2O {h2o.low:+.1f} to {h2o.high:+.1f} points; H2O here keeps the keys that the "
         "prompt looked at most in all, and as many recent ones",
     )
 
 
 def _settle_perplexity(claim: Claim, parts: dict[str, Any]) -> Claim:
     arms = ["full", *(f"stride {s}" for s in STRIDES)]
-    loss = {name: _mean(parts[name]["loss"]) for name in (*arms, "ends", f"random {ONE}")}
-    gains = {s: _apart(parts["ends"]["loss"], parts[f"stride {s}"]["loss"]) for s in STRIDES}
-    lows = {s: bootstrap(values) for s, values in gains.items()}
+    loss = {name: mean(parts[name]["loss"]) for name in (*arms, "ends", f"random {ONE}")}
+    gains = {s: paired(parts["ends"]["loss"], parts[f"stride {s}"]["loss"]) for s in STRIDES}
     rises = [loss[b] - loss[a] for a, b in pairwise(arms)]
     shown = ", ".join(f"S = {s}: {_shown(loss[f'stride {s}'])}" for s in STRIDES)
-    of_full = {s: bootstrap(_apart(parts[f"stride {s}"]["loss"], parts["full"]["loss"]))
-               for s in STRIDES}  # fmt: skip
+    of_full = {s: paired(parts[f"stride {s}"]["loss"], parts["full"]["loss"]) for s in STRIDES}
     return claim.settle(
         {
             **{f"loss_{name}": value for name, value in loss.items()},
-            **{f"gain_{s}": _mean(values) for s, values in gains.items()},
-            **{f"gain_low_{s}": low for s, (low, _) in lows.items()},
-            **{f"gain_high_{s}": high for s, (_, high) in lows.items()},
+            **{f"gain_{s}": gain.mean for s, gain in gains.items()},
+            **{f"gain_low_{s}": gain.low for s, gain in gains.items()},
+            **{f"gain_high_{s}": gain.high for s, gain in gains.items()},
             "worst_fall": max(0.0, *(-x for x in rises)),
         },
         here=f"perplexity {_shown(loss['full'])} full; {shown}; sinks and recent tokens "
         f"{_shown(loss['ends'])}",
         control=f"random keys, S = {ONE}: {_shown(loss[f'random {ONE}'])}",
-        interval=Interval(f"nats below sinks and recent tokens, S = {ONE}, bootstrap", *lows[ONE]),
+        interval=Interval(
+            f"nats below sinks and recent tokens, S = {ONE}, bootstrap",
+            gains[ONE].low,
+            gains[ONE].high,
+        ),
         note="nats below sinks and recent tokens: "
-        + ", ".join(f"S = {s} {low:+.3f} to {high:+.3f}" for s, (low, high) in lows.items())
+        + ", ".join(f"S = {s} {x.low:+.3f} to {x.high:+.3f}" for s, x in gains.items())
         + "; nats above full attention: "
-        + ", ".join(f"S = {s} {low:+.3f} to {high:+.3f}" for s, (low, high) in of_full.items()),
+        + ", ".join(f"S = {s} {x.low:+.3f} to {x.high:+.3f}" for s, x in of_full.items()),
     )
 
 
@@ -509,15 +504,15 @@ def _settle_refresh(claim: Claim, parts: dict[str, Any]) -> Claim:
         "random": f"random {ONE}",
     }
     losses = {name: parts[arm]["loss"] for name, arm in names.items()}
-    mean = {name: _mean(values) for name, values in losses.items()}
-    low, high = bootstrap(_apart(losses["unrefreshed"], losses["recycled"]))
-    gain = mean["ends"] - mean["recycled"]
-    lost = (mean["unrefreshed"] - mean["recycled"]) / gain if gain > 0 else 0.0
+    loss = {name: mean(values) for name, values in losses.items()}
+    _, low, high, _ = paired(losses["unrefreshed"], losses["recycled"])
+    gain = loss["ends"] - loss["recycled"]
+    lost = (loss["unrefreshed"] - loss["recycled"]) / gain if gain > 0 else 0.0
     return claim.settle(
-        {**mean, "low": low, "high": high, "gain": gain, "lost": lost},
-        here=f"perplexity {_shown(mean['recycled'])} with, {_shown(mean['unrefreshed'])} without; "
-        f"sinks and recent tokens with full steps as often {_shown(mean['ends'])}",
-        control=f"random keys drawn anew at every full step {_shown(mean['random'])}",
+        {**loss, "low": low, "high": high, "gain": gain, "lost": lost},
+        here=f"perplexity {_shown(loss['recycled'])} with, {_shown(loss['unrefreshed'])} without; "
+        f"sinks and recent tokens with full steps as often {_shown(loss['ends'])}",
+        control=f"random keys drawn anew at every full step {_shown(loss['random'])}",
         interval=Interval("nats lost without choosing anew, bootstrap", low, high),
         note="without choosing anew, new tokens still take the place of the lowest",
     )
@@ -529,19 +524,19 @@ def _settle_dynamic(claim: Claim, parts: dict[str, Any], size: Size) -> Claim:
     shown, said, values = [], [], dict[str, Any]()
     for threshold in THRESHOLDS:
         found = parts[f"dynamic {threshold:g}"]
-        apart = [
-            loss - _between(full, steps, [parts[name]["loss"][n] for name in arms])
-            for n, (loss, full) in enumerate(zip(found["loss"], found["full"]))
+        fixed = [
+            _between(full, steps, [parts[name]["loss"][n] for name in arms])
+            for n, full in enumerate(found["full"])
         ]
-        low, high = bootstrap(apart)
-        full = _mean(found["full"])
-        values[f"{threshold:g}"] = {"loss": _mean(found["loss"]), "full": full,
-                                    "apart": _mean(apart), "low": low, "high": high}  # fmt: skip
-        shown.append(f"{_shown(_mean(found['loss']))} with {full:.1f} full steps at {threshold:g}")
+        apart, low, high, _ = paired(found["loss"], fixed)
+        full = mean(found["full"])
+        values[f"{threshold:g}"] = {"loss": mean(found["loss"]), "full": full,
+                                    "apart": apart, "low": low, "high": high}  # fmt: skip
+        shown.append(f"{_shown(mean(found['loss']))} with {full:.1f} full steps at {threshold:g}")
         said.append(f"{threshold:g}: {low:+.4f} to {high:+.4f}")
     main = values[f"{THRESHOLDS[0]:g}"]
     curve = ", ".join(
-        f"{_shown(_mean(parts[name]['loss']))} with {n:.0f}" for name, n in zip(arms, steps)
+        f"{_shown(mean(parts[name]['loss']))} with {n:.0f}" for name, n in zip(arms, steps)
     )
     return claim.settle(
         {**values, "low": main["low"], "high": main["high"]},
@@ -597,4 +592,4 @@ def _formula(stride: int, size: Size) -> float:
     read = [
         size.prompt + t if t % stride == 0 else size.budget + 1 for t in range(1, size.after + 1)
     ]
-    return _mean(read)
+    return mean(read)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from regard.core import State
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import bootstrap, mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.parts.decoding.kept import Evicting, ends_and_best
 from regard.reach import Call, Handler
 from regard.shrink import RandomEviction, SnapKV, StreamingLLM
@@ -265,7 +266,7 @@ def _silenced(setup: Setup, kind: str, size: Size) -> dict[str, list[float]]:
         found["plain"].append(_loss(setup.model, text))
         found["far"].append(_loss(setup.model, text, far))
         found["near"].append(_loss(setup.model, text, near))
-        found["random"].append(_mean([_loss(setup.model, text, own) for own in drawn]))
+        found["random"].append(mean([_loss(setup.model, text, own) for own in drawn]))
     return found
 
 
@@ -411,10 +412,6 @@ def _settle(parts: dict[str, dict[str, Any]]) -> dict[str, Claim]:
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _joined(parts: dict[str, dict[str, list[float]]], name: str) -> list[float]:
     return [x for kind in KINDS for x in parts[kind][name]]
 
@@ -425,7 +422,7 @@ def _gains(overlap: Tensor, kinds: Sequence[str]) -> list[float]:
     for n, kind in enumerate(kinds):
         own = [float(overlap[n, m]) for m, k in enumerate(kinds) if k == kind and m != n]
         other = [float(overlap[n, m]) for m, k in enumerate(kinds) if k != kind]
-        found.append(_mean(own) - _mean(other))
+        found.append(mean(own) - mean(other))
     return found
 
 
@@ -439,12 +436,12 @@ def _settle_map(claim: Claim, far: dict[str, list[list[list[int]]]]) -> Claim:
     above = 0
     for _ in range(draws):
         draw.shuffle(shuffled)
-        above += _mean(_gains(overlap, shuffled)) >= _mean(gains)
+        above += mean(_gains(overlap, shuffled)) >= mean(gains)
     p = (above + 1) / (draws + 1)
     pairs = [(a, b) for a in range(len(kinds)) for b in range(a)]
-    within = _mean([float(overlap[a, b]) for a, b in pairs if kinds[a] == kinds[b]])
-    across = _mean([float(overlap[a, b]) for a, b in pairs if kinds[a] != kinds[b]])
-    by_kind = {k: _mean([g for g, own in zip(gains, kinds) if own == k]) for k in KINDS}
+    within = mean([float(overlap[a, b]) for a, b in pairs if kinds[a] == kinds[b]])
+    across = mean([float(overlap[a, b]) for a, b in pairs if kinds[a] != kinds[b]])
+    by_kind = {k: mean([g for g, own in zip(gains, kinds) if own == k]) for k in KINDS}
     count = len(far[KINDS[0]][0][0])
     return claim.settle(
         {
@@ -468,13 +465,13 @@ def _settle_map(claim: Claim, far: dict[str, list[list[list[int]]]]) -> Claim:
 
 def _settle_silent(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Claim:
     loss = {name: _joined(parts, name) for name in ("plain", "far", "random", "near")}
-    rise = {n: _mean(loss[n]) - _mean(loss["plain"]) for n in ("far", "random", "near")}
-    values: dict[str, Any] = {"plain": _mean(loss["plain"]), **rise}
+    rise = {n: mean(loss[n]) - mean(loss["plain"]) for n in ("far", "random", "near")}
+    values: dict[str, Any] = {"plain": mean(loss["plain"]), **rise}
     for a, b in (("far", "random"), ("random", "near"), ("far", "near")):
-        low, high = bootstrap([x - y for x, y in zip(loss[a], loss[b])])
+        _, low, high, _ = paired(loss[a], loss[b])
         values[f"{a}_{b}_low"], values[f"{a}_{b}_high"] = low, high
     by_kind = {
-        k: [_mean(parts[k][n]) - _mean(parts[k]["plain"]) for n in ("far", "random", "near")]
+        k: [mean(parts[k][n]) - mean(parts[k]["plain"]) for n in ("far", "random", "near")]
         for k in KINDS
     }
     return claim.settle(
@@ -491,21 +488,21 @@ def _settle_silent(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Cl
 
 def _settle_budget(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Claim:
     full = _joined(parts, "full")
-    values: dict[str, Any] = {"full": _mean(full)}
+    values: dict[str, Any] = {"full": mean(full)}
     shown = []
     for ratio in RATIOS:
         own = _joined(parts, f"Task-KV {ratio}")
-        row = [f"Task-KV {_mean(own) - _mean(full):+.3f}"]
-        values[f"Task-KV_{ratio}"] = _mean(own) - _mean(full)
+        row = [f"Task-KV {mean(own) - mean(full):+.3f}"]
+        values[f"Task-KV_{ratio}"] = mean(own) - mean(full)
         for name in ("StreamingLLM", "SnapKV", "Random"):
             other = _joined(parts, f"{name} {ratio}")
-            values[f"{name}_{ratio}"] = _mean(other) - _mean(full)
-            low, high = bootstrap([a - b for a, b in zip(own, other)])
+            values[f"{name}_{ratio}"] = mean(other) - mean(full)
+            _, low, high, _ = paired(own, other)
             values[f"low_{name}_{ratio}"], values[f"high_{name}_{ratio}"] = low, high
             row.append(f"{name} {values[f'{name}_{ratio}']:+.3f} ({low:+.3f} to {high:+.3f})")
         shown.append(f"{100 * ratio:.0f} %: {', '.join(row)}")
     for kind in KINDS:
-        values[f"by_kind_{kind}"] = {n: _mean(x) for n, x in parts[kind].items()}
+        values[f"by_kind_{kind}"] = {n: mean(x) for n, x in parts[kind].items()}
     return claim.settle(
         values,
         here=f"rise over the full cache at 40 %: Task-KV {values['Task-KV_0.4']:+.3f}, SnapKV "
@@ -524,11 +521,11 @@ def _settle_budget(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Cl
 
 def _settle_middle(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Claim:
     own, full = _joined(parts, "Task-KV 0.4"), _joined(parts, "full")
-    values: dict[str, Any] = {"selected": _mean(own) - _mean(full)}
+    values: dict[str, Any] = {"selected": mean(own) - mean(full)}
     for name in ("none", "recent", "drawn"):
         other = _joined(parts, name)
-        values[name] = _mean(other) - _mean(full)
-        low, high = bootstrap([a - b for a, b in zip(own, other)])
+        values[name] = mean(other) - mean(full)
+        _, low, high, _ = paired(own, other)
         values[f"low_{name}"], values[f"high_{name}"] = low, high
     return claim.settle(
         values,
@@ -547,10 +544,9 @@ def _settle_middle(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Cl
 def _settle_full(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Claim:
     values: dict[str, Any] = {}
     for kind in KINDS:
-        rises = [a - b for a, b in zip(parts[kind]["Task-KV 0.4"], parts[kind]["full"])]
-        values[kind] = _mean(rises)
-        values[f"low_{kind}"], values[f"high_{kind}"] = bootstrap(rises)
-        values[f"full_{kind}"] = _mean(parts[kind]["full"])
+        rise, low, high, _ = paired(parts[kind]["Task-KV 0.4"], parts[kind]["full"])
+        values |= {kind: rise, f"low_{kind}": low, f"high_{kind}": high}
+        values[f"full_{kind}"] = mean(parts[kind]["full"])
     return claim.settle(
         values,
         here=", ".join(f"{k} {values[k]:+.3f}" for k in KINDS) + " nats a token",

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from regard import watching as api
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import bootstrap, mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.trials import vqa
+from regard.parts.decoding.cache import held_bytes
 from regard.parts.vision import decoder
 from regard.report.chart import Line, Panel, chart
 from regard.report.contact import sheet
@@ -21,7 +23,6 @@ from regard.report.grid import stacked
 from regard.report.patches import GONE, paint
 from regard.zoo import vlm as zoo
 
-from .cache import nbytes
 from .method import VisionDrop
 from .plan import height, prefill_flops
 
@@ -164,53 +165,51 @@ def measure(setup: Setup) -> Measured:
         advance()
         at_size = setup.journal.get("cost at size", lambda: _cost(*_of_size(), given[:1]))
         advance()
-    mean = {n: sum(v) / len(v) for n, v in right.items()}
+    shares = {n: mean(v) for n, v in right.items()}
 
-    def difference(a: str, b: str, shares: tuple[float, ...] = SHARES) -> list[float]:
-        columns = [[x - y for x, y in zip(right[f"{a} {s:g}"], right[f"{b} {s:g}"])]
-                   for s in shares]  # fmt: skip
-        return [sum(c) / len(c) for c in zip(*columns)]
+    def difference(a: str, b: str, kept: tuple[float, ...] = SHARES) -> list[float]:
+        columns = [paired(right[f"{a} {s:g}"], right[f"{b} {s:g}"]).values for s in kept]
+        return [mean(each) for each in zip(*columns)]
 
     def settle(claim: Claim, values: list[float], here: str, control: str, **more: Any) -> Claim:
         low, high = bootstrap(values)
-        number = sum(values) / len(values)
         kind = "difference, bootstrap over questions"
         return claim.settle(
-            {"difference": number, "low": low, "high": high, **more},
+            {"difference": mean(values), "low": low, "high": high, **more},
             here=here, control=control, interval=Interval(kind, low, high),
         )  # fmt: skip
 
     def curve(name: str) -> str:
-        return ", ".join(f"{100 * s:g} % {100 * mean[f'{name} {s:g}']:.0f}" for s in SHARES)
+        return ", ".join(f"{100 * s:g} % {100 * shares[f'{name} {s:g}']:.0f}" for s in SHARES)
 
     small, large = SHARES[2:], SHARES[:2]
     by_text, by_chance = difference("visual", "text"), difference("visual", "random")
     small_gap, large_gap = difference("visual", "text", small), difference("visual", "text", large)
-    growth = [a - b for a, b in zip(small_gap, large_gap)]
+    growth = paired(small_gap, large_gap)
     low, high = bootstrap(rows["text"])
     claims = [
         CLAIMS[0].settle(
-            {"full": mean["full"], "encoder": mean["one at the encoder"],
-             "layer 2": mean["one after layer 2"]},
-            here=f"right: {100 * mean['one at the encoder']:.0f} % with one token of the encoder, "
-            f"{100 * mean['one after layer 2']:.0f} % with one after layer 2",
-            control=f"all tokens {100 * mean['full']:.0f} %",
+            {"full": shares["full"], "encoder": shares["one at the encoder"],
+             "layer 2": shares["one after layer 2"]},
+            here=f"right: {100 * shares['one at the encoder']:.0f} % with one token of the "
+            f"encoder, {100 * shares['one after layer 2']:.0f} % with one after layer 2",
+            control=f"all tokens {100 * shares['full']:.0f} %",
             note="where one token is enough, the text has read the image before the cut",
         ),
         settle(CLAIMS[1], by_text, f"right, by tokens kept: {curve('visual')}",
-               f"by text {curve('text')}", small=sum(small_gap) / len(small_gap)),
-        settle(CLAIMS[2], growth, f"gap {100 * sum(small_gap) / len(small_gap):+.1f} points at the "
-               "smaller budgets", f"{100 * sum(large_gap) / len(large_gap):+.1f} at the larger",
-               growth=sum(growth) / len(growth)),
+               f"by text {curve('text')}", small=mean(small_gap)),
+        settle(CLAIMS[2], growth.values, f"gap {100 * sum(small_gap) / len(small_gap):+.1f} points "
+               "at the smaller budgets", f"{100 * sum(large_gap) / len(large_gap):+.1f} at the "
+               "larger", growth=growth.mean),
         settle(CLAIMS[3], by_chance, f"right: {curve('visual')}", f"random {curve('random')}"),
         settle(CLAIMS[4], difference("visual", "encoder only"), f"right: {curve('visual')}",
                f"encoder only {curve('encoder only')}"),
         CLAIMS[5].settle(
-            {"low": low, "high": high, "visual": sum(rows["visual"]) / len(rows["visual"]),
-             "two ways": sum(rows["bidirectional"]) / len(rows["bidirectional"])},
-            here=f"by text {sum(rows['text']) / len(rows['text']):.2f}",
-            control=f"visual {sum(rows['visual']) / len(rows['visual']):.2f}, visual without the "
-            f"causal mask {sum(rows['bidirectional']) / len(rows['bidirectional']):.2f}",
+            {"low": low, "high": high, "visual": mean(rows["visual"]),
+             "two ways": mean(rows["bidirectional"])},
+            here=f"by text {mean(rows['text']):.2f}",
+            control=f"visual {mean(rows['visual']):.2f}, visual without the "
+            f"causal mask {mean(rows['bidirectional']):.2f}",
             interval=Interval("mean row by text, bootstrap over images", low, high),
             note="the causal visual score favours early tokens, the top of the image",
         ),
@@ -222,9 +221,9 @@ def measure(setup: Setup) -> Measured:
         "An answer is right when each of its tokens is the first choice. Intervals: bootstrap over "
         "questions, differences paired."
     )
-    settings = {"each": each, "shares": list(SHARES), "right": mean}
+    settings = {"each": each, "shares": list(SHARES), "right": shares}
     seeds = {"scenes": SEED, "random": SEED, "bootstrap": 0}
-    shown = (picture(setup, given[EXAMPLE], mean), SHOWS)
+    shown = (picture(setup, given[EXAMPLE], shares), SHOWS)
     return Measured(claims, data, seeds, settings, shown)
 
 
@@ -319,7 +318,7 @@ def _cost(model: Any, processor: Any, given: list[vqa.Item]) -> dict[str, float]
                 start = time.perf_counter()
                 out = model(**batch.inputs, use_cache=True, logits_to_keep=1)
                 spent = time.perf_counter() - start
-            held[name] = nbytes(out.past_key_values)
+            held[name] = held_bytes(out.past_key_values)
             if n:
                 seconds[name].append(spent)
     counts = method.counts()[0]

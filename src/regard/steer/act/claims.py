@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import Paired, bootstrap, mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.reproduce.problems import problems
 from regard.lab.trials.labels import TASKS, Example, labels, sentences
 
@@ -340,17 +341,13 @@ def _settle(parts: dict[str, Any]) -> dict[str, Claim]:
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _settle_sinks(claim: Claim, parts: dict[str, Any]) -> Claim:
     values: dict[str, Any] = {}
     for kind in KINDS:
-        values[kind] = _mean(parts[kind]["later"])
+        values[kind] = mean(parts[kind]["later"])
         values[f"low_{kind}"], values[f"high_{kind}"] = bootstrap(parts[kind]["later"])
-        values[f"relative_{kind}"] = _mean(parts[kind]["relative"])
-        values[f"first_{kind}"] = _mean(parts[kind]["first"])
+        values[f"relative_{kind}"] = mean(parts[kind]["relative"])
+        values[f"first_{kind}"] = mean(parts[kind]["first"])
     low, high = bootstrap([x for k in KINDS for x in parts[k]["later"]])
 
     def shown(prefix: str) -> str:
@@ -398,52 +395,48 @@ def _settle_heads(claim: Claim, found: dict[str, Any]) -> Claim:
 
 
 def _settle_gain(claim: Claim, found: dict[str, Any], heads: dict[str, Any]) -> Claim:
-    def change(name: str, other: str, what: str = "margins") -> list[float]:
-        return [a - b for a, b in zip(found[name][what], found[other][what])]
+    def change(name: str, other: str, what: str = "margins") -> Paired:
+        return paired(found[name][what], found[other][what])
 
     gain = change("chosen", "plain")
-    low, high = bootstrap(gain)
-    over_heads = bootstrap(change("chosen", "heads"))
-    over_columns = bootstrap(change("chosen", "columns"))
-    hits = bootstrap(change("chosen", "plain", "correct"))
-    accuracy = {n: 100 * _mean(found[n]["correct"]) for n in found}
-    controls = {n: _mean(change(n, "plain")) for n in ("heads", "columns")}
+    over_heads = change("chosen", "heads")
+    over_columns = change("chosen", "columns")
+    hits = change("chosen", "plain", "correct")
+    accuracy = {n: 100 * mean(found[n]["correct"]) for n in found}
+    controls = {n: change(n, "plain").mean for n in ("heads", "columns")}
     count = sum(map(len, heads["chosen"].values()))
     return claim.settle(
         {
-            "gain": _mean(gain),
-            "low": low,
-            "high": high,
-            "over_heads_low": over_heads[0],
-            "over_heads_high": over_heads[1],
-            "over_columns_low": over_columns[0],
-            "over_columns_high": over_columns[1],
+            "gain": gain.mean,
+            "low": gain.low,
+            "high": gain.high,
+            "over_heads_low": over_heads.low,
+            "over_heads_high": over_heads.high,
+            "over_columns_low": over_columns.low,
+            "over_columns_high": over_columns.high,
             "random_heads": controls["heads"],
             "random_columns": controls["columns"],
             "accuracy": accuracy,
             "heads": count,
         },
-        here=f"{_mean(gain):+.3f} nats; accuracy {accuracy['plain']:.1f} to "
+        here=f"{gain.mean:+.3f} nats; accuracy {accuracy['plain']:.1f} to "
         f"{accuracy['chosen']:.1f} %",
         control=f"random heads {controls['heads']:+.3f} ({accuracy['heads']:.1f} %), random "
         f"columns {controls['columns']:+.3f} ({accuracy['columns']:.1f} %)",
-        interval=Interval("nats, bootstrap", low, high),
-        note=f"{count} heads; change of the accuracy {100 * hits[0]:+.1f} to {100 * hits[1]:+.1f} "
-        "points",
+        interval=Interval("nats, bootstrap", gain.low, gain.high),
+        note=f"{count} heads; change of the accuracy {100 * hits.low:+.1f} to "
+        f"{100 * hits.high:+.1f} points",
     )
 
 
 def _settle_first(claim: Claim, found: dict[str, list[float]]) -> Claim:
-    rises = {
-        name: [a - b for a, b in zip(found[name], found["plain"])]
-        for name in ("first", "later", "columns")
-    }
-    low, high = bootstrap([a - b for a, b in zip(rises["first"], rises["later"])])
-    mean = {name: _mean(values) for name, values in rises.items()}
+    rises = {n: paired(found[n], found["plain"]) for n in ("first", "later", "columns")}
+    _, low, high, _ = paired(rises["first"].values, rises["later"].values)
+    rise = {name: one.mean for name, one in rises.items()}
     return claim.settle(
-        {**mean, "low": low, "high": high, "plain": _mean(found["plain"])},
-        here=f"token 0 {mean['first']:+.3f}, later sinks {mean['later']:+.3f} nats a token",
-        control=f"random later tokens, as many: {mean['columns']:+.3f}",
+        {**rise, "low": low, "high": high, "plain": mean(found["plain"])},
+        here=f"token 0 {rise['first']:+.3f}, later sinks {rise['later']:+.3f} nats a token",
+        control=f"random later tokens, as many: {rise['columns']:+.3f}",
         interval=Interval("token 0 over later sinks, bootstrap", low, high),
-        note=f"log-perplexity of the plain model {_mean(found['plain']):.3f}",
+        note=f"log-perplexity of the plain model {mean(found['plain']):.3f}",
     )

@@ -11,6 +11,7 @@ import typer
 from regard.cli.bench_costs import Model, Out, Page, Rounds, measure
 from regard.cli.common import check_file, count, load, numbers
 from regard.errors import InputError
+from regard.zoo.options import Loading
 
 
 def calibrate(
@@ -127,6 +128,8 @@ def bench(
     rounds: Rounds = 5,
     out: Out = None,
     page: Page = None,
+    *,
+    loading: Loading,
 ) -> None:
     """What ACT costs: a prefill with a fifth of the heads and with all, and one long head.
 
@@ -136,7 +139,7 @@ def bench(
     """
     from . import cost
 
-    measure(cost, out, page, model, tokens=count(tokens), rounds=rounds)
+    measure(cost, out, page, model, loading, tokens=count(tokens), rounds=rounds)
 
 
 COMMANDS = {"calibrate": calibrate, "bench": bench}

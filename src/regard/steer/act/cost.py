@@ -36,6 +36,7 @@ from regard.lab.bench.record import (
 from regard.lab.bench.timer import peak, seconds
 from regard.report.document import Page, Section
 from regard.report.table import from_grid
+from regard.zoo.options import Loading
 
 SHARE = 0.2  # the published list for classification has 184 of 928 heads
 LONG = 8192
@@ -53,6 +54,7 @@ def run(
     *,
     tokens: int = 4096,
     rounds: int = 5,
+    loading: Loading | None = None,
     out: str | Path | None = None,
     threads: int | None = None,
     seed: int = 0,
@@ -63,6 +65,7 @@ def run(
     Args:
         model: a name of `regard.models()`, a folder or a hub id.
         tokens: length of the prompt, the beginning of northanger-abbey.
+        loading: device, dtype and the like.
         out: JSON file, written after every round.
         seed: which heads are the fifth.
 
@@ -78,7 +81,8 @@ def run(
         raise InputError("tokens is at least 16 and rounds at least 1")
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    loaded, ids = opening(model, tokens, tokens)
+    loaded, ids = opening(model, tokens, tokens, loading)
+    device = str(loaded.device)
     shape, _ = shape_of(loaded)
     inner = [(n, h) for n in range(2, shape["layers"] - 1) for h in range(shape["heads"])]
     drawn = random.Random(seed).sample(inner, round(SHARE * len(inner)))
@@ -92,11 +96,11 @@ def run(
         "alpha": 5.0,
         "heads few": len(drawn),
         "heads all": len(inner),
-        "dtype": "float32",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         "logits": "all",
     }
-    fresh = Result("act", settings, environment(threads), [dict(t) for t in TARGETS])
-    result = resume(out, fresh)
+    fresh = Result("act", settings, environment(threads, device), [dict(t) for t in TARGETS])
+    result = resume(out, fresh, __name__)
     ways: dict[str, list[Any]] = {"plain": [], "few": [ACT(heads=heads)], "all": [ACT()]}
     for name in ways:
         result.cells.setdefault(name, Cell({"row": name}, values={"seconds": []}))
@@ -111,7 +115,7 @@ def run(
         if len(result.cells["all"].values["seconds"]) < rounds:
             forward([])  # the first forward also pays for what is made once
         while (done := len(result.cells["all"].values["seconds"])) < rounds:
-            taken = {name: seconds(partial(forward, methods)) for name, methods in ways.items()}
+            taken = {n: seconds(partial(forward, methods), device) for n, methods in ways.items()}
             for name, value in taken.items():
                 result.cells[name].values["seconds"].append(round(value, 4))
             for name, method in (("few", ways["few"][0]), ("all", ways["all"][0])):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.trials.scenes import read
 from regard.zoo.scenes import COLORS, Scene, scene
 
@@ -298,26 +299,17 @@ def _picture(parts: list[dict[str, Any]]) -> tuple[Any, str]:
     )
 
 
-def _change(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """Mean of b - a, scene by scene, and its interval."""
-    change = [y - x for x, y in zip(a, b)]
-    return (sum(change) / len(change), *bootstrap(change))
-
-
 def _settle(parts: list[dict[str, Any]]) -> dict[str, Claim]:
     stated = {c.key: c for c in CLAIMS}
 
     def of(arm: str, name: str) -> list[float]:
         return [p["arms"][arm][name] for p in parts]
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
     curves = {arm: numpy.asarray(of(arm, "overlap")) for arm in ARMS}
     best = {arm: int(curve.mean(0).argmax()) for arm, curve in curves.items()}
     at = {arm: [float(x) for x in curves[arm][:, best[arm]]] for arm in ARMS}
     overlap = {arm: mean(values) for arm, values in at.items()}
-    gains = {arm: _change(at["plain"], at[arm]) for arm in ARMS if arm != "plain"}
+    gains = {arm: paired(at[arm], at["plain"]) for arm in ARMS if arm != "plain"}
     table = {
         arm: {
             "overlap": overlap[arm],
@@ -330,21 +322,22 @@ def _settle(parts: list[dict[str, Any]]) -> dict[str, Claim]:
         for arm in ARMS
     }
     made = {}
-    pairs, ground = (_change(of("plain", n), of("full", n)) for n in ("pairs", "ground"))
+    pairs, ground = (paired(of("full", n), of("plain", n)) for n in ("pairs", "ground"))
     made["leakage"] = stated["leakage"].settle(
         {
-            "pairs": pairs[0],
-            "pairs_high": pairs[2],
-            "ground": ground[0],
-            "ground_high": ground[2],
+            "pairs": pairs.mean,
+            "pairs_high": pairs.high,
+            "ground": ground.mean,
+            "ground_high": ground.high,
             "arms": table,
         },
         here=f"nouns {table['full']['pairs']:.3f}, background {table['full']['ground']:.3f}",
         control=f"plain {table['plain']['pairs']:.3f}, {table['plain']['ground']:.3f}",
-        interval=Interval("change of the cosine of nouns, bootstrap", pairs[1], pairs[2]),
-        note=f"change with the background {ground[0]:+.3f}: {ground[1]:+.3f} to {ground[2]:+.3f}",
+        interval=Interval("change of the cosine of nouns, bootstrap", pairs.low, pairs.high),
+        note=f"change with the background {ground.mean:+.3f}: {ground.low:+.3f} to "
+        f"{ground.high:+.3f}",
     )
-    gain, low, high = gains["full"]
+    gain, low, high, _ = gains["full"]
     made["localisation"] = stated["localisation"].settle(
         {"gain": gain, "low": low, "high": high, "overlap": overlap},
         here=f"{overlap['full']:.3f}",
@@ -361,13 +354,14 @@ def _settle(parts: list[dict[str, Any]]) -> dict[str, Claim]:
         control=alone,
     )
     made["alone"] = stated["alone"].settle(
-        {f"{a}_low": gains[a][1] for a in singles} | {a: gains[a][0] for a in singles},
-        here=f"balance {gains['balance'][0]:+.3f}",
-        control=f"disjoint {gains['disjoint'][0]:+.3f}, background {gains['background'][0]:+.3f}",
-        interval=Interval("gain of balance, bootstrap", *gains["balance"][1:]),
+        {f"{a}_low": gains[a].low for a in singles} | {a: gains[a].mean for a in singles},
+        here=f"balance {gains['balance'].mean:+.3f}",
+        control=f"disjoint {gains['disjoint'].mean:+.3f}, background "
+        f"{gains['background'].mean:+.3f}",
+        interval=Interval("gain of balance, bootstrap", *gains["balance"][1:3]),
     )
     before, after = mean(of("plain", "outside")), mean(of("full", "outside"))
-    change, low, high = _change(of("plain", "outside"), of("full", "outside"))
+    change, low, high, _ = paired(of("full", "outside"), of("plain", "outside"))
     again = {arm: mean(of(arm, "again")) for arm in EDITED}
     made["local"] = stated["local"].settle(
         {
@@ -384,7 +378,7 @@ def _settle(parts: list[dict[str, Any]]) -> dict[str, Claim]:
         interval=Interval("change, bootstrap", low, high),
         note=f"source against the scene: {again['full']:.4f} learnt, {again['plain']:.4f} plain",
     )
-    gain, low, high = _change(of("plain", "done"), of("full", "done"))
+    gain, low, high, _ = paired(of("full", "done"), of("plain", "done"))
     made["success"] = stated["success"].settle(
         {"gain": gain, "low": low, "high": high},
         here=f"{100 * mean(of('full', 'done')):.0f} %",

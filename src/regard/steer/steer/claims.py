@@ -16,7 +16,8 @@ import numpy
 import torch
 
 from regard.errors import InputError
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.report.chart import Line, Panel, chart
 
 from .method import ContrastiveExpertGuidance, clean
@@ -327,12 +328,6 @@ def distinct_change(
     return one, two, two - one, (beyond + 1) / (draws + 1)
 
 
-def _gain(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """Mean of b - a, sample by sample, and its interval."""
-    change = [y - x for x, y in zip(a, b)]
-    return (sum(change) / len(change), *bootstrap(change))
-
-
 def _settle(cells: dict[str, Any], have: Parts, real_scores: list[float]) -> list[Claim]:
     stated = {c.key: c for c in CLAIMS}
     plain, strong = cells[key(0, 0)], cells[key(0.8, 0)]
@@ -341,20 +336,18 @@ def _settle(cells: dict[str, Any], have: Parts, real_scores: list[float]) -> lis
     table = {
         name: {
             "distinct_3": distinct(c["ids"], shared),
-            "own": sum(c["own"]) / len(c["own"]),
-            "other": sum(c["other"]) / len(c["other"]),
-            "likelihood": sum(c["likelihood"]) / len(c["likelihood"]),
+            **{n: mean(c[n]) for n in ("own", "other", "likelihood")},
             "auroc": c["auroc"],
             "example": c["texts"][0],
         }
         for name, c in cells.items()
     }
-    real = sum(real_scores) / len(real_scores)
+    real = mean(real_scores)
     ids = [have.tokenizer(t, add_special_tokens=False)["input_ids"] for t in have.held_out]
     real_distinct = distinct(ids, shared)
     made = {}
 
-    gain, low, high = _gain(plain["likelihood"], strong["likelihood"])
+    gain, low, high, _ = paired(strong["likelihood"], plain["likelihood"])
     made["coherence"] = stated["coherence"].settle(
         {
             "gain": gain,
@@ -379,13 +372,9 @@ def _settle(cells: dict[str, Any], have: Parts, real_scores: list[float]) -> lis
         control=f"{one:.3f} at gamma 0; held-out sentences {real_distinct:.3f}",
         interval=Interval("permutation of samples", p=p),
     )
-    moved, low, high = _gain(middle["own"], far["own"])
-    other, _, _ = _gain(middle["other"], far["other"])
-    apart = [
-        (y - x) - (v - u)
-        for x, y, u, v in zip(middle["own"], far["own"], middle["other"], far["other"])
-    ]
-    own_low, own_high = bootstrap(apart)
+    moved, low, high, own_moves = paired(far["own"], middle["own"])
+    other, _, _, other_moves = paired(far["other"], middle["other"])
+    _, own_low, own_high, _ = paired(own_moves, other_moves)
     made["distance"] = stated["distance"].settle(
         {
             "change": moved,
@@ -409,7 +398,7 @@ def _settle(cells: dict[str, Any], have: Parts, real_scores: list[float]) -> lis
         control=f"{one:.3f} at eta 0",
         interval=Interval("permutation of samples", p=p),
     )
-    gain, low, high = _gain(middle["likelihood"], last["likelihood"])
+    gain, low, high, _ = paired(last["likelihood"], middle["likelihood"])
     made["collapse"] = stated["collapse"].settle(
         {
             "gain": gain,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from regard import watching as api
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import bootstrap, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.trials.scenes import foreground, judge, overlap, read
 from regard.reach import Call, Handler, Site
 from regard.reach.denoising import denoising
@@ -173,10 +174,10 @@ def measure(setup: Setup) -> Measured:
         return sum(v[what] for v in found[name]) / len(found[name])
 
     def against(a: str, b: str) -> tuple[dict[str, float], Interval]:
-        apart = [float(x["binding"]) - float(y["binding"]) for x, y in zip(found[a], found[b])]
-        p = mcnemar(sum(d > 0 for d in apart), sum(d < 0 for d in apart))
-        low, high = bootstrap(apart)
-        values = {"change": sum(apart) / len(apart), "p": p, "low": low, "high": high,
+        one, other = ([float(x["binding"]) for x in found[n]] for n in (a, b))
+        change, low, high, each = paired(one, other)
+        p = mcnemar(sum(d > 0 for d in each), sum(d < 0 for d in each))
+        values = {"change": change, "p": p, "low": low, "high": high,
                   "presence": share(a, "present") - share(b, "present")}  # fmt: skip
         return values, Interval("difference, bootstrap over images", low, high, p)
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from regard.errors import InputError
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import Paired, mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.trials.scenes import foreground, overlap, read
 from regard.parts.diffusion.inversion import Inverted, encode_text, invert, null_text, replay
 from regard.parts.diffusion.latents import decode
@@ -136,15 +137,11 @@ def measure(setup: Setup) -> Measured:
     def column(name: str) -> list[float]:
         return [p[name] for p in parts]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    def apart(a: str, b: str) -> list[float]:
-        return [x - y for x, y in zip(column(a), column(b))]
+    def apart(a: str, b: str) -> Paired:
+        return paired(column(a), column(b))
 
     share = [x / max(y, 1e-12) for x, y in zip(column("outside"), column("outside maps"))]
-    over, gap = apart("psnr", "psnr maps"), mean(apart("psnr", "psnr source"))
-    low, high = bootstrap(over)
+    over, gap = apart("psnr", "psnr maps"), apart("psnr", "psnr source").mean
     more = apart("found", "found maps")
     style = [x / max(y, 1e-12) for x, y in zip(column("style"), column("style off"))]
     rise, again = apart("overlap scale", "overlap"), mean(column("error again"))
@@ -158,20 +155,22 @@ def measure(setup: Setup) -> Measured:
             note=f"inversion's own error {mean(column('error')):.3g}",
         ),
         CLAIMS[1].settle(
-            {"gap": gap, "low": low, "high": high},
+            {"gap": gap, "low": over.low, "high": over.high},
             here=f"{mean(column('psnr')):.1f} dB, SSIM {mean(column('ssim')):.3f}",
             control=f"source's branch {mean(column('psnr source')):.1f} dB, SSIM "
             f"{mean(column('ssim source')):.3f}; maps alone {mean(column('psnr maps')):.1f} dB, "
             f"SSIM {mean(column('ssim maps')):.3f}",
-            interval=Interval("swap over maps alone in dB, bootstrap over scenes", low, high),
+            interval=Interval(
+                "swap over maps alone in dB, bootstrap over scenes", over.low, over.high
+            ),
             note="LPIPS is left out: no package brings its weights",
         ),
         CLAIMS[2].settle(
-            {"found": mean(column("found")), "low": bootstrap(more)[0]},
+            {"found": mean(column("found")), "low": more.low},
             here=f"{100 * mean(column('found')):.0f} % of the scenes",
             control=f"maps alone {100 * mean(column('found maps')):.0f} %, pasting a drawn object "
             f"{100 * mean(column('found paste')):.0f} %",
-            interval=Interval("over maps alone, bootstrap over scenes", *bootstrap(more)),
+            interval=Interval("over maps alone, bootstrap over scenes", more.low, more.high),
         ),
         CLAIMS[3].settle(
             {"most": max(style), "mean": mean(style)},
@@ -179,10 +178,10 @@ def measure(setup: Setup) -> Measured:
             control="100 %",
         ),
         CLAIMS[4].settle(
-            {"rise": mean(rise), "low": bootstrap(rise)[0], "high": bootstrap(rise)[1]},
+            {"rise": rise.mean, "low": rise.low, "high": rise.high},
             here=f"overlap {mean(column('overlap scale')):.2f}",
             control=f"without {mean(column('overlap')):.2f}",
-            interval=Interval("rise, bootstrap over scenes", *bootstrap(rise)),
+            interval=Interval("rise, bootstrap over scenes", rise.low, rise.high),
         ),
         CLAIMS[5].settle(
             {"ratio": again / max(mean(column("error")), 1e-12)},

@@ -17,5 +17,5 @@ CARD = Card(
     method="VAR",
     exports=("find_sink_dims",),
     takes="picture",
-    model="shapes-vlm",
+    model="smol-vlm",
 )

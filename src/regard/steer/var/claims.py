@@ -12,7 +12,8 @@ import torch
 
 from regard import watching as api
 from regard.core import State, mass
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
+from regard.lab.intervals import Paired, bootstrap, mean, paired
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.trials import vqa
 from regard.parts.decoding.picks import over, take_queries
 from regard.reach import Call
@@ -154,57 +155,56 @@ def measure(setup: Setup) -> Measured:
             scores[name] = setup.journal.get(name, partial(_scores, setup, given, make, dims))
             advance()
     log = {n: [s["log_probability"] for s in own] for n, own in scores.items()}
-    right = {n: sum(s["right"] for s in own) / len(own) for n, own in scores.items()}
+    right = {n: mean([s["right"] for s in own]) for n, own in scores.items()}
 
-    def change(a: str, b: str = "plain") -> tuple[float, float, float]:
-        apart = [x - y for x, y in zip(log[a], log[b])]
-        return (sum(apart) / len(apart), *bootstrap(apart))
+    def change(a: str, b: str = "plain") -> Paired:
+        return paired(log[a], log[b])
 
     gain, over = change("var"), change("var", "random tokens")
     every, gap = change("all heads"), change("all heads", "var")
     give, probe = change("var", "to text"), change("knockout", "random knockout")
     ratios = looked["ratios"]
     low, high = bootstrap(ratios) if ratios else (0.0, 0.0)
-    mean = sum(ratios) / len(ratios) if ratios else 0.0
+    ratio = mean(ratios) if ratios else 0.0
     kind = "bootstrap over questions"
     accuracy = ", ".join(f"{n} {100 * v:.0f} %" for n, v in right.items())
     values = {"accuracy": right, "by kind": _by_kind(given, scores)}
     claims = [
         CLAIMS[0].settle(
-            {"ratio": mean, "low": low, "layers": looked["layers"], **looked},
-            here=f"{mean:.1f} times; {looked['tokens']:.1f} visual sinks an image and layer, in "
+            {"ratio": ratio, "low": low, "layers": looked["layers"], **looked},
+            here=f"{ratio:.1f} times; {looked['tokens']:.1f} visual sinks an image and layer, in "
             f"{100 * looked['layers']:.0f} % of the layers",
             control="1 (an average image token)",
             interval=Interval("ratio, bootstrap over images and layers", low, high),
             note=f"tau {tau:.1f}, half of the greatest value that phi can have; dims {dims}",
         ),
         CLAIMS[1].settle(
-            {"difference": probe[0], "low": probe[1], "high": probe[2], **values},
-            here=f"{change('knockout')[0]:+.3f} nats",
-            control=f"random tokens {change('random knockout')[0]:+.3f}",
-            interval=Interval(f"difference, {kind}", probe[1], probe[2]),
+            {"difference": probe.mean, "low": probe.low, "high": probe.high, **values},
+            here=f"{change('knockout').mean:+.3f} nats",
+            control=f"random tokens {change('random knockout').mean:+.3f}",
+            interval=Interval(f"difference, {kind}", probe.low, probe.high),
             note=f"answers that are right: {accuracy}",
         ),
         CLAIMS[2].settle(
-            {"change": gain[0], "low": gain[1], "high": gain[2], "over": over[0],
-             "over_low": over[1], "over_high": over[2]},
-            here=f"{gain[0]:+.4f} nats; right answers {100 * right['plain']:.0f} to "
+            {"change": gain.mean, "low": gain.low, "high": gain.high, "over": over.mean,
+             "over_low": over.low, "over_high": over.high},
+            here=f"{gain.mean:+.4f} nats; right answers {100 * right['plain']:.0f} to "
             f"{100 * right['var']:.0f} %",
-            control=f"random tokens {change('random tokens')[0]:+.4f}",
-            interval=Interval(f"change, {kind}", gain[1], gain[2]),
+            control=f"random tokens {change('random tokens').mean:+.4f}",
+            interval=Interval(f"change, {kind}", gain.low, gain.high),
         ),
         CLAIMS[3].settle(
-            {"change": every[0], "low": every[1], "high": every[2], "gap": gap[0],
-             "gap_high": gap[2]},
-            here=f"{every[0]:+.3f} nats; right answers {100 * right['all heads']:.0f} %",
-            control=f"image-centric heads {gain[0]:+.4f}",
-            interval=Interval(f"change, {kind}", every[1], every[2]),
+            {"change": every.mean, "low": every.low, "high": every.high, "gap": gap.mean,
+             "gap_high": gap.high},
+            here=f"{every.mean:+.3f} nats; right answers {100 * right['all heads']:.0f} %",
+            control=f"image-centric heads {gain.mean:+.4f}",
+            interval=Interval(f"change, {kind}", every.low, every.high),
         ),
         CLAIMS[4].settle(
-            {"difference": give[0], "low": give[1], "high": give[2]},
-            here=f"to the image {gain[0]:+.4f} nats",
-            control=f"to the text {change('to text')[0]:+.4f}",
-            interval=Interval(f"difference, {kind}", give[1], give[2]),
+            {"difference": give.mean, "low": give.low, "high": give.high},
+            here=f"to the image {gain.mean:+.4f} nats",
+            control=f"to the text {change('to text').mean:+.4f}",
+            interval=Interval(f"difference, {kind}", give.low, give.high),
         ),
         CLAIMS[5].unmeasured(),
     ]  # fmt: skip
