@@ -76,7 +76,7 @@ def expected(call: Call, module: Any, contexts: list[torch.Tensor], mode: str) -
         ("values", {}),
         ("values", {"fused": False}),
         ("keys", {"conjunction": True}),
-        ("compat", {"conjunction": True, "compat": True}),
+        ("compat", {"conjunction": True, "variant": "released"}),
     ],
 )
 def test_every_call_equals_the_definition(sd: Any, mode: str, settings: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ def test_inner_phrases_lie_on_top_in_the_conjunction(sd: Any) -> None:
 def test_phrases_behind_the_limit_are_left_out_by_name(sd: Any) -> None:
     long = "a red circle, " + "very " * 16 + "far behind them all stands a blue square"
     one = method(phrases=["a red circle", "a blue square"])
-    with pytest.warns(UserWarning, match="'a blue square' lies behind"):
+    with pytest.warns(UserWarning, match="'a blue square' is beyond the text encoder"):
         run(sd, one, prompt=long)
     assert [p.text for p in one.used[long].phrases] == ["a red circle"]
 
@@ -234,8 +234,8 @@ def test_bad_input(sd: Any) -> None:
     for bad, match in (
         ({"parser": "spacey"}, "Did you mean 'spacy'"),
         ({"phrases": "a red circle"}, "phrases is a list"),
-        ({"phrases": [" "]}, "no phrase is given"),
-        ({"compat": True}, "set conjunction=True"),
+        ({"phrases": [" "]}, "the phrases are empty"),
+        ({"variant": "released"}, "needs conjunction=True"),
     ):
         with pytest.raises(InputError, match=match):
             method(**bad)

@@ -9,7 +9,7 @@ import typer
 from regard import catalog
 from regard.cli import bench, check, methods, models, reproduce, see, trial, zoo
 from regard.cli.derive import Commands
-from regard.cli.run import derived
+from regard.cli.run import derived, with_examples
 
 app = Commands(
     "See, steer, shrink and shape the attention of any Transformer.",
@@ -57,7 +57,10 @@ for method in catalog.everything():
     for place, function in own.items():
         group, _, name = place.partition(" ")
         parent = GROUPS.get(group, app)
-        parent.command(name or (group if parent is app else method.slug))(function)
+        word = name or (group if parent is app else method.slug)
+        typed = f"regard {word}" if parent is app else f"regard {group} {word}"
+        with_examples(function, [e for e in method.examples if e.startswith(typed + " ")])
+        parent.command(word)(function)
     if "run" not in own and (command := derived(method)) is not None:
         GROUPS["run"].command(method.slug)(command)
 for name, group in GROUPS.items():
