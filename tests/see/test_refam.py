@@ -18,7 +18,8 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 from PIL import Image
 
 from regard.parts.diffusion.noised import denoise_once
-from regard.see.refam.method import RefAM, around
+from regard.see.refam.method import RefAM
+from regard.see.refam.segment import around
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 TEXT = "the red circle on the left"
@@ -293,7 +294,7 @@ def test_a_segmenter_of_ones_own(sd3: Any) -> None:
         ({}, "that one there", "no content words"),
         ({"magnets": "with"}, TEXT, "magnets is a list"),
         ({"gas": "on"}, TEXT, "gas is"),
-        ({"noise": 1.0}, TEXT, "between 0 and 1"),
+        ({"noise": 1.0}, TEXT, "noise is a number above 0 and below 1"),
         ({"layers": [9]}, TEXT, "layers are numbers"),
         ({"segmenter": "none"}, TEXT, "segmenter is"),
         ({}, "red circle " * 20, "shorten the prompt"),

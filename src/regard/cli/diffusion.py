@@ -15,6 +15,7 @@ from regard.cli.common import err, numbers, working, write_json
 from regard.errors import InputError
 from regard.zoo.options import Loading, placed
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 UNet = Annotated[
     str, typer.Option(help="shapes-sd, or folder or hub id of a StableDiffusionPipeline.")
 ]
@@ -98,6 +99,18 @@ def make_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK):
         raise InputError(f"{path}: no permission to write there: choose another folder")
     return path
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The files of pictures in a folder, by name.
+
+    Raises:
+        InputError: there are none.
+    """
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise InputError(f"{folder} holds no pictures ({', '.join(PICTURES)}): put some there")
+    return paths
 
 
 def settings(
