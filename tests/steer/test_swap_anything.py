@@ -23,11 +23,11 @@ from regard.steer.swap_anything import concepts as swap_concepts
 from regard.steer.swap_anything.method import (
     Steps,
     SwapAnything,
-    object_mask,
     restyled,
     soften,
     swap,
 )
+from regard.steer.swap_anything.shape import object_mask
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 SOURCE, TARGET = "a red circle and a blue square", "a green star and a blue square"

@@ -8,8 +8,7 @@ go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from torch import Tensor
 
 from regard import files
 from regard.errors import InputError
+from regard.parts.diffusion.encodings import encode_with
 from regard.parts.diffusion.inversion import encode_image, fingerprint, frozen, predict
+from regard.parts.diffusion.prompt_to_prompt import token_ids
 
 TOKEN = "<concept>"
 
@@ -41,35 +42,13 @@ def word_id(pipe: Any, word: str) -> int:
     return int(ids[0])
 
 
-@contextmanager
-def _as(pipe: Any, token: int, vector: Tensor) -> Iterator[None]:
-    """The text encoder with another input embedding for one token."""
-
-    def swap(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        ids = args[0]
-        return torch.where((ids == token)[..., None], vector.to(out), out)
-
-    hook = pipe.text_encoder.get_input_embeddings().register_forward_hook(swap)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def encode(pipe: Any, prompt: str, word: str, vector: Tensor) -> Tensor:
     """The encoding of a prompt in which a word stands for a learnt concept, `[1, tokens, dim]`."""
-    tokenizer = pipe.tokenizer
-    ids = tokenizer(
-        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-        return_tensors="pt",
-    ).input_ids.to(pipe.unet.device)  # fmt: skip
     token = word_id(pipe, word)
-    if not bool((ids == token).any()):
+    at = [n for n, one in enumerate(token_ids(pipe.tokenizer, prompt)) if one == token]
+    if not at:
         raise InputError(f"{word!r} is not in {prompt!r}: the word stands for the concept there")
-    with _as(pipe, token, vector):
-        found = pipe.text_encoder(ids)[0]
-    assert isinstance(found, Tensor)
-    return found
+    return encode_with(pipe, prompt, at, vector.expand(len(at), -1))
 
 
 def learn(
@@ -204,8 +183,8 @@ def load(path: Path) -> Tensor:
         with safe_open(path, "pt") as held:
             names = list(held.keys())
             if len(names) == 1:
-                found: Tensor = held.get_tensor(names[0]).flatten()
-                return found
+                vector: Tensor = held.get_tensor(names[0]).flatten()
+                return vector
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except SafetensorError as problem:
