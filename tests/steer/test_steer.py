@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from regard import ContrastiveExpertGuidance
 from regard.errors import InputError
-from regard.steer.steer.method import sample
+from regard.steer.steer.sampling import sample
 from regard.zoo import tiny
 
 PROMPTS = torch.tensor([[1, 9, 8, 7], [1, 40, 41, 42], [1, 100, 3, 77]])
@@ -203,7 +203,7 @@ def test_a_prompt_that_goes_on_asks_for_a_reset(pair: Any) -> None:
         ({"gamma": math.nan}, "gamma"),
         ({"eta": math.inf}, "eta"),
         ({"alpha": 1.0}, "alpha"),
-        ({"k": 0}, "k, the number"),
+        ({"k": 0}, "k is a whole number"),
         ({"negatives": []}, "needs negatives"),
         ({"negatives": [[]]}, "needs negatives"),
         ({"negatives": ["words"]}, "tokenizer"),
@@ -287,7 +287,7 @@ def test_the_command_line_goes_on_where_it_stopped(
     from typer.testing import CliRunner
 
     from regard.cli.app import app
-    from regard.cli.run import steer
+    from regard.steer.steer import command as steer
 
     monkeypatch.setattr(steer, "_models", lambda *_: (*pair, Letters()))
     (tmp_path / "seen.txt").write_text("one\n\ntwo\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +36,7 @@ def run(
     Writes every image, a contact sheet (sheet.png) and a page (index.html) with the plain model
     beside it, from the same noise. The effect is an average over seeds: look at several.
     """
+    from regard.lab.answers import noted
     from regard.watching.watch import apply
 
     from .method import StructuredDiffusion
@@ -50,10 +50,8 @@ def run(
     keywords = diffusion.settings(pipe, steps, guidance, size)
     apply(pipe, method)  # refuses a pipeline that it cannot act on
     folder = diffusion.make_folder(out)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with noted("StructuredDiffusion") as notes:
         pairs, seconds = _images(pipe, prompt, chosen, keywords, method)
-    notes = [str(w.message) for w in caught if str(w.message).startswith("StructuredDiffusion: ")]
     result = {
         **method.report()["prompts"][0],
         "seeds": chosen,
