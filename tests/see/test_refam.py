@@ -307,6 +307,28 @@ def test_what_cannot_work_is_said(
         RefAM(**{"parser": "rules", **settings}).ground(sd3, scene(), text)
 
 
+def test_rules_take_the_place_of_a_parser_that_is_missing(
+    sd3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regard.see.refam import method
+
+    monkeypatch.setattr(method, "default_parser", lambda: ("rules", "no spaCy here"))
+    found = RefAM().ground(sd3, scene(), TEXT)
+    assert found.notes == ["noun phrases by rules: no spaCy here"]
+    assert found.point == RefAM(parser="rules").ground(sd3, scene(), TEXT).point
+    assert not RefAM(noun_phrase=False).ground(sd3, scene(), TEXT).notes
+
+
+def test_a_report_is_plain_data(sd3: Any) -> None:
+    import json
+
+    found = RefAM(parser="rules").ground(sd3, scene(), TEXT)
+    report = json.loads(json.dumps(found.report()))
+    assert report["point"] == list(found.point) and report["content"] == ["red", "circle"]
+    assert report["share"] == pytest.approx(float(found.mask.float().mean()))
+    assert [w["word"] for w in report["words"]] == [w for w, _ in found.words]
+
+
 def test_a_unet_is_refused() -> None:
     with pytest.raises(ReachError, match="no joint attention"):
         RefAM(parser="rules").ground(tiny_pipeline("sd"), scene(), TEXT)

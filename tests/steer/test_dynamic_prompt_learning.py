@@ -16,11 +16,11 @@ pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'
 from regard.errors import InputError, ReachError
 from regard.parts.diffusion.encodings import encode_with
 from regard.parts.diffusion.inversion import encode_text, invert, null_text, replay
+from regard.parts.diffusion.means import MeanMaps
 from regard.steer.dynamic_prompt_learning.card import Term
 from regard.steer.dynamic_prompt_learning.editing import edit
 from regard.steer.dynamic_prompt_learning.learned import Learned
 from regard.steer.dynamic_prompt_learning.losses import background, balance, disjoint, leaked
-from regard.steer.dynamic_prompt_learning.maps import MeanMaps
 from regard.steer.dynamic_prompt_learning.method import DynamicPromptLearning
 from regard.zoo.tiny_diffusion import tiny_pipeline
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -117,6 +118,16 @@ def test_without_phrases_the_image_is_the_plain_one(sd: Any, settings: dict[str,
     ).images
     with pytest.warns(UserWarning, match="no noun phrase of two words or more in 'circle'"):
         assert np.array_equal(run(sd, method(**settings), prompt="circle"), plain)
+
+
+def test_the_neutral_settings_give_the_plain_image_without_a_word(sd: Any) -> None:
+    from regard.steer.structured_diffusion.card import CARD
+
+    one = method(**CARD.neutral)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(run(sd, one), run(sd))
+    assert one.report() == {"prompts": [{"prompt": PROMPT, "phrases": [], "skipped": []}]}
 
 
 def test_a_phrase_that_is_the_whole_prompt_changes_nothing(sd: Any) -> None:

@@ -17,6 +17,11 @@ from torch.nn.functional import conv2d, cosine_similarity, interpolate, pad
 SHARPEN = 100.0
 
 
+def noun_maps(words: Tensor, nouns: Sequence[Sequence[int]]) -> Tensor:
+    """`[height, width, tokens]` -> `[nouns, height, width]`, the mean over each noun's columns."""
+    return torch.stack([words[..., list(at)].mean(-1) for at in nouns])
+
+
 def disjoint(maps: Tensor) -> Tensor:
     """Mean cosine of all pairs of maps; 0 for one noun alone.
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError
+from regard.parts.diffusion import kept
 from regard.parts.diffusion.encodings import encode_with
 from regard.parts.diffusion.inversion import (
     Tick,
@@ -47,15 +48,14 @@ from regard.parts.diffusion.inversion import (
     predict,
     schedule,
 )
+from regard.parts.diffusion.means import MeanMaps
 from regard.parts.diffusion.prompt_to_prompt import token_ids, word_columns
 from regard.parts.text.phrases import noun_phrases
 from regard.reach.session import Session
 
 from .card import Settings
-from .kept import KeptSteps
 from .learned import Learned
-from .losses import background, balance, disjoint, leaked
-from .maps import MeanMaps, noun_maps
+from .losses import background, balance, disjoint, leaked, noun_maps
 
 NUMBERS = ("disjoint", "background", "balance", "updates", "error")
 
@@ -137,7 +137,7 @@ class DynamicPromptLearning(Settings):
             inverted = invert(pipe, latents, caption, steps=self.steps, progress=progress)
         before, (looks, grid) = noun_maps(seen.words(), columns), seen.selves()
         ground = background(looks, before, grid=grid, clusters=self.clusters, share=self.share)
-        kept = KeptSteps(folder, self._plan(pipe, latents, caption))
+        plan, place = self._plan(pipe, latents, caption), _made(folder)
         ids = token_ids(pipe.tokenizer, caption)
         table = pipe.text_encoder.get_input_embeddings().weight.detach()
         tokens = table[[ids[c] for c in _flat(columns)]].clone()
@@ -146,7 +146,8 @@ class DynamicPromptLearning(Settings):
             empty = encode_text(pipe, "").to(at)
         null, steps = empty, []
         for step in range(self.steps):
-            state = kept.read(step)
+            file = None if place is None else place / f"step-{step:03d}.safetensors"
+            state = kept.read(file, plan)
             if state is None:
                 tokens, maps, numbers = self._update(
                     pipe, caption, columns, ground, step, at, tokens
@@ -167,7 +168,7 @@ class DynamicPromptLearning(Settings):
                 )
                 state = {"tokens": tokens, "null": null, "latents": at, "maps": maps}
                 state["numbers"] = torch.tensor([*numbers, error], dtype=torch.float64)
-                kept.write(step, state)
+                kept.write(file, state, plan)
             tokens, null, at = (state[n].to(at) for n in ("tokens", "null", "latents"))
             steps.append(state)
             if progress is not None:
@@ -201,7 +202,7 @@ class DynamicPromptLearning(Settings):
         time = schedule(pipe, self.steps).timesteps[step]
         rows = tokens.detach().clone().requires_grad_(True)
         adam = torch.optim.AdamW([rows], lr=self.lr)
-        seen, updates = MeanMaps(self.map_cells, 0), 0
+        seen, updates = MeanMaps(self.map_cells), 0
         with frozen(pipe.unet, pipe.text_encoder), Session(pipe.unet, [seen]), torch.enable_grad():
             while True:
                 seen.clear()
@@ -224,12 +225,22 @@ class DynamicPromptLearning(Settings):
         values = [float(x.detach()) for x in losses]
         return rows.detach(), maps.detach(), [*values, float(updates)]
 
-    def _plan(self, pipe: Any, latents: Tensor, caption: str) -> dict[str, Any]:
+    def _plan(self, pipe: Any, latents: Tensor, caption: str) -> str:
         """What kept steps must have been made with."""
         settings = asdict(replace(self, nouns=self.named(caption)))
-        plan = {**settings, "caption": caption, "made of": fingerprint(pipe, latents)}
-        plain: dict[str, Any] = json.loads(json.dumps(plan))
-        return plain
+        return json.dumps([settings, caption, fingerprint(pipe, latents)])
+
+
+def _made(folder: str | Path | None) -> Path | None:
+    """The folder, made if it is missing."""
+    if folder is None:
+        return None
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InputError(f"{path} cannot be written: {problem.strerror}") from None
+    return path
 
 
 def head_nouns(caption: str) -> list[str]:

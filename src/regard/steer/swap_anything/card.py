@@ -56,8 +56,8 @@ class Settings(Checked):
     null_steps: int = setting(10, "updates of the empty prompt a step", least=0)
     concept_steps: int = setting(200, "steps of learning the concept", least=1)
     guidance: float = setting(7.5, "guidance")
-    keep: Sequence[float] = setting(
-        (1.0, 0.4, 0.5, 0.2),
+    keep: str | Sequence[float] = setting(
+        "1,0.4,0.5,0.2",
         "shares of the steps that swap latents, cross maps, self maps, outputs",
         kind=four_shares,
     )

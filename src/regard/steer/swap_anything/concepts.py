@@ -21,6 +21,7 @@ from torch import Tensor
 
 from regard import files
 from regard.errors import InputError
+from regard.parts.diffusion import kept
 from regard.parts.diffusion.encodings import encode_with
 from regard.parts.diffusion.inversion import encode_image, fingerprint, frozen, predict
 from regard.parts.diffusion.prompt_to_prompt import token_ids
@@ -90,15 +91,15 @@ def learn(
     make = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         latents = torch.cat([encode_image(pipe, image) for image in images])
-    settings = [word, prompt, steps, lr, batch, seed, fingerprint(pipe, latents)]
-    kept = _Kept(file, dumps(settings))
-    done = kept.finished()
-    if done is not None:
-        return done.to(device)
+    plan = dumps([word, prompt, steps, lr, batch, seed, fingerprint(pipe, latents)])
+    part = None if file is None else file.with_name(f".{file.name}.unfinished")
+    finished = kept.read(file, plan)
+    if finished is not None:
+        return finished[TOKEN].flatten().to(device)
     start = pipe.text_encoder.get_input_embeddings().weight[token]
     vector = start.detach().clone().float().requires_grad_()
     adam = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0)
-    first = kept.resume(vector, adam, make)
+    first = _resume(kept.read(part, plan), vector, adam, make)
     noise_of = pipe.scheduler
     last = noise_of.config.num_train_timesteps
     with frozen(pipe.unet, pipe.text_encoder), torch.enable_grad():
@@ -115,57 +116,31 @@ def learn(
             loss = F.mse_loss(said.float(), wanted.float())
             (vector.grad,) = torch.autograd.grad(loss, vector)
             adam.step()
-            kept.write(vector, adam, make)
+            state = {**adam.state[vector], "vector": vector, "noise": make.get_state()}
+            kept.write(part, state, plan)
             if progress is not None:
                 progress()
-    kept.finish(vector.detach())
+    if file is not None and part is not None:
+        save(file, vector.detach(), {"plan": plan})
+        part.unlink(missing_ok=True)
     return vector.detach()
 
 
-class _Kept:
-    """A concept on disk, finished or on the way, with what it was made with."""
-
-    def __init__(self, file: Path | None, plan: str) -> None:
-        self.file, self.plan = file, {"plan": plan}
-        self.part = None if file is None else file.with_name(f".{file.name}.unfinished")
-
-    def _read(self, path: Path | None) -> dict[str, Tensor] | None:
-        if path is None or not path.is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as held:
-                if held.metadata() != self.plan:
-                    return None
-                return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return None  # half a file is no file
-
-    def finished(self) -> Tensor | None:
-        held = self._read(self.file)
-        return None if held is None else held[TOKEN].flatten()
-
-    def resume(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> int:
-        """Put all three where the last run stopped; how many steps it had made."""
-        held = self._read(self.part)
-        if held is None:
-            return 0
-        with torch.no_grad():
-            vector.copy_(held["vector"])
-        names = ("step", "exp_avg", "exp_avg_sq")
-        adam.state[vector] = {n: held[n].to("cpu" if n == "step" else vector) for n in names}
-        make.set_state(held["noise"])
-        return int(held["step"])
-
-    def write(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> None:
-        if self.part is not None:
-            held = {**adam.state[vector], "vector": vector, "noise": make.get_state()}
-            plain = {n: t.detach().cpu().contiguous() for n, t in held.items()}
-            files.write_bytes(self.part, to_bytes(plain, self.plan))
-
-    def finish(self, vector: Tensor) -> None:
-        if self.file is not None and self.part is not None:
-            save(self.file, vector, self.plan)
-            self.part.unlink(missing_ok=True)
+def _resume(
+    state: dict[str, Tensor] | None,
+    vector: Tensor,
+    adam: torch.optim.Optimizer,
+    make: torch.Generator,
+) -> int:
+    """Put all three where the last run stopped; how many steps it had made."""
+    if state is None:
+        return 0
+    with torch.no_grad():
+        vector.copy_(state["vector"])
+    names = ("step", "exp_avg", "exp_avg_sq")
+    adam.state[vector] = {n: state[n].to("cpu" if n == "step" else vector) for n in names}
+    make.set_state(state["noise"])
+    return int(state["step"])
 
 
 def save(path: Path, vector: Tensor, about: dict[str, str] | None = None) -> None:

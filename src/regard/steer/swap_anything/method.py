@@ -37,9 +37,7 @@ from regard.reach import Call, Handler, Site
 from regard.reach.denoising import denoising
 
 from .card import Settings
-from .shape import pull
-
-DILATE, BLUR = 10 / 512, 25 / 512  # of the grid's side, as the paper's on 512 pixels
+from .shape import pull, restyled, soften
 
 
 @dataclass(frozen=True)
@@ -182,50 +180,6 @@ class SwapAnything(Handler):
             weight = weight * min(1.0, step / self.steps.ramp)
         weight = weight.to(latents)
         return torch.stack([source, source * (1 - weight) + target * weight])
-
-
-def restyled(target: Tensor, source: Tensor, inside: Tensor, style: str = "pooled") -> Tensor:
-    """The target `[channels, height, width]` with the source's mean and spread inside the mask.
-
-    >>> a, b = torch.arange(8.0).view(1, 2, 4), 10 * torch.ones(1, 2, 4)
-    >>> b[0, 0] = torch.tensor([0.0, 20, 0, 20])
-    >>> restyled(a, b, torch.arange(2)[:, None].expand(2, 4) == 0).mean().item()
-    7.75
-
-    Raises:
-        InputError: fewer than two cells inside, or all alike.
-    """
-    dims = (0, 1) if style == "pooled" else (1,)
-    a, b = target[:, inside], source[:, inside]
-    count = int(inside.sum())
-    if count * (len(target) if style == "pooled" else 1) < 2:
-        raise InputError(f"the mask covers {count} latent cells, and at least 2 are needed")
-    spread = a.std(dims, keepdim=True)
-    if bool((spread == 0).any()):
-        raise InputError(
-            f"the mask covers {count} latent cells that are all alike: widen it, or style=None"
-        )
-    new = (a - a.mean(dims, keepdim=True)) / spread * b.std(dims, keepdim=True)
-    out = target.clone()
-    out[:, inside] = new + b.mean(dims, keepdim=True)
-    return out
-
-
-def soften(inside: Tensor) -> Tensor:
-    """The mask, widened by an ellipse and blurred, and 1 where it was.
-
-    >>> soften(torch.eye(3) > 0).diagonal().tolist()
-    [1.0, 1.0, 1.0]
-    """
-    side = max(inside.shape)
-    reach, width = max(1, round(DILATE * side / 2)), max(1, round(BLUR * side))
-    wide = F.max_pool2d(inside.float()[None, None], 2 * reach + 1, 1, reach)
-    at = torch.arange(-width, width + 1, dtype=torch.float32, device=inside.device)
-    line = torch.exp(-0.5 * (at / max(width / 2, 0.5)) ** 2)
-    line = line / line.sum()
-    padded = F.pad(wide, (width,) * 4, mode="replicate")
-    blurred = F.conv2d(F.conv2d(padded, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))[0, 0]
-    return torch.where(inside, torch.ones_like(blurred), blurred.clamp(0, 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Where a word of the prompt is in the image: a mask where none is given, and scale adaptation."""
+"""Inside the mask: its soft edge, the style of latents, the shape of the object, a guessed mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.core import State
+from regard.errors import InputError
 from regard.parts.diffusion.inversion import (
     Inverted,
     encode_text,
@@ -17,38 +17,56 @@ from regard.parts.diffusion.inversion import (
     predict,
     replay,
 )
-from regard.reach import Call, Handler, Session, Site
-from regard.reach.denoising import columns, denoising
+from regard.parts.diffusion.means import MeanMaps
+from regard.reach import Session
 
+DILATE, BLUR = 10 / 512, 25 / 512  # of the grid's side, as the paper's on 512 pixels
 SHARPNESS, LEVEL = 10.0, 0.4  # of the soft shape
+CELLS = 32 * 32  # tokens of the largest grid whose maps are used
 
 
-class WordMap(Handler):
-    """The mean map of some key columns, over heads and over cross-attention of the largest grid."""
+def restyled(target: Tensor, source: Tensor, inside: Tensor, style: str = "pooled") -> Tensor:
+    """The target `[channels, height, width]` with the source's mean and spread inside the mask.
 
-    def __init__(self, words: Sequence[int], cells: int = 32 * 32) -> None:
-        self.words, self.cells = list(words), cells
-        self.sums: dict[tuple[int, int], Tensor] = {}
-        self.counts: dict[tuple[int, int], int] = {}
+    >>> a, b = torch.arange(8.0).view(1, 2, 4), 10 * torch.ones(1, 2, 4)
+    >>> b[0, 0] = torch.tensor([0.0, 20, 0, 20])
+    >>> restyled(a, b, torch.arange(2)[:, None].expand(2, 4) == 0).mean().item()
+    7.75
 
-    def sites(self, sites: list[Site]) -> list[Site]:
-        return [s for s in sites if s.kind == "cross"]
+    Raises:
+        InputError: fewer than two cells inside, or all alike.
+    """
+    dims = (0, 1) if style == "pooled" else (1,)
+    a, b = target[:, inside], source[:, inside]
+    count = int(inside.sum())
+    if count * (len(target) if style == "pooled" else 1) < 2:
+        raise InputError(f"the mask covers {count} latent cells, and at least 2 are needed")
+    spread = a.std(dims, keepdim=True)
+    if bool((spread == 0).any()):
+        raise InputError(
+            f"the mask covers {count} latent cells that are all alike: widen it, or style=None"
+        )
+    new = (a - a.mean(dims, keepdim=True)) / spread * b.std(dims, keepdim=True)
+    out = target.clone()
+    out[:, inside] = new + b.mean(dims, keepdim=True)
+    return out
 
-    def after(self, call: Call, state: State) -> State | None:
-        place = denoising(call)
-        if place.grid is None or place.grid[0] * place.grid[1] > self.cells:
-            return None
-        rows = place.conditional if place.index is not None else None
-        maps = columns(call, state, self.words, rows).mean((1, 3)).unflatten(1, place.grid)
-        old = self.sums.get(place.grid)
-        self.sums[place.grid] = maps if old is None else old + maps
-        self.counts[place.grid] = self.counts.get(place.grid, 0) + 1
-        return None
 
-    def map(self) -> Tensor:
-        """`[rows, height, width]`."""
-        grid = max(self.sums, key=lambda g: g[0] * g[1])
-        return self.sums[grid] / self.counts[grid]
+def soften(inside: Tensor) -> Tensor:
+    """The mask, widened by an ellipse and blurred, and 1 where it was.
+
+    >>> soften(torch.eye(3) > 0).diagonal().tolist()
+    [1.0, 1.0, 1.0]
+    """
+    side = max(inside.shape)
+    reach, width = max(1, round(DILATE * side / 2)), max(1, round(BLUR * side))
+    wide = F.max_pool2d(inside.float()[None, None], 2 * reach + 1, 1, reach)
+    at = torch.arange(-width, width + 1, dtype=torch.float32, device=inside.device)
+    line = torch.exp(-0.5 * (at / max(width / 2, 0.5)) ** 2)
+    line = line / line.sum()
+    padded = F.pad(wide, (width,) * 4, mode="replicate")
+    blurred = F.conv2d(F.conv2d(padded, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))[0, 0]
+    return torch.where(inside, torch.ones_like(blurred), blurred.clamp(0, 1))
 
 
 def pull(
@@ -59,10 +77,10 @@ def pull(
     time = ddim.timesteps[step]
     sigma = float((1 - ddim.alphas_cumprod[int(time)]).sqrt())
     moved = latents.detach().clone().requires_grad_()
-    look = WordMap(words)
-    with torch.enable_grad(), frozen(pipe.unet), Session(pipe.unet, [look]):
+    seen = MeanMaps(CELLS, keys=words)
+    with torch.enable_grad(), frozen(pipe.unet), Session(pipe.unet, [seen]):
         predict(pipe, moved, time, embeds.detach())
-        soft = torch.sigmoid(SHARPNESS * (_level(look.map()[0]) - LEVEL))
+        soft = torch.sigmoid(SHARPNESS * (_level(seen.words().mean(-1)) - LEVEL))
         size = (soft.shape[-2], soft.shape[-1])
         wanted = F.adaptive_avg_pool2d(mask[None, None].to(soft), size)[0, 0]
         (gradient,) = torch.autograd.grad((wanted - soft).abs().sum(), moved)
@@ -76,11 +94,11 @@ def object_mask(
     """Where the source's branch looks for some words: their map over all steps, at least
     `threshold` of its range; `[height, width]`, a guess where no mask is at hand.
     """
-    look = WordMap(words)
+    seen = MeanMaps(CELLS, keys=words)
     embeds = encode_text(pipe, inverted.prompt).detach()
     replay(pipe, inverted.latents[-1], [embeds] * inverted.steps, list(nulls), guidance=guidance,
-           handlers=[look])  # fmt: skip
-    return (_level(look.map()[0]) >= threshold).float()
+           handlers=[seen])  # fmt: skip
+    return (_level(seen.words().mean(-1)) >= threshold).float()
 
 
 def _level(one: Tensor) -> Tensor:
