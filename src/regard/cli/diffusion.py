@@ -114,7 +114,11 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def settings(
-    pipe: Any, steps: int | None, guidance: float | None, size: str | None
+    pipe: Any,
+    steps: int | None,
+    guidance: float | None,
+    size: str | None,
+    negative: str | None = None,
 ) -> dict[str, Any]:
     """Arguments of the pipeline's call, and only those that a person gave."""
     known = inspect.signature(type(pipe).__call__).parameters
@@ -124,7 +128,13 @@ def settings(
     if guidance is not None:
         if "guidance_scale" not in known:
             raise InputError(f"{type(pipe).__name__} takes no guidance: leave --guidance out")
+        if not math.isfinite(guidance):
+            raise InputError(f"--guidance is a number, not {guidance}")
         keywords["guidance_scale"] = guidance
+    if negative is not None:
+        if "negative_prompt" not in known:
+            raise InputError(f"{type(pipe).__name__} takes no negative prompt: leave it out")
+        keywords["negative_prompt"] = negative
     if size is not None:
         width, _, height = size.lower().partition("x")
         height = height or width

@@ -32,7 +32,7 @@ def derived(method: catalog.Method) -> Callable[..., Any] | None:
     command = flat(plain, {"model": method.model}, method=(method.settings, make))
     shown = inspect.cleandoc(plain.__doc__ or "")
     command.__doc__ = f"{method.name}: {method.does}.\n\n{shown}"
-    with_examples(command, method.examples)
+    command.__doc__ = with_examples(command, method.examples)
     return command
 
 
@@ -48,8 +48,8 @@ class Making:
         return made
 
 
-def with_examples(command: Callable[..., Any], examples: Sequence[str]) -> None:
-    """Put the card's examples at the end of a command's help."""
-    if examples:
-        help = inspect.cleandoc(command.__doc__ or "")
-        command.__doc__ = "\n\n".join([help, "[bold]Examples[/]", *(f"  {e}" for e in examples)])
+def with_examples(command: Callable[..., Any], examples: Sequence[str]) -> str:
+    """The help of a command, the card's examples at its end."""
+    help = inspect.cleandoc(command.__doc__ or "")
+    shown = ["[bold]Examples[/]", *(f"  {e}" for e in examples)] if examples else []
+    return "\n\n".join([help, *shown])

@@ -83,7 +83,7 @@ def timed_answer(
     import torch
     from transformers import DynamicCache, StoppingCriteriaList
 
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     cache = DynamicCache(config=model.config)
     stamps: list[float] = []
@@ -149,7 +149,7 @@ def greedy_answer(
     """The greedy answer, and the log-probabilities of its first token."""
     import torch
 
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     with torch.no_grad(), apply(model, *methods):
         out = model.generate(

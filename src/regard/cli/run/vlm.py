@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from regard.cli.common import load, working
+from regard.cli.common import Loading, load, working
 from regard.cli.run import shown
 from regard.cli.run.answer import divergence, first_difference
 from regard.cli.run.answer import greedy_answer as answer
 from regard.errors import InputError
-
-LARGEST = 100_000_000  # pixels
-
-
-def read_images(paths: Sequence[Path]) -> list[Any]:
-    """The pictures, in RGB.
-
-    Raises:
-        InputError: none, a missing file, a file that is no picture, or one too large.
-    """
-    from PIL import Image
-
-    if not paths:
-        raise InputError("name at least one picture: --image photo.png")
-    found = []
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"there is no picture {path}")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours follows
-                opened = Image.open(path)
-            with opened as picture:
-                if picture.width * picture.height > LARGEST:
-                    raise InputError(
-                        f"{path} is {picture.width} x {picture.height}: shrink it below "
-                        f"{LARGEST // 1_000_000} million pixels"
-                    )
-                found.append(picture.convert("RGB"))
-        except (OSError, Image.DecompressionBombError) as problem:
-            raise InputError(f"{path} is no picture that can be read: {problem}") from problem
-    return found
+from regard.zoo.pictures import read_all as read_images
 
 
-def load_vlm(name: str) -> tuple[Any, Any]:
+def load_vlm(name: str, loading: Loading | None = None) -> tuple[Any, Any]:
     """A vision-language model and its processor."""
-    model, processor = load(name)
+    model, processor = load(name, loading)
     if getattr(model.config, "vision_config", None) is None or not hasattr(model, "generate"):
         raise InputError(f"{name} reads no pictures: name a vision-language model (LLaVA, Qwen-VL)")
     if getattr(processor, "image_processor", None) is None:
@@ -95,7 +62,7 @@ def prefill(model: Any, inputs: Any, methods: list[Any]) -> tuple[float, int]:
     import torch
 
     from regard.shrink.visiondrop.cache import nbytes
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     seconds, held = 0.0, 0
     with torch.no_grad(), apply(model, *methods):

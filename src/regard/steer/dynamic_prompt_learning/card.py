@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from regard.cards import Card, Checked, Paper, setting
 from regard.errors import InputError
@@ -36,21 +37,25 @@ CARD = Card(
 PAPER_STEPS = 50  # the targets are written for so many
 
 
-@dataclass(frozen=True)
-class Term:
+class _Term(NamedTuple):
+    weight: float
+    alpha: float
+    beta: float
+
+
+class Term(_Term):
     """One loss: its weight, and its target, `beta * exp(-step / alpha)`, which falls.
 
     >>> round(Term(1.0, 25, 0.3).target(25, 50), 3), round(Term(1.0, 25, 0.3).target(5, 10), 3)
     (0.11, 0.11)
     """
 
-    weight: float
-    alpha: float
-    beta: float
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or self.alpha <= 0:
-            raise InputError(f"a loss has a weight of 0 or more and an alpha above 0, not {self}")
+    def __new__(cls, weight: float, alpha: float, beta: float) -> Term:
+        if weight < 0 or alpha <= 0:
+            raise InputError(
+                f"a loss has a weight of 0 or more and an alpha above 0, not {weight}, {alpha}"
+            )
+        return super().__new__(cls, weight, alpha, beta)
 
     def target(self, step: int, steps: int) -> float:
         """The value to reach in a step; other numbers of steps than 50 run along the same curve."""
@@ -94,3 +99,9 @@ class Settings(Checked):
     share: float = setting(
         0.2, "a cluster is a noun's above so much of its map's maximum", least=0, below=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.balance, self.disjoint, self.background = (
+            Term(*term) for term in (self.balance, self.disjoint, self.background)
+        )

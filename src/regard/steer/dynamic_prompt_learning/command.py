@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,14 +54,14 @@ def run(
     (sheet.png) and a page (index.html). Each finished step is kept in the folder: the same command
     goes on where it stopped.
     """
-    from regard.cli.run.vlm import read_images
+    from regard.zoo.pictures import read_all
     from regard.zoo.pipelines import need_diffusers
 
     diffusion.check_prompt(caption)
     target, local = wanted(caption, edit, refine, reweight)
     weights = factors(reweight)
     check_output(json)
-    picture = read_images([image])[0]
+    picture = read_all([image])[0]
     need_diffusers()
     from .method import DynamicPromptLearning
 
@@ -78,7 +78,7 @@ def run(
         "weights": weights,
         **compared(made),
         "seconds": seconds,
-        "settings": {"model": model, **asdict(method)},
+        "settings": {"model": model, **method.settings()},
         "loaded": placed(pipe),
     }
     page = _write(folder, picture, result, made)

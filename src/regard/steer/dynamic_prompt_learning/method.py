@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +226,7 @@ class DynamicPromptLearning(Settings):
 
     def _plan(self, pipe: Any, latents: Tensor, caption: str) -> str:
         """What kept steps must have been made with."""
-        settings = asdict(replace(self, nouns=self.named(caption)))
+        settings = {**self.settings(), "nouns": self.named(caption)}
         return json.dumps([settings, caption, fingerprint(pipe, latents)])
 
 

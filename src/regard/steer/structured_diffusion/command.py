@@ -37,7 +37,7 @@ def run(
     beside it, from the same noise. The effect is an average over seeds: look at several.
     """
     from regard.lab.answers import noted
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     from .method import StructuredDiffusion
 
@@ -81,7 +81,7 @@ def _images(
     import torch
 
     from regard.progress import bar
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     pairs, seconds = [], dict.fromkeys(NAMES, 0.0)
     total = 2 * len(seeds) * diffusion.steps_of(pipe, keywords)

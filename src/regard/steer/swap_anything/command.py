@@ -49,8 +49,8 @@ def run(
     A concept is kept beside the output while it is learnt: a stopped run goes on with it, and the
     next one takes it up.
     """
-    from regard.cli.run.vlm import read_images
     from regard.report.contact import png
+    from regard.zoo.pictures import read_all
     from regard.zoo.pipelines import need_diffusers
 
     check_places(json, out)
@@ -59,8 +59,8 @@ def run(
     need_diffusers()
     from regard.parts.diffusion.inversion import check
 
-    picture = read_images([image])[0]
-    area = None if mask is None else read_images([mask])[0].convert("L")
+    picture = read_all([image])[0]
+    area = None if mask is None else read_all([mask])[0].convert("L")
     pictures = _concept_pictures(concept)
     pipe = diffusion.load(model, loading)
     check(pipe)
@@ -174,7 +174,7 @@ def _targets(
 
 def _concept_pictures(concept: Path | None) -> list[Any]:
     """The pictures of a concept's folder; none where a learnt one is given."""
-    from regard.cli.run.vlm import read_images
+    from regard.zoo.pictures import read_all
 
     if concept is None:
         return []
@@ -188,7 +188,7 @@ def _concept_pictures(concept: Path | None) -> list[Any]:
             f"there is no folder {concept}: name a folder of pictures of the concept, or a learnt "
             "one (.safetensors)"
         )
-    return read_images(diffusion.pictures(concept))
+    return read_all(diffusion.pictures(concept))
 
 
 COMMANDS = {"run": run}

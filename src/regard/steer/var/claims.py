@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from regard import watching as api
 from regard.core import State, mass
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.lab.trials import vqa
@@ -18,7 +19,6 @@ from regard.reach import Call
 from regard.report.contact import sheet
 from regard.report.patches import MARK, paint
 from regard.report.patches import over as laid_over
-from regard.watching import watch as api
 
 from .method import VAR, Redistribution, SinkKnockout, at_queries
 
