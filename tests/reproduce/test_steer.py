@@ -65,7 +65,7 @@ def test_it_runs_on_a_tiny_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_committed_result_draws_the_committed_picture() -> None:
-    folder = Path(steer.__file__).parents[3] / "reproductions"
+    folder = Path(steer.__file__).parents[4] / "reproductions"
     values = json.loads((folder / "steer.json").read_text())["claims"][0]["values"]
     with Image.open(folder / "steer.png") as drawn:
         committed = numpy.asarray(drawn.convert("RGB"), dtype=float)
