@@ -13,7 +13,7 @@ from regard.parts.diffusion.inversion import invert, null_text
 from regard.parts.diffusion.prompt_to_prompt import span_columns, word_span
 
 from . import concepts
-from .card import Settings
+from .card import Settings, four_shares
 from .method import Steps, Swapped, swap
 from .shape import object_mask
 
@@ -108,7 +108,7 @@ def swap_object(
         area = torch.from_numpy(np.asarray(mask.resize((side, side)), dtype=np.float32) / 255)
     return swap(
         pipe, inverted, nulls, area, words.target,
-        steps=Steps.shares(given.keep, given.steps), embeds=embeds, soft=given.soft,
+        steps=Steps.shares(four_shares(given.keep), given.steps), embeds=embeds, soft=given.soft,
         style=given.style, guidance=given.guidance, shape=given.shape, shape_words=shape_words,
         progress=progress,
     )  # fmt: skip
