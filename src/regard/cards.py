@@ -92,6 +92,7 @@ def setting(
     among: Iterable[str] | None = None,
     whole: bool | None = None,
     odd: bool = False,
+    function: bool = False,
     excludes: str | None = None,
     needs: str | None = None,
     option: str | None = None,
@@ -105,6 +106,7 @@ def setting(
         among: the words it may be.
         whole: only whole numbers; known from the default where that is a number.
         odd: a whole number with a middle.
+        function: a function may take the place of one of the words.
         excludes, needs: another setting that cannot, or must, be given with it on the command line.
         option: its name on the command line, "" for none; derived from the field's name if None.
         kind: what the command line takes, where that is not the field's own type.
@@ -182,7 +184,7 @@ def check(name: str, value: Any, one: Any) -> None:
         return
     among = rule.get("among")
     if among is not None:
-        if value not in among:
+        if value not in among and not (rule.get("function") and callable(value)):
             hint = nearest(value, among) if isinstance(value, str) and len(among) > 1 else ""
             raise InputError(f"{name} is one of {', '.join(among)}, not {value!r}.{hint}")
         return

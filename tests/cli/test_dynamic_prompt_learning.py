@@ -16,7 +16,7 @@ from tests.cli.command import run
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'")
 
-from regard.steer.dynamic_prompt_learning.command import _result
+from regard.steer.dynamic_prompt_learning.command import compared
 from regard.zoo.scenes import scene
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
@@ -81,16 +81,13 @@ def test_an_edit_side_by_side(
 def test_the_change_is_told_inside_and_outside_of_the_edited_words() -> None:
     from PIL import Image
 
-    from regard.steer.dynamic_prompt_learning.method import DynamicPromptLearning
-
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:, 2:] = True
     source, image = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
     image.paste("white", (4, 0, 8, 8))
     edited = SimpleNamespace(mask=mask, source=source, image=image)
-    learned = SimpleNamespace(losses=[{"error": 0.5}], nouns=["circle"], leakage=dict)
-    made = dict.fromkeys(("plain", "learnt"), (learned, edited))
-    told = _result("m", CAPTION, CAPTION, {}, DynamicPromptLearning(["circle"]), made, {})
+    learned = SimpleNamespace(losses=[{"error": 0.5}], report=dict)
+    told = compared(dict.fromkeys(("plain", "learnt"), (learned, edited)))
     assert told["outside"] == {"plain": 0, "learnt": 0}
     assert told["inside"] == {"plain": 1, "learnt": 1}
 
@@ -125,10 +122,10 @@ def test_other_edits(
     ("given", "match"),
     [
         (("--caption", CAPTION), "say what to change"),
-        (("--caption", CAPTION, "--edit", "cat -> dog"), "'cat' is not in the caption"),
+        (("--caption", CAPTION, "--edit", "cat -> dog"), "'cat' is not in"),
         (("--caption", CAPTION, "--edit", "a -> one"), "stands 2 times"),
         (("--caption", CAPTION, "--edit", "blue"), "old words -> new words"),
-        (("--caption", CAPTION, "--edit", "red -> blue", "--refine", "x"), "give one"),
+        (("--caption", CAPTION, "--edit", "red -> blue", "--refine", "x"), "mutually exclusive"),
         (("--caption", CAPTION, "--reweight", "blue"), "word=2.0"),
         (("--caption", " ", "--edit", "red -> blue"), "the prompt is empty"),
         (("--caption", CAPTION, "--edit", "red -> blue", "--nouns", "cat"), "'cat' is not in"),

@@ -15,6 +15,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "options.json").read_tex
 FILLED_IN = {
     "run act": ["--alpha"],
     "run recycled-attention": ["--stride", "--threshold"],
+    "run refam": ["--magnets"],
 }
 
 

@@ -100,7 +100,10 @@ def test_errors_come_before_work(
         ((PROMPT, *good, "--size", "30x32"), "multiples of"),
         ((PROMPT, *good, "--size", "big"), "--size is 512 or"),
         ((PROMPT, *good, "--phrase", "a green dog"), "'a green dog' is not found"),
-        ((PROMPT, *good[:2], "--parser", "nltk"), "there is no parser 'nltk'"),
+        (
+            (PROMPT, *good[:2], "--parser", "nltk"),
+            "rules, not 'nltk'",
+        ),
         ((PROMPT, "--model", str(other), "--parser", "rules"), "this model has none"),
         ((PROMPT, "--model", str(model), "--parser", "rules"), "a transformers model, not a"),
         ((PROMPT, "--model", str(strange), "--parser", "rules"), "'MyPipeline'"),

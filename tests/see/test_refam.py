@@ -18,7 +18,8 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 from PIL import Image
 
 from regard.parts.diffusion.noised import denoise_once
-from regard.see.refam.method import RefAM, around
+from regard.see.refam.method import RefAM
+from regard.see.refam.segment import around
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 TEXT = "the red circle on the left"
@@ -293,7 +294,7 @@ def test_a_segmenter_of_ones_own(sd3: Any) -> None:
         ({}, "that one there", "no content words"),
         ({"magnets": "with"}, TEXT, "magnets is a list"),
         ({"gas": "on"}, TEXT, "gas is"),
-        ({"noise": 1.0}, TEXT, "between 0 and 1"),
+        ({"noise": 1.0}, TEXT, "noise is a number above 0 and below 1"),
         ({"layers": [9]}, TEXT, "layers are numbers"),
         ({"segmenter": "none"}, TEXT, "segmenter is"),
         ({}, "red circle " * 20, "shorten the prompt"),
@@ -304,6 +305,28 @@ def test_what_cannot_work_is_said(
 ) -> None:
     with pytest.raises(InputError, match=message):
         RefAM(**{"parser": "rules", **settings}).ground(sd3, scene(), text)
+
+
+def test_rules_take_the_place_of_a_parser_that_is_missing(
+    sd3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regard.see.refam import method
+
+    monkeypatch.setattr(method, "default_parser", lambda: ("rules", "no spaCy here"))
+    found = RefAM().ground(sd3, scene(), TEXT)
+    assert found.notes == ["noun phrases by rules: no spaCy here"]
+    assert found.point == RefAM(parser="rules").ground(sd3, scene(), TEXT).point
+    assert not RefAM(noun_phrase=False).ground(sd3, scene(), TEXT).notes
+
+
+def test_a_report_is_plain_data(sd3: Any) -> None:
+    import json
+
+    found = RefAM(parser="rules").ground(sd3, scene(), TEXT)
+    report = json.loads(json.dumps(found.report()))
+    assert report["point"] == list(found.point) and report["content"] == ["red", "circle"]
+    assert report["share"] == pytest.approx(float(found.mask.float().mean()))
+    assert [w["word"] for w in report["words"]] == [w for w, _ in found.words]
 
 
 def test_a_unet_is_refused() -> None:

@@ -20,8 +20,10 @@ pytest.importorskip("datasets", reason="datasets is part of the extra 'data'")
 
 from regard.see.stable_semantics import build as disk
 from regard.see.stable_semantics import method as own
+from regard.see.stable_semantics import rows as table
 from regard.see.stable_semantics import stats as stats
-from regard.see.stable_semantics.method import Prompt, Recipe
+from regard.see.stable_semantics.method import Recipe
+from regard.see.stable_semantics.prompts import Prompt, chunks, clean, read_prompts, seed_of
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 CAPTION = "a red zebra and a blue square"  # "zebra" falls into letters
@@ -62,10 +64,10 @@ def test_maps_equal_the_explicit_order_of_daam(kind: str, average: str) -> None:
     pipe = tiny_pipeline(kind)
     recipe = Recipe(images=2, steps=2, grid=16, parser="rules", average=average, guidance=4.0)
     seen = Dense()
-    found = own.chunks(CAPTION, "rules")
+    parts = chunks(CAPTION, "rules")
     with Session(pipe, [seen]):
-        _, maps, chunk = own.draw(pipe, CAPTION, found, range(2), recipe)
-    assert [c.text for c in found] == ["a red zebra", "a blue square"] and not any(chunk.cut)
+        _, maps, chunk = own.draw(pipe, CAPTION, parts, range(2), recipe)
+    assert [c.text for c in parts] == ["a red zebra", "a blue square"] and not any(chunk.cut)
     ids = [pipe.tokenizer.decode([i]).strip() for i in pipe.tokenizer(CAPTION).input_ids]
     red, blue = ids.index("red"), ids.index("blue")
     groups = [[[red], list(range(red + 1, ids.index("and")))], [[blue], [ids.index("square")]]]
@@ -93,40 +95,40 @@ def test_maps_equal_the_explicit_order_of_daam(kind: str, average: str) -> None:
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
 def test_other_pipelines_fill_every_row(kind: str) -> None:
     recipe = Recipe(images=2, steps=1, grid=8, parser="rules")
-    made = own.rows(tiny_pipeline(kind), [Prompt("a red circle and a blue square")], recipe)
+    made = table.rows(tiny_pipeline(kind), [Prompt("a red circle and a blue square")], recipe)
     assert len(made) == 2 and len({r["seed"] for r in made}) == 2
     assert all(len(r["chunks"]) == 2 and c["map"] for r in made for c in r["chunks"])
     assert made[0]["chunks"][0]["map"] != made[1]["chunks"][0]["map"]
 
 
 def test_images_are_the_pipelines_own(pipe: Any) -> None:
-    images, _, _ = own.draw(pipe, CAPTION, own.chunks(CAPTION, "rules"), range(2), RECIPE)
-    noise = [torch.Generator().manual_seed(own.seed_of(CAPTION, n)) for n in range(2)]
+    images, _, _ = own.draw(pipe, CAPTION, chunks(CAPTION, "rules"), range(2), RECIPE)
+    noise = [torch.Generator().manual_seed(seed_of(CAPTION, n)) for n in range(2)]
     plain = pipe([CAPTION] * 2, generator=noise, num_inference_steps=2).images
     assert [i.tobytes() for i in images] == [i.tobytes() for i in plain]
 
 
 def test_a_chunk_behind_the_limit_has_no_map(pipe: Any) -> None:
     caption = "a red circle and " * 7 + "a blue square"
-    made = own.rows(pipe, [Prompt(caption)], Recipe(images=1, steps=1, grid=8, parser="rules"))
+    made = table.rows(pipe, [Prompt(caption)], Recipe(images=1, steps=1, grid=8, parser="rules"))
     last, first = made[0]["chunks"][-1], made[0]["chunks"][0]
     assert last["cut"] and last["map"] is None and last["x"] is None and last["tokens"] == []
     assert not first["cut"] and len(first["map"]) == 8
 
 
 def test_the_same_chunk_twice_is_two_spans() -> None:
-    found = own.chunks("a red circle and a red circle", "rules")
+    found = chunks("a red circle and a red circle", "rules")
     assert [c.start for c in found] == [0, 17]
 
 
 def test_prompts_are_read_cleaned_and_refused() -> None:
     lines = ['{"prompt": "a (cat:1.2) --ar 1:2", "licence": "CC0"}', "a dog", "a dog", "  "]
-    found = own.read_prompts(lines)
-    assert [(own.clean(p.text), p.licence) for p in found] == [("a cat", "CC0"), ("a dog", "")]
+    found = read_prompts(lines)
+    assert [(clean(p.text), p.licence) for p in found] == [("a cat", "CC0"), ("a dog", "")]
     with pytest.raises(InputError, match="line 1 of the prompts is damaged"):
-        own.read_prompts(['{"text": 3}'])
+        read_prompts(['{"text": 3}'])
     with pytest.raises(InputError, match="no prompt"):
-        own.read_prompts(["--v 5"])
+        read_prompts(["--v 5"])
     for wrong in ({"images": 0}, {"resize": "x"}, {"average": "x"}, {"parser": "x"}):
         with pytest.raises(InputError):
             Recipe(**wrong)
@@ -148,7 +150,7 @@ def built(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_build_ends_with_the_same_bytes(
     pipe: Any, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = own.draw
+    plain = table.draw
     calls = []
 
     def failing(*args: Any) -> Any:
@@ -157,7 +159,7 @@ def test_a_stopped_build_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(own, "draw", failing)
+    monkeypatch.setattr(table, "draw", failing)
     with pytest.raises(KeyboardInterrupt):
         disk.build(pipe, PROMPTS, tmp_path, RECIPE, progress=False)
     monkeypatch.undo()
@@ -184,7 +186,7 @@ def test_a_damaged_shard_is_made_again(pipe: Any, built: Path, tmp_path: Path) -
 def test_rows_come_back_as_they_were_made(pipe: Any, built: Path) -> None:
     rows = disk.load(built)
     assert len(rows) == 6 and rows[0]["licence"] == "CC0-1.0"
-    made = own.rows(pipe, PROMPTS, RECIPE)
+    made = table.rows(pipe, PROMPTS, RECIPE)
     for row, wanted in zip(rows, made):
         assert {k: row[k] for k in ("caption", "seed", "number")} == {
             k: wanted[k] for k in ("caption", "seed", "number")

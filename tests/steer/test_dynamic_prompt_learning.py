@@ -14,15 +14,14 @@ pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusi
 pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'")
 
 from regard.errors import InputError, ReachError
+from regard.parts.diffusion.encodings import encode_with
 from regard.parts.diffusion.inversion import encode_text, invert, null_text, replay
-from regard.steer.dynamic_prompt_learning.losses import Term, background, balance, disjoint, leaked
-from regard.steer.dynamic_prompt_learning.method import (
-    DynamicPromptLearning,
-    Learned,
-    _encode,
-    _Looks,
-    edit,
-)
+from regard.parts.diffusion.means import MeanMaps
+from regard.steer.dynamic_prompt_learning.card import Term
+from regard.steer.dynamic_prompt_learning.editing import edit
+from regard.steer.dynamic_prompt_learning.learned import Learned
+from regard.steer.dynamic_prompt_learning.losses import background, balance, disjoint, leaked
+from regard.steer.dynamic_prompt_learning.method import DynamicPromptLearning
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 CAPTION = "a red circle and a blue square"
@@ -143,7 +142,7 @@ def test_maps_are_the_models_own(sd: Any, picture: torch.Tensor) -> None:
 
     cross = [m for n, m in sd.unet.named_modules() if n.endswith("attn2")]
     hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in cross]
-    looks = _Looks(256, 256)
+    looks = MeanMaps(256, 256)
     with torch.no_grad(), Session(sd.unet, [looks]):
         sd.unet(picture, 501, encoder_hidden_states=text)
     for one in hooks:
@@ -175,12 +174,12 @@ def test_gradients_are_those_of_differences(sd: Any, picture: torch.Tensor) -> N
     columns = QUICK.find(sd, CAPTION)
     at = [c for own in columns for c in own]
     rows = sd.text_encoder.get_input_embeddings().weight.detach()[[7, 9]].clone()
-    looks = _Looks(256, 0)
+    looks = MeanMaps(256, 0)
 
     def loss(value: torch.Tensor) -> torch.Tensor:
         looks.clear()
         with Session(sd.unet, [looks]):
-            sd.unet(picture, 501, encoder_hidden_states=_encode(sd, CAPTION, at, value))
+            sd.unet(picture, 501, encoder_hidden_states=encode_with(sd, CAPTION, at, value))
         whole = looks.words()
         maps = torch.stack([whole[..., own].mean(-1) for own in columns])
         return balance(whole, columns) + disjoint(maps)
@@ -225,7 +224,7 @@ def test_rows_move_and_go_into_the_nouns_alone(sd: Any, learned: Learned) -> Non
     assert float((second - first).abs().max()) < 2.1 * QUICK.lr
     # a target without the second noun carries the first alone
     target = "a red circle and a blue star"
-    want = _encode(sd, target, [3], learned.tokens[1][:1]).detach()
+    want = encode_with(sd, target, [3], learned.tokens[1][:1]).detach()
     assert torch.allclose(learned.embeds(sd, target)[1], want, atol=1e-6)
 
 
@@ -299,7 +298,9 @@ def test_leaves_no_trace(sd: Any, learned: Learned, picture: torch.Tensor) -> No
 
 
 def test_leakage_report(learned: Learned) -> None:
-    said = learned.leakage()
+    report = learned.report()
+    assert report["nouns"] == NOUNS and len(report["losses"]) == 2
+    said = report["leakage"]
     assert list(said) == ["before", "after"]
     one = learned.before.flatten(1)
     want = float(one[0] @ one[1] / one[0].norm() / one[1].norm())
@@ -318,8 +319,8 @@ def test_bad_input(sd: Any, picture: torch.Tensor) -> None:
     for bad, match in (
         ({"nouns": "circle"}, "nouns is a list"),
         ({"nouns": []}, "one word or more"),
-        ({"inner_steps": -1}, "0 or more"),
-        ({"clusters": 1}, "clusters is 2"),
+        ({"inner_steps": -1}, "of at least 0, not -1"),
+        ({"clusters": 1}, "clusters is a whole number of at least 2"),
     ):
         with pytest.raises(InputError, match=match):
             replace(QUICK, **bad)

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from regard import ContrastiveExpertGuidance
 from regard.errors import InputError
-from regard.steer.steer.method import sample
+from regard.steer.steer.sampling import sample
 from regard.zoo import tiny
 
 PROMPTS = torch.tensor([[1, 9, 8, 7], [1, 40, 41, 42], [1, 100, 3, 77]])
@@ -203,7 +203,7 @@ def test_a_prompt_that_goes_on_asks_for_a_reset(pair: Any) -> None:
         ({"gamma": math.nan}, "gamma"),
         ({"eta": math.inf}, "eta"),
         ({"alpha": 1.0}, "alpha"),
-        ({"k": 0}, "k, the number"),
+        ({"k": 0}, "k is a whole number"),
         ({"negatives": []}, "needs negatives"),
         ({"negatives": [[]]}, "needs negatives"),
         ({"negatives": ["words"]}, "tokenizer"),
@@ -284,7 +284,6 @@ def test_samples_join_the_pool_and_can_go_on(pair: Any) -> None:
 def test_the_command_line_goes_on_where_it_stopped(
     pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import typer
     from typer.testing import CliRunner
 
     from regard.cli.app import build
@@ -295,7 +294,7 @@ def test_the_command_line_goes_on_where_it_stopped(
     out = tmp_path / "synth.jsonl"
     words = ["run", "steer", "--negatives", str(tmp_path / "seen.txt"), "--tokens", "5", "-n", "4"]
     words += ["--k", "2", "--out", str(out)]
-    done = CliRunner().invoke(typer.main.get_command(build()), words)
+    done = CliRunner().invoke(build(), words)
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 4 and {"text", "negatives", "gamma", "eta", "seed"} <= set(rows[0])
@@ -310,10 +309,10 @@ def test_the_command_line_goes_on_where_it_stopped(
 
     monkeypatch.setattr(steer, "_collect", stop)
     out.unlink()
-    assert CliRunner().invoke(typer.main.get_command(build()), words).exit_code != 0
+    assert CliRunner().invoke(build(), words).exit_code != 0
     assert not out.exists()
     monkeypatch.setattr(steer, "_collect", real)
-    assert CliRunner().invoke(typer.main.get_command(build()), words).exit_code == 0
+    assert CliRunner().invoke(build(), words).exit_code == 0
     assert out.read_text() == whole
 
 
@@ -354,10 +353,9 @@ def test_the_recipe_writes_a_folder_that_loads(smollm2: tuple[Any, Any], tmp_pat
     ],
 )
 def test_the_command_line_refuses(words: list[str], said: str) -> None:
-    import typer
     from typer.testing import CliRunner
 
     from regard.cli.app import build
 
-    found = CliRunner().invoke(typer.main.get_command(build()), ["run", "steer", *words])
+    found = CliRunner().invoke(build(), ["run", "steer", *words])
     assert isinstance(found.exception, InputError) and said in str(found.exception)

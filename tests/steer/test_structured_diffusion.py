@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -76,7 +77,7 @@ def expected(call: Call, module: Any, contexts: list[torch.Tensor], mode: str) -
         ("values", {}),
         ("values", {"fused": False}),
         ("keys", {"conjunction": True}),
-        ("compat", {"conjunction": True, "compat": True}),
+        ("compat", {"conjunction": True, "variant": "released"}),
     ],
 )
 def test_every_call_equals_the_definition(sd: Any, mode: str, settings: dict[str, Any]) -> None:
@@ -117,6 +118,16 @@ def test_without_phrases_the_image_is_the_plain_one(sd: Any, settings: dict[str,
     ).images
     with pytest.warns(UserWarning, match="no noun phrase of two words or more in 'circle'"):
         assert np.array_equal(run(sd, method(**settings), prompt="circle"), plain)
+
+
+def test_the_neutral_settings_give_the_plain_image_without_a_word(sd: Any) -> None:
+    from regard.steer.structured_diffusion.card import CARD
+
+    one = method(**CARD.neutral)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(run(sd, one), run(sd))
+    assert one.report() == {"prompts": [{"prompt": PROMPT, "phrases": [], "skipped": []}]}
 
 
 def test_a_phrase_that_is_the_whole_prompt_changes_nothing(sd: Any) -> None:
@@ -212,7 +223,7 @@ def test_inner_phrases_lie_on_top_in_the_conjunction(sd: Any) -> None:
 def test_phrases_behind_the_limit_are_left_out_by_name(sd: Any) -> None:
     long = "a red circle, " + "very " * 16 + "far behind them all stands a blue square"
     one = method(phrases=["a red circle", "a blue square"])
-    with pytest.warns(UserWarning, match="'a blue square' lies behind"):
+    with pytest.warns(UserWarning, match="'a blue square' is beyond the text encoder"):
         run(sd, one, prompt=long)
     assert [p.text for p in one.used[long].phrases] == ["a red circle"]
 
@@ -234,8 +245,8 @@ def test_bad_input(sd: Any) -> None:
     for bad, match in (
         ({"parser": "spacey"}, "Did you mean 'spacy'"),
         ({"phrases": "a red circle"}, "phrases is a list"),
-        ({"phrases": [" "]}, "no phrase is given"),
-        ({"compat": True}, "set conjunction=True"),
+        ({"phrases": [" "]}, "the phrases are empty"),
+        ({"variant": "released"}, "needs conjunction=True"),
     ):
         with pytest.raises(InputError, match=match):
             method(**bad)

@@ -20,14 +20,8 @@ from regard.parts.diffusion.prompt_to_prompt import refined
 from regard.reach import Call
 from regard.reach.denoising import denoising
 from regard.steer.swap_anything import concepts as swap_concepts
-from regard.steer.swap_anything.method import (
-    Steps,
-    SwapAnything,
-    object_mask,
-    restyled,
-    soften,
-    swap,
-)
+from regard.steer.swap_anything.method import Steps, SwapAnything, swap
+from regard.steer.swap_anything.shape import object_mask, restyled, soften
 from regard.zoo.tiny_diffusion import tiny_pipeline
 
 SOURCE, TARGET = "a red circle and a blue square", "a green star and a blue square"
@@ -208,3 +202,19 @@ def test_what_cannot_be_swapped() -> None:
         regard.apply(tiny_pipeline("sd3"), SwapAnything(MASK, edit, Steps(cross=1))).__enter__()
     with pytest.raises(InputError, match="height, width"):
         SwapAnything(torch.zeros(3), edit, Steps())
+
+
+def test_the_neutral_settings_swap_nothing(pipe: Any) -> None:
+    from regard.steer.swap_anything.card import CARD, Settings
+
+    picture = Image.new("RGB", (32, 32), "navy")
+    settings = Settings(**{**CARD.example, **CARD.neutral})
+    swapped = regard.swap_object(
+        pipe, picture, SOURCE, "red circle", "green star", mask=Image.new("L", (32, 32), 255),
+        settings=settings,
+    )  # fmt: skip
+    inverted = invert(pipe, picture, SOURCE, steps=3)
+    nulls = null_text(pipe, inverted, inner_steps=1)
+    both = torch.cat([encode_text(pipe, t) for t in (SOURCE, TARGET)]).detach()
+    assert torch.equal(swapped.latents, replay(pipe, inverted.latents[-1], [both] * 3, nulls))
+    assert swapped.report() == {"cells": 256, "of": 256, "error": swapped.error}

@@ -9,7 +9,7 @@ import typer
 from regard import catalog
 from regard.cli import bench, check, methods, models, reproduce, see, trial, zoo
 from regard.cli.derive import Commands
-from regard.cli.run import derived
+from regard.cli.run import derived, with_examples
 
 
 def build() -> Commands:
@@ -46,7 +46,10 @@ def build() -> Commands:
         for place, function in own.items():
             group, _, name = place.partition(" ")
             parent = groups.get(group, app)
-            parent.command(name or (group if parent is app else method.slug))(function)
+            word = name or (group if parent is app else method.slug)
+            typed = f"regard {word} " if parent is app else f"regard {group} {word} "
+            examples = [e for e in method.examples if e.startswith(typed)]
+            parent.command(word, help=with_examples(function, examples))(function)
         if "run" not in own and (command := derived(method)) is not None:
             groups["run"].command(method.slug)(command)
     for name, group_app in groups.items():

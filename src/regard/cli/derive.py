@@ -28,7 +28,7 @@ def flat(
     """The function with one option for each field of its parameters that are `Settings`.
 
     Args:
-        defaults: other defaults than the function's own.
+        defaults: other defaults than those of the function and of the settings.
         kinds: the class of a parameter, in place of its annotation; a pair (class, make) gives the
             function `make(**settings)` in place of an object of the class.
 
@@ -49,7 +49,8 @@ def flat(
         if isinstance(kind, type) and issubclass(kind, Checked):
             own = [f for f in fields(kind) if f.metadata and f.metadata["option"] != ""]  # type: ignore[arg-type]
             groups[parameter.name] = (make, own)
-            options += [_parameter(f, kind, PANELS.get(kind.__name__)) for f in own]
+            panel = PANELS.get(kind.__name__)
+            options += [_parameter(f, kind, panel, defaults or {}) for f in own]
         elif kind is None and parameter.name in kinds:
             groups[parameter.name] = (make, [])
         else:
@@ -115,9 +116,12 @@ def _none(name: str, own: list[Any]) -> bool:
     return field.default_factory is MISSING
 
 
-def _parameter(field: Field[Any], kind: type, panel: str | None) -> inspect.Parameter:
+def _parameter(
+    field: Field[Any], kind: type, panel: str | None, defaults: dict[str, Any]
+) -> inspect.Parameter:
     rule = field.metadata
     default = field.default if field.default is not MISSING else None
+    default = defaults.get(field.name, default)
     name = rule["option"] or field.name.replace("_", "-")
     help = _help(field)
     type_, parser = _type(field, kind)

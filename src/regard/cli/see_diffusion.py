@@ -105,18 +105,16 @@ def _names(prompt: str) -> tuple[list[str], list[str]]:
     """Every word of the prompt, then its noun phrases."""
     import re
 
-    from regard.parts.text.phrases import noun_phrases
+    from regard.parts.text.phrases import default_parser, noun_phrases
 
     words = re.findall(r"[\w'-]+", prompt)
     if not words:
         raise InputError("the prompt holds no word to map: say in words what the image shows")
-    notes: list[str] = []
-    try:
-        found = noun_phrases(prompt)
-    except ImportError as problem:
-        notes.append(f"phrases by the plain rule ({problem})")
-        found = noun_phrases(prompt, "rules")
-    phrases = [p.text for p in found if p.text.lower() != prompt.strip().lower()]
+    parser, missing = default_parser()
+    notes = [f"noun phrases by rules: {missing}"] if missing else []
+    phrases = [
+        p.text for p in noun_phrases(prompt, parser) if p.text.lower() != prompt.strip().lower()
+    ]
     return [*words, *(p for p in phrases if p not in words)], notes
 
 

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def adapter(name: str) -> Path:
     )
 
 
-def load_expert(name: str, base: str = BASE) -> tuple[Any, Any]:
+def load_expert(
+    name: str, base: str = BASE, load: Callable[[str], tuple[Any, Any]] = load
+) -> tuple[Any, Any]:
     """The base model with the adapter on it, in evaluation mode, and the tokenizer."""
     folder = adapter(name)
     peft = _peft()

@@ -6,7 +6,8 @@ from a `command.py` in the method's folder where it takes something of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from regard import catalog
@@ -29,7 +30,9 @@ def derived(method: catalog.Method) -> Callable[..., Any] | None:
         return None
     make = Making(method)
     command = flat(plain, {"model": method.model}, method=(method.settings, make))
-    command.__doc__ = explained(method, plain)
+    shown = inspect.cleandoc(plain.__doc__ or "")
+    command.__doc__ = f"{method.name}: {method.does}.\n\n{shown}"
+    command.__doc__ = with_examples(command, method.examples)
     return command
 
 
@@ -45,9 +48,8 @@ class Making:
         return made
 
 
-def explained(method: catalog.Method, plain: Callable[..., Any]) -> str:
-    """The help of a derived command: what the method does, what is shown, examples."""
-    lines = [f"{method.name}: {method.does}.", (plain.__doc__ or "").strip()]
-    if method.examples:
-        lines += ["[bold]Examples[/]", *(f"  {e}" for e in method.examples)]
-    return "\n\n".join(lines)
+def with_examples(command: Callable[..., Any], examples: Sequence[str]) -> str:
+    """The help of a command, the card's examples at its end."""
+    help = inspect.cleandoc(command.__doc__ or "")
+    shown = ["[bold]Examples[/]", *(f"  {e}" for e in examples)] if examples else []
+    return "\n\n".join([help, *shown])

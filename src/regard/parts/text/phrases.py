@@ -70,6 +70,15 @@ def noun_phrases(text: str, parser: str | Parser = "spacy", least: int = 2) -> l
     return found
 
 
+def default_parser() -> tuple[str, str]:
+    """ "spacy" if it is installed, else "rules" and what is missing."""
+    try:
+        noun_phrases("a", "spacy")
+    except ImportError as problem:
+        return "rules", str(problem)
+    return "spacy", ""
+
+
 def locate(phrases: Sequence[str], text: str) -> list[Phrase]:
     """Where given phrases stand; one that is given twice is looked for twice.
 

@@ -15,7 +15,9 @@ from regard.errors import InputError
 from regard.progress import bar
 from regard.versions import versions
 
-from .method import Prompt, Recipe, features, rows
+from .method import Recipe
+from .prompts import Prompt
+from .rows import features, rows
 
 MANIFEST = "build.json"
 Rewrite = Callable[[str], str]
@@ -39,6 +41,16 @@ def build(
     Args:
         model: name of the pipeline, for the record; a folder of another model is refused.
         rewrite: cleaned prompt -> caption, for example a language model.
+
+    >>> import regard
+    >>> from tempfile import TemporaryDirectory
+    >>> from regard.see.stable_semantics.prompts import Prompt
+    >>> from regard.zoo.tiny_diffusion import tiny_pipeline
+    >>> recipe = regard.Recipe(images=1, steps=1, grid=8, parser="rules")
+    >>> with TemporaryDirectory() as folder:
+    ...     path = build(tiny_pipeline("sd"), [Prompt("a red circle")], folder, recipe)
+    ...     load(path)[0]["chunks"][0]["text"]
+    'a red circle'
 
     Raises:
         InputError: no prompts, a folder of another build, or one that cannot be written.
@@ -92,8 +104,8 @@ def prepare(
     elif any((folder / "data").iterdir()):
         raise InputError(f"{folder} holds other data: name another folder")
     else:
-        made = {"key": key, "versions": versions()}
-        files.write_text(manifest, json.dumps(made, indent=1, sort_keys=True) + "\n")
+        record = {"key": key, "versions": versions()}
+        files.write_text(manifest, json.dumps(record, indent=1, sort_keys=True) + "\n")
     count = -(-len(prompts) // recipe.captions)
     return folder, [f"train-{n:05d}-of-{count:05d}" for n in range(count)]
 
@@ -106,13 +118,13 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder).expanduser() / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(found, dict)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(manifest, dict)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no build: make one with regard build") from None
     except (ValueError, AssertionError):
         raise InputError(f"{path} is damaged: remove the folder and build again") from None
-    return found
+    return manifest
 
 
 def sound(folder: Path, name: str) -> bool:
@@ -138,8 +150,8 @@ def write_shard(
     import pyarrow.parquet as pq
     from datasets import Dataset
 
-    made = rows(pipe, shard(prompts, number, recipe), recipe, rewrite, advance)
-    table = Dataset.from_list(made, features=features()).data.table
+    of_shard = rows(pipe, shard(prompts, number, recipe), recipe, rewrite, advance)
+    table = Dataset.from_list(of_shard, features=features()).data.table
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
@@ -152,9 +164,9 @@ def finish(folder: Path, names: Sequence[str]) -> Path:
     wrong = [name for name in names if not sound(folder, name)]
     if wrong:
         raise InputError(f"shard {wrong[0]} is missing or damaged: run the build again")
-    made = read_manifest(folder)
-    key, recipe = made["key"], made["key"]["recipe"]
-    kinds = ", ".join(f"{n} {v}" for n, v in made["versions"].items())
+    manifest = read_manifest(folder)
+    key, recipe = manifest["key"], manifest["key"]["recipe"]
+    kinds = ", ".join(f"{n} {v}" for n, v in manifest["versions"].items())
     lines = [
         "---",
         "configs:",
@@ -191,12 +203,12 @@ def load(folder: str | os.PathLike[str]) -> Any:
 
     path = Path(folder).expanduser()
     read_manifest(path)
-    found = sorted((path / "data").glob("train-*-of-*.parquet"))
-    if not found or len(found) != int(found[0].stem.rpartition("-")[2]):
-        raise InputError(f"{folder} holds {len(found)} shards, not all: run the build again")
+    shards = sorted((path / "data").glob("train-*-of-*.parquet"))
+    if not shards or len(shards) != int(shards[0].stem.rpartition("-")[2]):
+        raise InputError(f"{folder} holds {len(shards)} shards, not all: run the build again")
     import pyarrow.parquet as pq
 
-    return concatenate_datasets([Dataset(pq.read_table(p), fingerprint=p.stem) for p in found])
+    return concatenate_datasets([Dataset(pq.read_table(p), fingerprint=p.stem) for p in shards])
 
 
 def need_ray() -> Any:
@@ -249,6 +261,3 @@ def build_on_ray(
             Worker, batch_size=1, concurrency=workers, num_gpus=gpus
         ).materialize()
     return finish(folder, names)
-
-
-__all__ = ["MANIFEST", "build", "build_on_ray", "load", "need_ray", "read_manifest"]

@@ -26,7 +26,8 @@ from regard.report.contact import heat, sheet
 from regard.zoo.scenes import Scene, scene
 
 from .build import build, load
-from .method import ChunkMaps, Prompt, Recipe, chunks, seed_of
+from .method import ChunkMaps, Recipe
+from .prompts import Prompt, chunks, seed_of
 from .stats import TAUS, binarised, iou
 
 TITLE = "StableSemantics"

@@ -17,12 +17,8 @@ Maps are attribution, not segmentation.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,148 +28,13 @@ from torch import Tensor
 from regard.core import State
 from regard.errors import InputError, ReachError
 from regard.parts.text.expressions import words
-from regard.parts.text.phrases import PARSERS, Parser, noun_phrases
 from regard.reach import Call, Handler, Session, Site
 from regard.reach.denoising import columns, denoising
 
-RESIZE = ("bicubic", "bilinear", "area")
-_NEEDS = 'data sets need the library datasets: pip install "regard[data]"'
+from .card import Settings
+from .prompts import Chunk, seed_of
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt with where it comes from; rows without a licence are never to be published."""
-
-    text: str
-    source: str = ""
-    licence: str = ""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A noun chunk of a caption, by characters; the root is its last word."""
-
-    text: str
-    root: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a build is made of; the same recipe and pipeline give the same rows.
-
-    Args:
-        images: of each caption. batch: how many are drawn together.
-        steps, guidance: of the pipeline; its own when None.
-        grid: side of the stored maps, the longer one where images are not square.
-        resize: "bicubic", with what falls below 0 clamped, as in DAAM; "bilinear" or "area".
-        finest: average the layers of the finest resolution alone, not all.
-        average: a chunk is the mean over its "words", each that over its pieces, or all "tokens".
-        parser: who finds noun chunks: "spacy", "constituency" or "rules".
-        captions: captions in one shard.
-        seed: moves all seeds together.
-
-    Raises:
-        InputError: a setting out of range.
-    """
-
-    images: int = 10
-    batch: int = 5
-    steps: int | None = None
-    guidance: float | None = None
-    grid: int = 64
-    resize: str = "bicubic"
-    finest: bool = False
-    average: str = "words"
-    parser: str = "spacy"
-    captions: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("images", "batch", "grid", "captions"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is at least 1, not {getattr(self, name)}")
-        if self.resize not in RESIZE:
-            raise InputError(f"resize is one of {RESIZE}, not {self.resize!r}")
-        if self.average not in ("words", "tokens"):
-            raise InputError(f"average is 'words' or 'tokens', not {self.average!r}")
-        if self.parser not in PARSERS:
-            raise InputError(f"parser is one of {PARSERS}, not {self.parser!r}")
-
-
-def clean(prompt: str) -> str:
-    """A prompt without the markup of image generators.
-
-    >>> clean("(a red cat:1.3) on a [wall], <lora:ink:0.8> --ar 16:9 --v 5")
-    'a red cat on a wall'
-    """
-    text = re.sub(r"<[^<>]*>", " ", prompt)
-    text = re.sub(r"(?:^|\s)--?[a-z]+(?:\s+[\d:.]+)?(?=\s|$)", " ", text, flags=re.IGNORECASE)
-    text = re.sub(r":-?\d+(?:\.\d+)?(?=\s*[)\]])", "", text)
-    text = re.sub(r"[()\[\]{}]", "", text)
-    text = re.sub(r"\s*,(?:\s*,)*\s*", ", ", " ".join(text.split()))
-    return text.strip(" ,")
-
-
-def read_prompts(lines: Iterable[str]) -> list[Prompt]:
-    """Prompts of a text, one a line, or of JSON lines with "prompt", "source" and "licence".
-
-    What repeats an earlier prompt, or says nothing once cleaned, is dropped.
-
-    >>> [p.text for p in read_prompts(["a cat", "", "a cat", '{"prompt": "a dog"}', "--v 5"])]
-    ['a cat', 'a dog']
-
-    Raises:
-        InputError: a damaged line, or no prompt at all.
-    """
-    found: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if line.startswith("{"):
-            try:
-                given = json.loads(line)
-                own = Prompt(
-                    str(given["prompt"]),
-                    str(given.get("source", "")),
-                    str(given.get("licence", "")),
-                )
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f'line {number} of the prompts is damaged: write {{"prompt": "...", '
-                    '"source": "...", "licence": "..."}'
-                ) from None
-        else:
-            own = Prompt(line)
-        if clean(own.text):
-            found.setdefault(own.text, own)
-    if not found:
-        raise InputError("there is no prompt: write one a line")
-    return list(found.values())
-
-
-def chunks(caption: str, parser: str | Parser = "spacy") -> list[Chunk]:
-    """Base noun phrases of a caption without pronouns, in order.
-
-    >>> [(c.text, c.root) for c in chunks("a red cat, and it sits on the wall", "rules")]
-    [('a red cat', 'cat'), ('the wall', 'wall')]
-    """
-    found = []
-    for phrase in noun_phrases(caption, parser, least=1):
-        content = [w for w in words(phrase.text) if w.content]
-        if content:
-            found.append(Chunk(phrase.text, content[-1].text.lower(), phrase.start, phrase.end))
-    return found
-
-
-def seed_of(caption: str, number: int, seed: int = 0) -> int:
-    """The seed of the `number`-th image of a caption, whatever else is built.
-
-    >>> seed_of("a cat", 0) == seed_of("a cat", 0) != seed_of("a cat", 1)
-    True
-    """
-    mark = hashlib.sha256(json.dumps([caption, number, seed]).encode()).digest()
-    return int.from_bytes(mark[:6], "big")
+Recipe = Settings
 
 
 @dataclass(eq=False)
@@ -190,11 +51,12 @@ class ChunkMaps(Handler):
 
     >>> import regard
     >>> from regard.zoo.tiny_diffusion import tiny_pipeline
-    >>> pipe, seen = tiny_pipeline("sd"), ChunkMaps([[(2, 5), (6, 12)]], Recipe(grid=16))
+    >>> pipe = tiny_pipeline("sd")
+    >>> seen = regard.ChunkMaps([[(2, 5), (6, 12)]], regard.Recipe(grid=16))
     >>> with regard.apply(pipe, seen):
     ...     _ = pipe("a red circle", num_inference_steps=2)
-    >>> seen.maps().shape
-    torch.Size([1, 1, 16, 16])
+    >>> seen.maps().shape, seen.report()["spans"][0]["tokens"]
+    (torch.Size([1, 1, 16, 16]), [2, 3])
     """
 
     spans: Sequence[Sequence[tuple[int, int]]]
@@ -269,9 +131,19 @@ class ChunkMaps(Handler):
             fine = resized(summed.flatten(0, 2), size, self.recipe.resize).clamp_min(0)
             total = total + fine.unflatten(0, summed.shape[:3]).sum(1).cpu() / steps
             count += heads
-        found = total / count
-        found[:, torch.tensor(self.cut)] = torch.nan
-        return found
+        mean = total / count
+        mean[:, torch.tensor(self.cut)] = torch.nan
+        return mean
+
+    def report(self) -> dict[str, Any]:
+        """Plain data: the token columns of each span, whether it was cut off, and what
+        `described` says of its map in each image.
+        """
+        spans = []
+        for maps, tokens, cut in zip(self.maps().unbind(1), self.tokens, self.cut):
+            images = [] if cut else [described(one) for one in maps]
+            spans.append({"tokens": tokens, "cut": cut, "images": images})
+        return {"spans": spans}
 
 
 def resized(maps: Tensor, size: tuple[int, int], how: str = "bicubic") -> Tensor:
@@ -308,86 +180,15 @@ def described(values: Tensor) -> dict[str, float]:
     }
 
 
-def features() -> Any:
-    """The columns of a build, as `datasets.Features`.
-
-    Raises:
-        ImportError: datasets is not installed.
-    """
-    try:
-        from datasets import Features, Image, List, Value
-    except ImportError:
-        raise ImportError(_NEEDS) from None
-    stats = dict.fromkeys(("least", "greatest", "sum", "x", "y", "xx", "yy", "xy"))
-    return Features(
-        {
-            "prompt": Value("string"),
-            "caption": Value("string"),
-            "source": Value("string"),
-            "licence": Value("string"),
-            "number": Value("int32"),
-            "seed": Value("int64"),
-            "image": Image(),
-            "chunks": List(
-                {
-                    "text": Value("string"),
-                    "root": Value("string"),
-                    "start": Value("int32"),
-                    "end": Value("int32"),
-                    "tokens": List(Value("int32")),
-                    "cut": Value("bool"),
-                    "map": List(List(Value("float16"))),
-                    **{name: Value("float32") for name in stats},
-                }
-            ),
-        }
-    )
-
-
-def rows(
-    pipe: Any,
-    prompts: Sequence[Prompt],
-    recipe: Recipe,
-    rewrite: Callable[[str], str] | None = None,
-    advance: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """The rows of some prompts: every image with the maps of its caption's chunks."""
-    made = []
-    for prompt in prompts:
-        caption = clean(prompt.text)
-        caption = rewrite(caption).strip() if rewrite is not None else caption
-        found = chunks(caption, recipe.parser)
-        for first in range(0, recipe.images, recipe.batch):
-            numbers = range(first, min(first + recipe.batch, recipe.images))
-            images, maps, seen = draw(pipe, caption, found, numbers, recipe)
-            for n, number in enumerate(numbers):
-                made.append(
-                    {
-                        "prompt": prompt.text,
-                        "caption": caption,
-                        "source": prompt.source,
-                        "licence": prompt.licence,
-                        "number": number,
-                        "seed": seed_of(caption, number, recipe.seed),
-                        "image": {"bytes": _png(images[n]), "path": None},
-                        "chunks": [
-                            _chunk(c, maps[n, at], seen.cut[at], seen.tokens[at])
-                            for at, c in enumerate(found)
-                        ],
-                    }
-                )
-        advance()
-    return made
-
-
 def draw(
-    pipe: Any, caption: str, found: Sequence[Chunk], numbers: Iterable[int], recipe: Recipe
+    pipe: Any, caption: str, chunks: Sequence[Chunk], numbers: Iterable[int], recipe: Recipe
 ) -> tuple[list[Any], Tensor, ChunkMaps]:
     """Images of a caption, each from its own seed, and the maps `[images, chunks, grid, grid]`."""
     spans = []
-    for chunk in found:
-        own = [w for w in words(chunk.text) if w.content] or words(chunk.text)
-        spans.append([(chunk.start + w.start, chunk.start + w.end) for w in own])
+    for chunk in chunks:
+        every = words(chunk.text)
+        named = [w for w in every if w.content] or every
+        spans.append([(chunk.start + w.start, chunk.start + w.end) for w in named])
     seen = ChunkMaps(spans, recipe)
     noise = [
         torch.Generator().manual_seed(seed_of(caption, number, recipe.seed)) for number in numbers
@@ -401,21 +202,3 @@ def draw(
         images = pipe([caption] * len(noise), generator=noise, **call).images
     maps = seen.maps() if spans else torch.zeros(len(noise), 0, 1, 1)
     return images, maps, seen
-
-
-def _chunk(chunk: Chunk, values: Tensor, cut: bool, tokens: list[int]) -> dict[str, Any]:
-    sound = not cut and bool(torch.isfinite(values).all())
-    empty = dict.fromkeys(("least", "greatest", "sum", "x", "y", "xx", "yy", "xy"))
-    return {
-        **asdict(chunk),
-        "tokens": tokens,
-        "cut": cut,
-        "map": values.half().tolist() if sound else None,
-        **(described(values) if sound else empty),
-    }
-
-
-def _png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -139,8 +139,8 @@ def score_segmenter(
             many += 1
     if not many:
         raise InputError("there is no chunk with a map: build some first")
-    found = {tau: total / many for tau, total in sums.items()}
-    return {"iou": found, "best": max(found, key=lambda t: found[t]), "chunks": many}
+    mean = {tau: total / many for tau, total in sums.items()}
+    return {"iou": mean, "best": max(mean, key=lambda t: mean[t]), "chunks": many}
 
 
 def iou(a: Tensor, b: Tensor) -> float:
@@ -241,15 +241,3 @@ def _tokens(text: str) -> list[str]:
 
 def _grams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-
-
-__all__ = [
-    "TAUS",
-    "binarised",
-    "bleu",
-    "from_pipeline",
-    "iou",
-    "score_captioner",
-    "score_segmenter",
-    "statistics",
-]

@@ -24,8 +24,10 @@ from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdi
 from regard.lab.trials.scenes import read
 from regard.zoo.scenes import COLORS, Scene, scene
 
-from .losses import BACKGROUND, BALANCE, DISJOINT, Term
-from .method import DynamicPromptLearning, Learned, edit
+from .card import BACKGROUND, BALANCE, DISJOINT, Term
+from .editing import edit
+from .learned import Learned
+from .method import DynamicPromptLearning
 
 TITLE = "Dynamic Prompt Learning: Addressing Cross-Attention Leakage for Text-Based Image Editing"
 PAPER = "https://arxiv.org/abs/2309.15664"

@@ -8,42 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, cosine_similarity, interpolate, pad
 
-from regard.errors import InputError
-
 SHARPEN = 100.0
-PAPER_STEPS = 50  # the targets are written for so many
 
 
-@dataclass(frozen=True)
-class Term:
-    """One loss: its weight, and its target, `beta * exp(-step / alpha)`, which falls.
-
-    >>> round(Term(1.0, 25, 0.3).target(25, 50), 3), round(Term(1.0, 25, 0.3).target(5, 10), 3)
-    (0.11, 0.11)
-    """
-
-    weight: float
-    alpha: float
-    beta: float
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or self.alpha <= 0:
-            raise InputError(f"a loss has a weight of 0 or more and an alpha above 0, not {self}")
-
-    def target(self, step: int, steps: int) -> float:
-        """The value to reach in a step; other numbers of steps than 50 run along the same curve."""
-        return self.beta * math.exp(-step * PAPER_STEPS / steps / self.alpha)
-
-
-BALANCE, DISJOINT, BACKGROUND = Term(1.0, 25, 0.3), Term(0.05, 25, 0.9), Term(0.05, 50, 0.7)
-"""The paper's settings of the three losses."""
+def noun_maps(words: Tensor, nouns: Sequence[Sequence[int]]) -> Tensor:
+    """`[height, width, tokens]` -> `[nouns, height, width]`, the mean over each noun's columns."""
+    return torch.stack([words[..., list(at)].mean(-1) for at in nouns])
 
 
 def disjoint(maps: Tensor) -> Tensor:
@@ -126,12 +102,12 @@ def background(
             "finding the background needs scikit-learn: pip install 'regard[steer]'"
         ) from None
     rows = looks.detach().double().cpu().numpy()
-    found = KMeans(min(clusters, len(rows)), n_init=10, random_state=seed).fit_predict(rows)
+    labels = KMeans(min(clusters, len(rows)), n_init=10, random_state=seed).fit_predict(rows)
     large = interpolate(maps[None].float().cpu(), size=grid)[0]
     low = large.amin((1, 2), keepdim=True).abs()
     high = large.amax((1, 2), keepdim=True).clamp_min(torch.finfo(large.dtype).tiny)
     scaled = ((large - low) / high).flatten(1)
-    label = torch.from_numpy(found).long()
+    label = torch.from_numpy(labels).long()
     ground = torch.ones(len(label))
     for cluster in label.unique():
         inside = label == cluster

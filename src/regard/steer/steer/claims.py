@@ -20,7 +20,8 @@ from regard.lab.intervals import mean, paired
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.report.chart import Line, Panel, chart
 
-from .method import ContrastiveExpertGuidance, clean
+from .method import ContrastiveExpertGuidance
+from .sampling import clean
 
 TITLE = (
     "Steering Language Generation: Harnessing Contrastive Expert Guidance and Negative Prompting "

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +30,11 @@ from transformers import LogitsProcessor
 
 from regard.errors import InputError
 
-Ids = Sequence[int]
+from .card import Settings
+from .streams import Stream, room_of, vocabulary
 
 
-class ContrastiveExpertGuidance(LogitsProcessor):
+class ContrastiveExpertGuidance(Settings, LogitsProcessor):
     """Contrastive expert guidance and negative prompting, as a logits processor of transformers.
 
     Pass it as `expert.generate(..., logits_processor=[guidance])`: the model that generates is the
@@ -48,26 +47,24 @@ class ContrastiveExpertGuidance(LogitsProcessor):
         negatives: examples to stay away from, texts (`tokenizer` needed) or lists of token ids: one
             list for all rows, joined by a space, or a list of such lists, one per row. Of texts at
             most `k` are drawn, with `seed`.
-        gamma: strength of the expert's lead over the base, 0 or more.
-        eta: strength of the push away from the negatives, 0 or more; near 1 text falls apart.
+        gamma, eta, alpha, k, seed: see `Settings`.
         tokenizer: turns texts into ids.
         attention_mask: `[batch, prompt]`, of a left-padded prompt; the tokens that equal the
             expert's pad token at the left are taken as padding when None.
-        alpha: keep only tokens that f(c) finds at least `alpha` times as likely as its best; 0 off.
 
     A new prompt is noticed by itself and starts the streams anew; before one that begins with the
     last one, call `reset()`.
 
     >>> import regard
     >>> expert, base = regard.zoo.tiny("llama", seed=0), regard.zoo.tiny("llama", seed=1)
-    >>> guide = ContrastiveExpertGuidance(expert, base, [[5, 6, 7]], gamma=0.5, eta=0.2)
+    >>> guide = regard.ContrastiveExpertGuidance(expert, base, [[5, 6, 7]], gamma=0.5, eta=0.2)
     >>> out = expert.generate(torch.tensor([[1, 9, 8]]), logits_processor=[guide], max_new_tokens=4,
     ...                       do_sample=True, eos_token_id=None)
-    >>> out.shape
-    torch.Size([1, 7])
+    >>> out.shape, guide.report()["steps"]
+    (torch.Size([1, 7]), 4)
 
     Raises:
-        InputError: gamma, eta or alpha out of range, no negatives with eta > 0, different
+        InputError: a setting out of range, no negatives with eta > 0, different
             vocabularies, negatives that leave no room in the context; later, reordered rows (beam
             search) and several tokens at once (assisted decoding).
     """
@@ -86,13 +83,7 @@ class ContrastiveExpertGuidance(LogitsProcessor):
         seed: int = 0,
         attention_mask: Tensor | None = None,
     ) -> None:
-        for name, value in {"gamma": gamma, "eta": eta}.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is a finite number, 0 or more, not {value}")
-        if not 0 <= alpha < 1:
-            raise InputError(f"alpha is a share of the best probability, from 0 to 1, not {alpha}")
-        if k < 1:
-            raise InputError(f"k, the number of negatives to draw, is at least 1, not {k}")
+        Settings.__init__(self, gamma, eta, alpha, k, seed)
         if gamma and base is None and not hasattr(expert, "disable_adapter"):
             raise InputError(
                 "gamma > 0 needs the model the expert was tuned from: give base, or a PeftModel"
@@ -100,19 +91,18 @@ class ContrastiveExpertGuidance(LogitsProcessor):
         for what, model in {"expert": expert, "base": base}.items():
             if model is not None and getattr(model.config, "is_encoder_decoder", False):
                 raise InputError(f"the {what} is an encoder-decoder: name a causal language model")
-        sizes = [_vocabulary(m) for m in (expert, base) if m is not None]
+        sizes = [vocabulary(m) for m in (expert, base) if m is not None]
         if len(set(sizes)) > 1:
             raise InputError(
                 f"the expert has {sizes[0]} tokens and the base {sizes[1]}: both need the same "
                 "vocabulary (embeddings that were resized for a pad token count too)"
             )
-        self.gamma, self.eta, self.alpha = float(gamma), float(eta), float(alpha)
         self.expert, self.base = expert, base
         self.attention_mask = attention_mask
         self.negatives: list[list[int]] = []
         if eta:
             self.negatives = _negatives(negatives, tokenizer, k, random.Random(seed))
-            room, longest = _room(expert), max(map(len, self.negatives))
+            room, longest = room_of(expert), max(map(len, self.negatives))
             if room is not None and longest >= room:
                 raise InputError(
                     f"the negatives have {longest} tokens and the expert {room} positions: "
@@ -126,8 +116,13 @@ class ContrastiveExpertGuidance(LogitsProcessor):
         """Forget the sequence: the next call starts with a new prompt."""
         self._seen: Tensor | None = None
         self._prompt = 0
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self.shift: list[Tensor] = []  # mean |s - f(c)| of every step, `[batch]`
+
+    def report(self) -> dict[str, Any]:
+        """Plain data of the last run: steps, and by row the mean change of log-probabilities."""
+        steps = len(self.shift)
+        return {"steps": steps, "shift": torch.stack(self.shift).mean(0).tolist() if steps else []}
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -135,10 +130,10 @@ class ContrastiveExpertGuidance(LogitsProcessor):
         if not (self.gamma or self.eta or self.alpha):
             return scores
         new = self._follow(input_ids)
-        if scores.shape[1] != _vocabulary(self.expert):
+        if scores.shape[1] != vocabulary(self.expert):
             raise InputError(
                 f"the scores have {scores.shape[1]} tokens and the expert "
-                f"{_vocabulary(self.expert)}: generate with the expert itself"
+                f"{vocabulary(self.expert)}: generate with the expert itself"
             )
         barred = scores == -math.inf
         f = scores.float().log_softmax(-1)
@@ -184,10 +179,10 @@ class ContrastiveExpertGuidance(LogitsProcessor):
         if name == "base":
             model = self.expert if self.base is None else self.base
             off = self.expert.disable_adapter if self.base is None else nullcontext
-            stream = _Stream(model, off)
+            stream = Stream(model, off)
             rows, real = ids, self._prompt_mask(ids)
         else:
-            stream = _Stream(self.expert, nullcontext)
+            stream = Stream(self.expert, nullcontext)
             rows, real = self._padded(ids)
         self._streams[name] = stream
         return stream.step(rows, real)
@@ -228,127 +223,6 @@ class ContrastiveExpertGuidance(LogitsProcessor):
         return padded.expand(shape).to(ids.device), real.expand(shape).to(ids.device)
 
 
-@dataclass
-class _Stream:
-    """One model reading one text per row, with a cache of its own."""
-
-    model: Any
-    around: Callable[[], Any]
-    cache: Any = None
-    real: Tensor | None = None
-
-    def step(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        if real is None:
-            real = torch.ones_like(ids, dtype=torch.bool)
-        self.real = real if self.real is None else torch.cat([self.real, real], 1)
-        device = self.model.device
-        where = (self.real.long().cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        room = _room(self.model)
-        if room is not None and int(where.max()) >= room:
-            raise InputError(
-                f"the text outgrew the {room} positions of the model: give shorter negatives or "
-                "fewer new tokens"
-            )
-        with self.around():
-            out = self.model(
-                input_ids=ids.to(device),
-                attention_mask=self.real.long().to(device),
-                position_ids=where.to(device),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self.cache = out.past_key_values
-        return out.logits[:, -1].float().log_softmax(-1).to(ids.device)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sampled text, the places of its negatives in the pool, and how it was made."""
-
-    text: str
-    negatives: list[int]
-    gamma: float
-    eta: float
-    seed: int
-    shift: float  # mean |s - f(c)| over the steps and the vocabulary
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-
-def sample(
-    expert: Any,
-    tokenizer: Any,
-    prompt: str,
-    pool: list[str],
-    *,
-    count: int,
-    base: Any = None,
-    gamma: float = 0.5,
-    eta: float = 0.2,
-    k: int = 10,
-    alpha: float = 0.0,
-    tokens: int = 40,
-    batch: int = 1,
-    seed: int = 0,
-    start: int = 0,
-    sampler: dict[str, Any] | None = None,
-) -> Iterator[Sample]:
-    """Samples one after another; each joins `pool` (in place) and may be a later one's negative.
-
-    With `batch` > 1 the rows of a batch do not see each other, which is ours. Sampling is top-k 10
-    at temperature 1, after the guidance; `sampler` says otherwise (`top_k`, `top_p`,
-    `temperature`). Every batch has a seed of its own, so that a run can go on at `start`. The state
-    of torch's random numbers is put back.
-    """
-    if eta and not pool:
-        raise InputError("the pool of negatives is empty: give some, or eta=0")
-    if eta and k > len(pool):
-        warnings.warn(
-            f"STEER: only {len(pool)} of k={k} negatives are there: all are used", stacklevel=2
-        )
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(expert.device)
-    chain = {"temperature": 1.0, "top_k": 10, "top_p": 1.0, **(sampler or {})}
-    for first in range(start, count, batch):
-        rows = min(batch, count - first)
-        draw = random.Random(seed * 1_000_003 + first)
-        size = min(k, len(pool)) if eta else 0
-        picked = [draw.sample(range(len(pool)), size) for _ in range(rows)]
-        texts = [[pool[n] for n in own] for own in picked]
-        guide = ContrastiveExpertGuidance(
-            expert, base, texts, gamma, eta, tokenizer=tokenizer, k=k, alpha=alpha
-        )
-        _check_room(expert, max(map(len, [*guide.negatives, ids[0]])), tokens)
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed * 1_000_003 + first)
-            out = expert.generate(
-                input_ids=ids.expand(rows, -1),
-                attention_mask=torch.ones_like(ids).expand(rows, -1),
-                max_new_tokens=tokens,
-                do_sample=True,
-                renormalize_logits=True,
-                logits_processor=[guide],
-                pad_token_id=tokenizer.eos_token_id,
-                **chain,
-            )
-        shift = torch.stack(guide.shift).mean(0).tolist() if guide.shift else [0.0] * rows
-        for row, own, moved in zip(out[:, ids.shape[1] :], picked, shift):
-            text = clean(tokenizer.decode(row, skip_special_tokens=True))
-            if text:
-                pool.append(text)
-            yield Sample(text, own, gamma, eta, seed, moved)
-
-
-def clean(text: str) -> str:
-    """The first answer alone: nothing from a further "###" header on, no line breaks.
-
-    >>> clean(" One line.\\n### Sentence: another")
-    'One line.'
-    """
-    return " ".join(text.split("###")[0].split())
-
-
 def _negatives(
     given: Sequence[Any] | str, tokenizer: Any, k: int, draw: random.Random
 ) -> list[list[int]]:
@@ -364,26 +238,8 @@ def _negatives(
     ids = []
     for row in rows:
         texts = list(row) if len(row) <= k else draw.sample(list(row), k)
-        made = list(tokenizer(" ".join(texts))["input_ids"])
-        if not made:
+        tokens = list(tokenizer(" ".join(texts))["input_ids"])
+        if not tokens:
             raise InputError("the negatives hold no token: give some words, or eta=0")
-        ids.append(made)
+        ids.append(tokens)
     return ids
-
-
-def _check_room(model: Any, longest: int, tokens: int) -> None:
-    """Refuse texts that would outgrow the model before anything is sampled."""
-    room = _room(model)
-    if room is not None and longest + tokens > room:
-        raise InputError(
-            f"prompt and negatives have up to {longest} tokens and a sample {tokens}, but the "
-            f"expert has {room} positions: give fewer or shorter ones"
-        )
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
-
-def _room(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -17,24 +17,26 @@ Deviations:
 - Phrases are found by character offsets of the tokenizer, not by walking leaves and pieces
   together.
 - In the conjunction mode the first keys come from the untouched prompt, as the paper has it; the
-  released code overwrites them (`compat=True` does the same).
+  released code overwrites them (`variant="released"`).
 - Batches, several prompts and several images of a prompt work; the released code takes one.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.core import State
 from regard.errors import InputError, ReachError
-from regard.parts.text.phrases import PARSERS, Parser, Phrase, locate, noun_phrases
+from regard.parts.text.phrases import Phrase, locate, noun_phrases
 from regard.reach import Call, Handler, Site
 from regard.reach.denoising import Prompts, denoising
+
+from .card import Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,25 +57,15 @@ class Structure:
     skipped: list[Phrase]
 
 
-@dataclass(eq=False)
-class StructuredDiffusion(Handler):
+class StructuredDiffusion(Settings, Handler):
     """Give each noun phrase of the prompt its own encoding inside cross-attention.
 
     Acts on the half of guidance that the prompt drives; the other half, self-attention, weights and
     seeds stay as they are. A prompt without a phrase of two words or more gives the plain image.
 
-    Args:
-        parser: "spacy", "constituency", "rules", or a function text -> (first character, end) of
-            each phrase; see `regard.parts.text.phrases.noun_phrases`.
-        phrases: the phrases themselves instead of a parser, located in the prompt; a list for all
-            prompts.
-        conjunction: for prompts of the form "A and B": one set of keys per phrase over values in
-            which all phrases are replaced, the outputs averaged.
-        fused: compute the mean over values as one attention with the values of the mean context,
-            at the cost of the plain model; exact, as values are linear in the context. False
-            computes one attention a phrase, for values that are not (quantised, normalised).
-        compat: in the conjunction mode, take the first keys from the replaced encoding, as the
-            released code does.
+    The mean over values is exact and as cheap as the plain model, as values are linear in the
+    context; `fused=False` is for values that are not (quantised, normalised). `used` holds the
+    encodings of the last prompts, `report()` their phrases.
 
     >>> import regard
     >>> from regard.zoo.tiny_diffusion import tiny_pipeline
@@ -81,38 +73,31 @@ class StructuredDiffusion(Handler):
     >>> method = StructuredDiffusion(parser="rules")
     >>> with regard.apply(pipe, method):
     ...     image = pipe("a red circle and a blue square", num_inference_steps=2).images[0]
-    >>> [phrase.text for phrase in method.used["a red circle and a blue square"].phrases]
+    >>> method.report()["prompts"][0]["phrases"]
     ['a red circle', 'a blue square']
 
     Raises:
-        InputError: an unknown parser, a phrase that is not in the prompt, a pipeline that was given
-            embeddings in place of a prompt, a denoiser without its pipeline.
+        InputError: a setting out of range, a phrase that is not in the prompt, a pipeline that was
+            given embeddings in place of a prompt, a denoiser without its pipeline.
         ReachError: a model without cross-attention to text.
         ImportError: the parser is not installed.
     """
 
-    parser: str | Parser = "spacy"
-    phrases: Sequence[str] | None = None
-    conjunction: bool = False
-    fused: bool = True
-    compat: bool = False
-    used: dict[str, Structure] = field(default_factory=dict, init=False, repr=False)
-    _prompts: Prompts | None = field(default=None, init=False, repr=False)
-    _structures: list[Structure] = field(default_factory=list, init=False, repr=False)
-    _index: Tensor | None = field(default=None, init=False, repr=False)
-    _found: tuple[list[int], list[Structure]] = field(
-        default_factory=lambda: ([], []), init=False, repr=False
-    )
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.phrases, str):
-            raise InputError(f"phrases is a list: give [{self.phrases!r}]")
-        if self.phrases is not None and not any(p.strip() for p in self.phrases):
-            raise InputError("no phrase is given: name at least one, or leave phrases out")
+            raise InputError(f"phrases is a list: write [{self.phrases!r}]")
+        if self.phrases and not any(p.strip() for p in self.phrases):
+            raise InputError("the phrases are empty: name words of the prompt")
         if self.phrases is None and isinstance(self.parser, str):
-            noun_phrases("a", self.parser)  # a parser that is unknown or not installed shows here
-        if self.compat and not self.conjunction:
-            raise InputError("compat is about the conjunction mode: set conjunction=True too")
+            noun_phrases("a", self.parser)  # a parser that is not installed is refused here
+        if self.variant == "released" and not self.conjunction:
+            raise InputError('variant="released" needs conjunction=True')
+        self.used: dict[str, Structure] = {}
+        self._prompts: Prompts | None = None
+        self._structures: list[Structure] = []
+        self._index: Tensor | None = None
+        self._chosen: tuple[list[int], list[Structure]] = ([], [])
 
     def sites(self, sites: list[Site]) -> list[Site]:
         cross = [s for s in sites if s.kind == "cross"]
@@ -131,6 +116,19 @@ class StructuredDiffusion(Handler):
             return locate(self.phrases, prompt)
         whole = prompt.strip().rstrip(".").strip()
         return [p for p in noun_phrases(prompt, self.parser) if p.text != whole]
+
+    def report(self) -> dict[str, Any]:
+        """Plain data of the last run: by prompt, the phrases used and those cut off."""
+        return {
+            "prompts": [
+                {
+                    "prompt": prompt,
+                    "phrases": [p.text for p in structure.phrases],
+                    "skipped": [p.text for p in structure.skipped],
+                }
+                for prompt, structure in self.used.items()
+            ]
+        }
 
     def before(self, call: Call) -> Call | None:
         rows, of_row = self._rows(call)
@@ -156,16 +154,16 @@ class StructuredDiffusion(Handler):
         # the first term is the State of the call itself: K_0 with its values
         total = state.out.clone()
         count = torch.ones(len(total), device=total.device, dtype=total.dtype)
-        if self.conjunction and self.compat:
+        if self.conjunction and self.variant == "released":
             contexts = torch.stack([s.joined for s in of_row])
             total = self._with(call, rows, contexts, keys=True)
         for n in range(1, max(len(s.contexts) for s in of_row)):
             having = [(r, s) for r, s in zip(rows, of_row) if n < len(s.contexts)]
-            own = [r for r, _ in having]
+            index = [r for r, _ in having]
             contexts = torch.stack([s.contexts[n] for _, s in having])
-            out = self._with(call, own, contexts, keys=self.conjunction)
-            total[own] += out[own]
-            count[own] += 1
+            out = self._with(call, index, contexts, keys=self.conjunction)
+            total[index] += out[index]
+            count[index] += 1
         return State(total / count[:, None, None, None], state.lse)
 
     def _with(self, call: Call, rows: list[int], contexts: Tensor, keys: bool) -> Tensor:
@@ -197,16 +195,16 @@ class StructuredDiffusion(Handler):
             self.used = dict(zip(texts, self._structures))
             self._index = None
         if place.conditional is self._index:
-            return self._found
+            return self._chosen
         self._index = place.conditional
-        rows, found = [], []
+        rows, structures = [], []
         for element, row in enumerate(self._index.tolist()):
             structure = self._structures[element // place.prompts.images_per_prompt]
             if len(structure.contexts) > 1:
                 rows.append(row)
-                found.append(structure)
-        self._found = rows, found
-        return self._found
+                structures.append(structure)
+        self._chosen = rows, structures
+        return self._chosen
 
     def _structure(self, prompts: Prompts, number: int) -> Structure:
         """Encode the phrases of a prompt and put each in its place."""
@@ -224,28 +222,25 @@ class StructuredDiffusion(Handler):
         if skipped:
             names = ", ".join(repr(p.text) for p in skipped)
             warnings.warn(
-                f"StructuredDiffusion: {names} lies behind what the text encoder reads and is "
-                "left out",
+                f"StructuredDiffusion: {names} is beyond the text encoder's limit and is left out",
                 stacklevel=2,
             )
         if not placed:
-            warnings.warn(
-                f"StructuredDiffusion: no noun phrase of two words or more in {text!r}, so its "
-                "image is the plain one",
-                stacklevel=2,
-            )
+            if self.phrases is None or len(self.phrases):
+                warnings.warn(
+                    f"StructuredDiffusion: no noun phrase of two words or more in {text!r}, so its "
+                    "image is the plain one",
+                    stacklevel=2,
+                )
             return Structure(whole[None], whole, [], skipped)
         alone = prompts.encode([p.text for p, _ in placed]).to(whole)
         contexts, joined = [whole], whole.clone()
-        for (phrase, at), own in zip(placed, alone):
-            if at != list(range(at[0], at[0] + len(at))) or 1 + len(at) > len(own):
+        for (phrase, at), encoding in zip(placed, alone):
+            if at != list(range(at[0], at[0] + len(at))) or 1 + len(at) > len(encoding):
                 raise InputError(f"phrase {phrase.text!r} is not one run of tokens in the prompt")
-            span, part = slice(at[0], at[0] + len(at)), own[1 : 1 + len(at)]
+            span, part = slice(at[0], at[0] + len(at)), encoding[1 : 1 + len(at)]
             one = whole.clone()
             one[span] = part
             joined[span] = part
             contexts.append(one)
         return Structure(torch.stack(contexts), joined, [p for p, _ in placed], skipped)
-
-
-__all__ = ["PARSERS", "Structure", "StructuredDiffusion"]

@@ -23,7 +23,8 @@ from regard.parts.diffusion.prompt_to_prompt import PromptToPrompt, refined, wor
 from regard.report.contact import sheet
 from regard.zoo.scenes import COLORS, Scene, Thing, scene
 
-from .method import Steps, soften, swap
+from .method import Steps, swap
+from .shape import soften
 
 TITLE = "SwapAnything: Enabling Arbitrary Object Swapping in Personalized Visual Editing"
 PAPER = "https://arxiv.org/abs/2404.05717"

@@ -8,8 +8,7 @@ go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ from torch import Tensor
 
 from regard import files
 from regard.errors import InputError
+from regard.parts.diffusion import kept
+from regard.parts.diffusion.encodings import encode_with
 from regard.parts.diffusion.inversion import encode_image, fingerprint, frozen, predict
+from regard.parts.diffusion.prompt_to_prompt import token_ids
 
 TOKEN = "<concept>"
 
@@ -41,35 +43,13 @@ def word_id(pipe: Any, word: str) -> int:
     return int(ids[0])
 
 
-@contextmanager
-def _as(pipe: Any, token: int, vector: Tensor) -> Iterator[None]:
-    """The text encoder with another input embedding for one token."""
-
-    def swap(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        ids = args[0]
-        return torch.where((ids == token)[..., None], vector.to(out), out)
-
-    hook = pipe.text_encoder.get_input_embeddings().register_forward_hook(swap)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def encode(pipe: Any, prompt: str, word: str, vector: Tensor) -> Tensor:
     """The encoding of a prompt in which a word stands for a learnt concept, `[1, tokens, dim]`."""
-    tokenizer = pipe.tokenizer
-    ids = tokenizer(
-        prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-        return_tensors="pt",
-    ).input_ids.to(pipe.unet.device)  # fmt: skip
     token = word_id(pipe, word)
-    if not bool((ids == token).any()):
+    at = [n for n, one in enumerate(token_ids(pipe.tokenizer, prompt)) if one == token]
+    if not at:
         raise InputError(f"{word!r} is not in {prompt!r}: the word stands for the concept there")
-    with _as(pipe, token, vector):
-        found = pipe.text_encoder(ids)[0]
-    assert isinstance(found, Tensor)
-    return found
+    return encode_with(pipe, prompt, at, vector.expand(len(at), -1))
 
 
 def learn(
@@ -111,15 +91,15 @@ def learn(
     make = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         latents = torch.cat([encode_image(pipe, image) for image in images])
-    settings = [word, prompt, steps, lr, batch, seed, fingerprint(pipe, latents)]
-    kept = _Kept(file, dumps(settings))
-    done = kept.finished()
-    if done is not None:
-        return done.to(device)
+    plan = dumps([word, prompt, steps, lr, batch, seed, fingerprint(pipe, latents)])
+    part = None if file is None else file.with_name(f".{file.name}.unfinished")
+    finished = kept.read(file, plan)
+    if finished is not None:
+        return finished[TOKEN].flatten().to(device)
     start = pipe.text_encoder.get_input_embeddings().weight[token]
     vector = start.detach().clone().float().requires_grad_()
     adam = torch.optim.AdamW([vector], lr=lr, weight_decay=0.0)
-    first = kept.resume(vector, adam, make)
+    first = _resume(kept.read(part, plan), vector, adam, make)
     noise_of = pipe.scheduler
     last = noise_of.config.num_train_timesteps
     with frozen(pipe.unet, pipe.text_encoder), torch.enable_grad():
@@ -136,57 +116,31 @@ def learn(
             loss = F.mse_loss(said.float(), wanted.float())
             (vector.grad,) = torch.autograd.grad(loss, vector)
             adam.step()
-            kept.write(vector, adam, make)
+            state = {**adam.state[vector], "vector": vector, "noise": make.get_state()}
+            kept.write(part, state, plan)
             if progress is not None:
                 progress()
-    kept.finish(vector.detach())
+    if file is not None and part is not None:
+        save(file, vector.detach(), {"plan": plan})
+        part.unlink(missing_ok=True)
     return vector.detach()
 
 
-class _Kept:
-    """A concept on disk, finished or on the way, with what it was made with."""
-
-    def __init__(self, file: Path | None, plan: str) -> None:
-        self.file, self.plan = file, {"plan": plan}
-        self.part = None if file is None else file.with_name(f".{file.name}.unfinished")
-
-    def _read(self, path: Path | None) -> dict[str, Tensor] | None:
-        if path is None or not path.is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as held:
-                if held.metadata() != self.plan:
-                    return None
-                return {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return None  # half a file is no file
-
-    def finished(self) -> Tensor | None:
-        held = self._read(self.file)
-        return None if held is None else held[TOKEN].flatten()
-
-    def resume(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> int:
-        """Put all three where the last run stopped; how many steps it had made."""
-        held = self._read(self.part)
-        if held is None:
-            return 0
-        with torch.no_grad():
-            vector.copy_(held["vector"])
-        names = ("step", "exp_avg", "exp_avg_sq")
-        adam.state[vector] = {n: held[n].to("cpu" if n == "step" else vector) for n in names}
-        make.set_state(held["noise"])
-        return int(held["step"])
-
-    def write(self, vector: Tensor, adam: torch.optim.Optimizer, make: torch.Generator) -> None:
-        if self.part is not None:
-            held = {**adam.state[vector], "vector": vector, "noise": make.get_state()}
-            plain = {n: t.detach().cpu().contiguous() for n, t in held.items()}
-            files.write_bytes(self.part, to_bytes(plain, self.plan))
-
-    def finish(self, vector: Tensor) -> None:
-        if self.file is not None and self.part is not None:
-            save(self.file, vector, self.plan)
-            self.part.unlink(missing_ok=True)
+def _resume(
+    state: dict[str, Tensor] | None,
+    vector: Tensor,
+    adam: torch.optim.Optimizer,
+    make: torch.Generator,
+) -> int:
+    """Put all three where the last run stopped; how many steps it had made."""
+    if state is None:
+        return 0
+    with torch.no_grad():
+        vector.copy_(state["vector"])
+    names = ("step", "exp_avg", "exp_avg_sq")
+    adam.state[vector] = {n: state[n].to("cpu" if n == "step" else vector) for n in names}
+    make.set_state(state["noise"])
+    return int(state["step"])
 
 
 def save(path: Path, vector: Tensor, about: dict[str, str] | None = None) -> None:
@@ -204,8 +158,8 @@ def load(path: Path) -> Tensor:
         with safe_open(path, "pt") as held:
             names = list(held.keys())
             if len(names) == 1:
-                found: Tensor = held.get_tensor(names[0]).flatten()
-                return found
+                vector: Tensor = held.get_tensor(names[0]).flatten()
+                return vector
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except SafetensorError as problem:

@@ -30,21 +30,14 @@ from torch import Tensor
 from regard.core import State, mass
 from regard.errors import InputError, ReachError
 from regard.parts.decoding.picks import over
-from regard.parts.diffusion.inversion import (
-    Inverted,
-    encode_text,
-    frozen,
-    predict,
-    replay,
-    schedule,
-)
+from regard.parts.diffusion.inversion import Inverted, encode_text, replay, schedule
 from regard.parts.diffusion.latents import decode
 from regard.parts.diffusion.prompt_to_prompt import Columns, of_row, refined
-from regard.reach import Call, Handler, Session, Site
-from regard.reach.denoising import columns, denoising
+from regard.reach import Call, Handler, Site
+from regard.reach.denoising import denoising
 
-DILATE, BLUR = 10 / 512, 25 / 512  # of the grid's side, as the paper's on 512 pixels
-SHARPNESS, LEVEL = 10.0, 0.4  # of the soft shape
+from .card import Settings
+from .shape import pull, restyled, soften
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,11 @@ class Steps:
         """The paper's numbers, for so many steps in all (they are for 50)."""
         return cls(*(round(n * steps / 50) for n in (30, 20, 25, 10, 30)))
 
+    @classmethod
+    def shares(cls, shares: Sequence[float], steps: int) -> Steps:
+        """Shares of so many steps, in the order of the attributes."""
+        return cls(*(round(share * steps) for share in shares))
+
 
 @dataclass(eq=False)
 class SwapAnything(Handler):
@@ -80,13 +78,17 @@ class SwapAnything(Handler):
         mask: `[height, width]`, 1 where the object is, at any size.
         edit: columns of the prompts, from `refined(tokenizer, source, target)`.
         steps: see `Steps`.
-        soft: widen and soften the mask of latents (content in space).
-        style: give the target's latents within the mask the source's mean and spread there:
-            "pooled" over all channels (the released code), "channels", or None.
+        soft, style: see `Settings`.
         cells: self-attention of more image tokens keeps its own maps.
 
-    Use `after_step` as that of `parts.diffusion.inversion.replay`. With all steps 0 both images are
-    the plain ones.
+    Use `after_step` as that of `parts.diffusion.inversion.replay`; `swap` does. With all steps 0
+    both images are the plain ones.
+
+    >>> import regard
+    >>> from regard.zoo.tiny_diffusion import tiny_pipeline
+    >>> edit = refined(tiny_pipeline("sd").tokenizer, "a red circle", "a red star")
+    >>> regard.SwapAnything(torch.eye(4), edit, Steps(cross=1)).inside((2, 2)).tolist()
+    [False, False, False, False]
 
     Raises:
         InputError: not two images, a mask of the wrong shape.
@@ -107,8 +109,7 @@ class SwapAnything(Handler):
         self.mask = torch.as_tensor(self.mask).float()
         if self.mask.dim() != 2:
             raise InputError(f"the mask is [height, width], not {tuple(self.mask.shape)}")
-        if self.style not in ("pooled", "channels", None):
-            raise InputError(f'style is "pooled", "channels" or None, not {self.style!r}')
+        Settings(soft=self.soft, style=self.style)  # refuses another style
 
     def sites(self, sites: list[Site]) -> list[Site]:
         if not any(s.kind == "cross" for s in sites) or any(s.kind == "joint" for s in sites):
@@ -172,57 +173,13 @@ class SwapAnything(Handler):
         source, target = latents
         size = latents.shape[-2:]
         hard = self.inside((int(size[0]), int(size[1]))).view(size).to(latents.device)
-        if self.style is not None:
+        if self.style not in (None, "none"):
             target = restyled(target, source, hard, self.style)
         weight = soften(hard) if self.soft else hard.float()
         if self.steps.ramp:
             weight = weight * min(1.0, step / self.steps.ramp)
         weight = weight.to(latents)
         return torch.stack([source, source * (1 - weight) + target * weight])
-
-
-def restyled(target: Tensor, source: Tensor, inside: Tensor, style: str = "pooled") -> Tensor:
-    """The target `[channels, height, width]` with the source's mean and spread inside the mask.
-
-    >>> a, b = torch.arange(8.0).view(1, 2, 4), 10 * torch.ones(1, 2, 4)
-    >>> b[0, 0] = torch.tensor([0.0, 20, 0, 20])
-    >>> restyled(a, b, torch.arange(2)[:, None].expand(2, 4) == 0).mean().item()
-    7.75
-
-    Raises:
-        InputError: fewer than two cells inside, or all alike.
-    """
-    dims = (0, 1) if style == "pooled" else (1,)
-    a, b = target[:, inside], source[:, inside]
-    count = int(inside.sum())
-    if count * (len(target) if style == "pooled" else 1) < 2:
-        raise InputError(f"the mask covers {count} latent cells, and at least 2 are needed")
-    spread = a.std(dims, keepdim=True)
-    if bool((spread == 0).any()):
-        raise InputError(
-            f"the mask covers {count} latent cells that are all alike: widen it, or style=None"
-        )
-    new = (a - a.mean(dims, keepdim=True)) / spread * b.std(dims, keepdim=True)
-    out = target.clone()
-    out[:, inside] = new + b.mean(dims, keepdim=True)
-    return out
-
-
-def soften(inside: Tensor) -> Tensor:
-    """The mask, widened by an ellipse and blurred, and 1 where it was.
-
-    >>> soften(torch.eye(3) > 0).diagonal().tolist()
-    [1.0, 1.0, 1.0]
-    """
-    side = max(inside.shape)
-    reach, width = max(1, round(DILATE * side / 2)), max(1, round(BLUR * side))
-    wide = F.max_pool2d(inside.float()[None, None], 2 * reach + 1, 1, reach)
-    at = torch.arange(-width, width + 1, dtype=torch.float32, device=inside.device)
-    line = torch.exp(-0.5 * (at / max(width / 2, 0.5)) ** 2)
-    line = line / line.sum()
-    padded = F.pad(wide, (width,) * 4, mode="replicate")
-    blurred = F.conv2d(F.conv2d(padded, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))[0, 0]
-    return torch.where(inside, torch.ones_like(blurred), blurred.clamp(0, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,12 +191,19 @@ class Swapped:
             picture itself.
         latents: both, `[2, channels, height, width]`, the source first.
         error: mean squared difference of the source's latents from the picture's.
+        inside: latent cells under the mask, boolean `[height, width]`.
     """
 
     image: Any
     source: Any
     latents: Tensor
     error: float
+    inside: Tensor
+
+    def report(self) -> dict[str, Any]:
+        """Plain data: latent cells under the mask, of how many, and the inversion's error."""
+        cells = {"cells": int(self.inside.sum()), "of": self.inside.numel()}
+        return {**cells, "error": self.error}
 
 
 def swap(
@@ -267,10 +231,20 @@ def swap(
         target: the prompt of the new object; the shared words should stand as in the source's.
         steps: which swaps, and how long; the paper's when None.
         embeds: the target prompt's encoding `[1, tokens, dim]` where a concept was learnt.
-        soft, style: see `SwapAnything`.
+        soft, style: see `Settings`.
         guidance: as in null-text inversion.
         shape: strength of scale adaptation: the target's latents step towards a shape of the
             object's word (`shape_words`, key columns of the target) like the mask.
+
+    >>> import regard
+    >>> from PIL import Image
+    >>> from regard.parts.diffusion.inversion import invert, null_text
+    >>> from regard.zoo.tiny_diffusion import tiny_pipeline
+    >>> pipe, picture = tiny_pipeline("sd"), Image.new("RGB", (32, 32), "red")
+    >>> inverted = invert(pipe, picture, "a red circle", steps=2)
+    >>> nulls = null_text(pipe, inverted, inner_steps=1)
+    >>> regard.swap(pipe, inverted, nulls, torch.ones(32, 32), "a red star").report()["cells"]
+    256
 
     Raises:
         InputError: a mask that covers nothing or too little.
@@ -291,10 +265,12 @@ def swap(
         if shape and step < handler.steps.latents and step + 1 < count:
             handler._idle = True
             try:
-                pull = _pull(pipe, ddim, step + 1, latents[1:], both[1:], handler.mask, shape_words)
+                toward = pull(
+                    pipe, ddim, step + 1, latents[1:], both[1:], handler.mask, shape_words
+                )
             finally:
                 handler._idle = False
-            latents = torch.cat([latents[:1], latents[1:] - shape * pull])
+            latents = torch.cat([latents[:1], latents[1:] - shape * toward])
         return handler.after_step(step, latents)
 
     latents = replay(
@@ -303,81 +279,5 @@ def swap(
     )  # fmt: skip
     first, second = decode(pipe, latents)
     error = float(F.mse_loss(latents[:1], inverted.latents[0]))
-    return Swapped(second, first, latents, error)
-
-
-class WordMap(Handler):
-    """The mean map of some key columns, over heads and over cross-attention of the largest grid."""
-
-    def __init__(self, words: Sequence[int], cells: int = 32 * 32) -> None:
-        self.words, self.cells = list(words), cells
-        self.sums: dict[tuple[int, int], Tensor] = {}
-        self.counts: dict[tuple[int, int], int] = {}
-
-    def sites(self, sites: list[Site]) -> list[Site]:
-        return [s for s in sites if s.kind == "cross"]
-
-    def after(self, call: Call, state: State) -> State | None:
-        place = denoising(call)
-        if place.grid is None or place.grid[0] * place.grid[1] > self.cells:
-            return None
-        rows = place.conditional if place.index is not None else None
-        maps = columns(call, state, self.words, rows).mean((1, 3)).unflatten(1, place.grid)
-        old = self.sums.get(place.grid)
-        self.sums[place.grid] = maps if old is None else old + maps
-        self.counts[place.grid] = self.counts.get(place.grid, 0) + 1
-        return None
-
-    def map(self) -> Tensor:
-        """`[rows, height, width]`."""
-        grid = max(self.sums, key=lambda g: g[0] * g[1])
-        return self.sums[grid] / self.counts[grid]
-
-
-def _pull(
-    pipe: Any, ddim: Any, step: int, latents: Tensor, embeds: Tensor, mask: Tensor,
-    words: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """Gradient of |mask - soft shape of the words| with respect to the latents, times sigma."""
-    time = ddim.timesteps[step]
-    sigma = float((1 - ddim.alphas_cumprod[int(time)]).sqrt())
-    moved = latents.detach().clone().requires_grad_()
-    look = WordMap(words)
-    with torch.enable_grad(), frozen(pipe.unet), Session(pipe.unet, [look]):
-        predict(pipe, moved, time, embeds.detach())
-        found = look.map()[0]
-        soft = torch.sigmoid(SHARPNESS * (_level(found) - LEVEL))
-        size = (soft.shape[-2], soft.shape[-1])
-        wanted = F.adaptive_avg_pool2d(mask[None, None].to(soft), size)[0, 0]
-        (gradient,) = torch.autograd.grad((wanted - soft).abs().sum(), moved)
-    return sigma * gradient.detach()
-
-
-def object_mask(
-    pipe: Any, inverted: Inverted, nulls: Sequence[Tensor], words: Sequence[int],
-    threshold: float = 0.5, guidance: float = 7.5,
-) -> Tensor:  # fmt: skip
-    """Where the source's branch looks for some words: their map over all steps, at least
-    `threshold` of its range; `[height, width]`, a guess where no mask is at hand.
-    """
-    look = WordMap(words)
-    embeds = encode_text(pipe, inverted.prompt).detach()
-    replay(pipe, inverted.latents[-1], [embeds] * inverted.steps, list(nulls), guidance=guidance,
-           handlers=[look])  # fmt: skip
-    return (_level(look.map()[0]) >= threshold).float()
-
-
-def _level(found: Tensor) -> Tensor:
-    """A map from 0 to 1."""
-    return (found - found.min()) / (found.max() - found.min()).clamp_min(1e-9)
-
-
-__all__ = [
-    "Steps",
-    "SwapAnything",
-    "Swapped",
-    "object_mask",
-    "restyled",
-    "soften",
-    "swap",
-]
+    size = (int(latents.shape[-2]), int(latents.shape[-1]))
+    return Swapped(second, first, latents, error, handler.inside(size).view(size))
