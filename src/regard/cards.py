@@ -97,6 +97,7 @@ def setting(
     option: str | None = None,
     kind: Any = None,
     alias: str | None = None,
+    hidden: bool = False,
 ) -> Any:
     """A field of `Settings`: its default, one line of help, and what it may be.
 
@@ -109,6 +110,7 @@ def setting(
         option: its name on the command line, "" for none; derived from the field's name if None.
         kind: what the command line takes, where that is not the field's own type.
         alias: an older name of the option, still read.
+        hidden: an older setting, still read: not in the help, and not in `settings()`.
     """
     given = {n: v for n, v in locals().items() if n not in ("default", "among")}
     given["among"] = None if among is None else tuple(among)
@@ -171,7 +173,8 @@ class Checked:
 
     def settings(self) -> dict[str, Any]:
         """The settings by name: what `type(self)(**settings)` makes again."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata}  # type: ignore[arg-type]
+        shown = [f.name for f in fields(self) if f.metadata and not f.metadata["hidden"]]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in shown}
 
 
 def check(name: str, value: Any, one: Any) -> None:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from regard.cli.common import err, write_json
+from regard.cli.common import err, working, write_json
 from regard.cli.pages import check_places
+from regard.cli.pictures import ask, load_vlm, read_images, seen_by_model
 from regard.errors import InputError, RegardError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -34,14 +35,12 @@ def see(
         InputError: no question, a file that is no picture, a model that reads none, an output that
             cannot be written.
     """
-    from regard.cli.run import vlm
-
     check_places(json, html)
     if question is None or not question.strip():
         raise InputError('ask something about the picture: regard see photo.png "what is this?"')
-    pictures = vlm.read_images([Path(given)])
-    loaded, processor = vlm.load_vlm(model)
-    inputs = vlm.prepare(loaded, processor, pictures, question, tokens, True)
+    pictures = read_images([Path(given)])
+    loaded, processor = load_vlm(model)
+    inputs = ask(loaded, processor, pictures, question, tokens)
     result, looks, sinks = _look(loaded, processor, inputs, tokens)
     result |= {
         "picture": Path(given).name,
@@ -55,22 +54,22 @@ def see(
     if html is not None:
         from regard.files import write_text
 
-        shown = vlm.seen_by_model(processor, inputs, 0, pictures[0])
+        shown = seen_by_model(processor, inputs, 0, pictures[0])
         write_text(html, _page(result, looks, sinks, shown))
         err().print(f"report: {html}", markup=False, highlight=False)
 
 
 def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[str, Any], Any, Any]:
     """The answer, what every word looked at, the sinks of each layer, and the cuts' bias."""
-    from regard.cli.run import vlm
+    from regard.lab.answers import answer
     from regard.parts.pictures import PictureLooks
     from regard.watching.tokens import pieces
 
     looks = PictureLooks()
     sinks, why = _sinks(loaded, inputs)
     handlers = [looks] if sinks is None else [looks, sinks]
-    with vlm.working("answering"):
-        ids, _ = vlm.answer(loaded, inputs, tokens, handlers)
+    with working("answering"):
+        ids = answer(loaded, inputs, tokens, handlers).tokens
     names = [said.strip() or "·" for said in pieces(processor.tokenizer, looks.tokens)]
     asked = len(names) - max(0, len(ids) - 1)
     by_word = looks.by_word()
@@ -109,7 +108,8 @@ def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[s
 
 def _sinks(loaded: Any, inputs: Any) -> tuple[Any, str]:
     """A watcher of sink tokens, or why there is none."""
-    from regard.steer.var.method import VAR, find_sink_dims
+    from regard.steer.var.dims import find_sink_dims
+    from regard.steer.var.method import VAR
 
     size = int(loaded.config.get_text_config().hidden_size)
     try:

@@ -19,6 +19,10 @@ def runner(kind: str) -> Callable[..., Any] | None:
         from regard.cli.run.text import text
 
         return text
+    if kind == "picture":
+        from regard.cli.run.picture import picture
+
+        return picture
     return None
 
 

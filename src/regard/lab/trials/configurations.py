@@ -45,7 +45,8 @@ class Part:
     def takes_budget(self) -> bool:
         """Whether an equal budget can be set from outside: it has one, and none was written."""
         has, given = _parameters(self.method), {key for key, _ in self.settings}
-        return bool({"ratio", "budget"} & set(has)) and not {"ratio", "budget"} & given
+        own = {"ratio", "budget", "tokens", "cuts", "encoder"}
+        return bool({"ratio", "budget"} & set(has)) and not own & given
 
     def make(self, tokens: int, ratio: float | None, budget: int | None) -> Handler:
         """The method, made for a prompt of so many tokens."""

@@ -44,8 +44,9 @@ def train(
     from rich.console import Console
     from rich.table import Table
 
-    from regard.lab.bench.record import pick_device
-    from regard.shape.mma import train as trainings
+    from regard.zoo.options import pick_device
+
+    from . import train as trainings
 
     if model != "shapes-vlm":
         raise InputError(

@@ -13,6 +13,7 @@ import torch
 
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.lab.trials import vqa
+from regard.parts.decoding.cache import held_bytes
 from regard.parts.vision import decoder
 from regard.report.chart import Line, Panel, chart
 from regard.report.contact import sheet
@@ -21,7 +22,6 @@ from regard.report.patches import GONE, paint
 from regard.watching import watch as api
 from regard.zoo import vlm as zoo
 
-from .cache import nbytes
 from .method import VisionDrop
 from .plan import height, prefill_flops
 
@@ -46,7 +46,7 @@ SHOWS = (
     "of one image at a quarter of its tokens; dark patches are merged with others."
 )
 _BIG = (
-    "regard run visiondrop --model llava-hf/llava-1.5-7b-hf --tokens 64 --image a.jpg "
+    "regard run visiondrop --model llava-hf/llava-1.5-7b-hf --budget 64 --image a.jpg "
     "--prompt @question.txt"
 )
 CLAIMS = (
@@ -144,7 +144,7 @@ def arms() -> dict[str, Callable[[], VisionDrop] | None]:
     }
     for share in SHARES:
         for name, more in RIVALS.items():
-            made[f"{name} {share:g}"] = partial(VisionDrop, tokens=share, **more)
+            made[f"{name} {share:g}"] = partial(VisionDrop, ratio=share, **more)
     return made
 
 
@@ -241,7 +241,7 @@ def picture(setup: Setup, item: vqa.Item, right: dict[str, float]) -> Any:
     side = vision.image_size // vision.patch_size
     rows, names = [], ("visual", "text", "random")
     for name in names:
-        method = VisionDrop(tokens=DRAWN, **RIVALS[name])
+        method = VisionDrop(ratio=DRAWN, **RIVALS[name])
         with torch.no_grad(), api.apply(setup.model, method):
             setup.model(**batch.inputs, use_cache=True)
         cuts = method.kept()[0][0]
@@ -311,7 +311,7 @@ def _cost(model: Any, processor: Any, given: list[vqa.Item]) -> dict[str, float]
     length = int(batch.inputs["input_ids"].shape[1])
     seconds: dict[str, list[float]] = {"plain": [], "quarter": []}
     held: dict[str, int] = {}
-    method = VisionDrop(tokens=0.25)
+    method = VisionDrop(ratio=0.25)
     for n in range(ROUNDS + 1):
         for name in seconds:
             handlers = [method] if name == "quarter" else []
@@ -319,7 +319,7 @@ def _cost(model: Any, processor: Any, given: list[vqa.Item]) -> dict[str, float]
                 start = time.perf_counter()
                 out = model(**batch.inputs, use_cache=True, logits_to_keep=1)
                 spent = time.perf_counter() - start
-            held[name] = nbytes(out.past_key_values)
+            held[name] = held_bytes(out.past_key_values)
             if n:
                 seconds[name].append(spent)
     counts = method.counts()[0]

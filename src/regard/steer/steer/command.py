@@ -11,7 +11,6 @@ import typer
 from regard.cli.common import err, load, read_text, working
 from regard.cli.pages import check_places
 from regard.cli.run import shown
-from regard.cli.run.answer import noted
 from regard.errors import InputError
 from regard.files import write_text
 
@@ -57,6 +56,7 @@ def run(
 
       regard run steer --expert my-lora --base my-model --prompt "Review:" --eta 0
     """
+    from regard.lab.answers import noted
     from regard.steer.steer.method import sample
     from regard.zoo.expert import prompt as task
 
