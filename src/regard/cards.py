@@ -55,7 +55,8 @@ class Card:
         method: the class or function in `method.py` that runs it; None while it is planned.
         exports: further names to import from `regard`; "heads.HeadFilter" lies in `heads.py`.
         takes: the kind of input that `regard run` and `regard trial` give it: "text", "picture",
-            "prompt" (of an image); "" where it has a command of its own or none.
+            "prompt" (of an image), "tokens" (of a text, to measure), "answer" (to a prompt, to
+            measure); "" where it has a command of its own or none.
         plain_prompt: whether the pass over a prompt is that of the plain model.
         neutral: settings under which it changes nothing.
         example: settings that suit a tiny model, for the tests.

@@ -72,6 +72,9 @@ def flat(
     def command(ctx: typer.Context, **given: Any) -> Any:
         for name, (make, own) in groups.items():
             values = {f.name: given.pop(f.name) for f in own}
+            for field in own:
+                if isinstance(values[field.name], InputError):
+                    raise InputError(f"{_word(field)}: {values[field.name]}")
             _together(own, ctx)
             given[name] = make(
                 **{n: v for n, v in values.items() if v is not None or _none(n, own)}
@@ -172,7 +175,7 @@ def _type(field: Field[Any], kind: type) -> tuple[Any, Callable[[str], Any] | No
     """What the command line takes for a field, and what reads it."""
     given = field.metadata["kind"]
     if given is not None and not isinstance(given, type):
-        return str, given
+        return str, _reader(given)
     if given is not None:
         return given, None
     hint = get_type_hints(kind)[field.name]
@@ -180,6 +183,19 @@ def _type(field: Field[Any], kind: type) -> tuple[Any, Callable[[str], Any] | No
         if one in _PLAIN:
             return one, None
     return list[str], None
+
+
+def _reader(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse`, which hands on its error: the command raises it, where typer would draw a box."""
+
+    @functools.wraps(parse)
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except InputError as problem:
+            return problem
+
+    return read
 
 
 def _together(own: list[Any], context: typer.Context) -> None:

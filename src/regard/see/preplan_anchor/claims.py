@@ -10,7 +10,8 @@ import torch
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.lab.reproduce.problems import problems
 
-from .method import Coupling, Rhythm, couplings, perturb, rhythm
+from .coupling import Coupling, couplings, perturb
+from .method import Rhythm, rhythm
 
 TITLE = (
     "Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained "
