@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import cleandoc
 from typing import Any
 
 from regard import catalog
@@ -61,7 +62,7 @@ class Making:
 
 def explained(method: catalog.Method, plain: Callable[..., Any]) -> str:
     """The help of a derived command: what the method does, what is shown, examples."""
-    lines = [f"{method.name}: {method.does}.", (plain.__doc__ or "").strip()]
+    lines = [f"{method.name}: {method.does}.", cleandoc(plain.__doc__ or "")]
     if method.examples:
         lines += ["[bold]Examples[/]", *(f"  {e}" for e in method.examples)]
     return "\n\n".join(lines)
