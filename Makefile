@@ -74,12 +74,13 @@ peers: ## the libraries that `bench see` can compare with, in an environment of 
 docs: env ## regenerate the pages that are made from code and results
 	@$(BIN)/python -m regard.catalog docs/methods.md
 	@$(BIN)/python -m regard.catalog README.md
-	@$(BIN)/python -c "from regard.reproduce import page; page()"
-	@$(BIN)/python -m regard.bench.page
-	@$(BIN)/python -m regard.bench.kernels_page
-	@$(BIN)/python -m regard.bench.parallel docs/bench-parallel.md benchmarks/results/parallel-*.json
-	@$(BIN)/python -m regard.bench.pages
-	@$(BIN)/python -m regard.trials.page docs/trials.md benchmarks/results/quality-*.json
+	@$(BIN)/python -m regard.catalog src/regard/__init__.pyi
+	@$(BIN)/python -c "from regard.lab.reproduce import page; page()"
+	@$(BIN)/python -m regard.lab.bench.page
+	@$(BIN)/python -m regard.lab.bench.kernels_page
+	@$(BIN)/python -m regard.lab.bench.parallel docs/bench-parallel.md benchmarks/results/parallel-*.json
+	@$(BIN)/python -m regard.lab.bench.pages
+	@$(BIN)/python -m regard.lab.trials.page docs/trials.md benchmarks/results/quality-*.json
 
 clean: ## remove the environment and everything built
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

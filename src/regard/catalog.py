@@ -4,7 +4,8 @@ No list of methods is typed anywhere. A new folder appears in `regard methods`, 
 `trial` and `reproduce`, in the exports of `regard`, in the README, in docs/methods.md and in the
 matrix of tests.
 
-`python -m regard.catalog FILE` writes the table as a page; without FILE it prints it.
+`python -m regard.catalog FILE` writes the table as a page, into a README between its marks, or the
+type stub of the package (.pyi); without FILE it prints the table.
 """
 
 from __future__ import annotations
@@ -216,6 +217,23 @@ def into_readme(readme: str) -> str:
     return f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}"
 
 
+def stub() -> str:
+    """The type stub of `regard`: what its lazy names are, for editors and type checkers."""
+    package: Any = import_module("regard")
+    lines = [
+        "# Made by `make docs` from the cards; not edited by hand.",
+        "",
+        "__version__: str",
+        "",
+    ]
+    named = sorted({**package._LAZY, **exports()}.items(), key=lambda pair: (pair[1], pair[0]))
+    lines += [f"from {module} import {name} as {name}" for name, module in named]
+    for name, module in sorted(package._MODULES.items()):
+        parent, _, leaf = module.rpartition(".")
+        lines.append(f"from {parent} import {leaf} as {name}")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the catalogue, or write it to the file named; into a README, between its marks."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -227,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(page, end="")
         return 0
     path = Path(arguments[0])
-    if path.is_file() and MARKS[0] in (old := path.read_text(encoding="utf-8")):
+    if path.suffix == ".pyi":
+        page = stub()
+    elif path.is_file() and MARKS[0] in (old := path.read_text(encoding="utf-8")):
         page = into_readme(old)
     try:
         write_text(path, page)

@@ -19,7 +19,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     place = real(path)
     part = place.with_name(f".{place.name}.part{os.getpid()}")
     try:
-        part.write_bytes(data)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a name must not outlive a crash without its contents
         os.replace(part, place)
     except OSError as problem:
         if problem.errno is None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from regard import zoo
 from regard.cli import main
+from regard.zoo import Loading
 
 from ..models import Words, deep
 
@@ -27,9 +27,9 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
 def stand_in(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
     """Whatever model is named, a tiny one that never stops by itself is loaded."""
 
-    def load(name: str) -> tuple[Any, Words]:
+    def load(self: Any, name: str) -> tuple[Any, Words]:
         model = deep(layers, steep=60)
         model.generation_config.eos_token_id = None
         return model, Words()
 
-    monkeypatch.setattr(zoo, "load", load)
+    monkeypatch.setattr(Loading, "load", load)

@@ -156,7 +156,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 def test_samples_with_odd_line_ends_are_gone_on_with(tmp_path: Path) -> None:
-    from regard.cli.run import steer
+    from regard.steer.steer import command as steer
 
     rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
     settings = {"batch": 1}
@@ -184,7 +184,7 @@ def test_no_permission(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_weights_with_nan(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tiny("llama")
     broken.model.layers[0].self_attn.k_proj.weight.data[0, 0] = float("inf")
-    monkeypatch.setattr(zoo, "load", lambda name: (broken, Words()))
+    monkeypatch.setattr(zoo, "load", lambda name, **_: (broken, Words()))
     code, _, err = run(capsys, "see", TEXT)
     assert code == 2 and "not finite" in err
 
@@ -259,3 +259,50 @@ def test_help_of_every_verb(capsys: Any) -> None:
     ):
         code, out, _ = run(capsys, *args, "--help")
         assert code == 0 and "Usage" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("a \x1b[31mred\x1b[0m word"), 2, r"a \x1b[31mred\x1b[0m word"),
+        (RuntimeError("CUDA out of memory"), 2, "CUDA out of memory"),
+        (TypeError("unexpected keyword"), 70, "This is a fault of regard"),
+        (OverflowError("int too large"), 2, "int too large"),
+        (ValueError("x" * 5000), 2, "x ..."),
+    ],
+)
+def test_one_line_for_every_error(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.delenv("REGARD_DEBUG", raising=False)
+    monkeypatch.setattr("regard.catalog.methods", fail)
+    got, _, err = run(capsys, "methods")
+    assert got == code and said in err and err.count("\n") == 1 and len(err) < 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["see", "some words", "--seed", "3"], "--seed is for the prompt of an image"),
+        (["see", "some words", "--transcript", "x"], "--transcript is for a sound"),
+        (["see", "a red circle", "--model", "shapes-sd", "--max-tokens", "9"], "is for a text"),
+        (["see", "memo.m4a"], "there is no sound memo.m4a"),
+        (["see", "my photo.png", "what?"], "there is no picture my photo.png"),
+        (["see", "book.txt"], "write @book.txt to read it"),
+        (["see", "noise.bin"], "holds no text, picture or sound that can be read"),
+        (["see", "folder"], "is a folder"),
+        (["see", "no words", "really?"], "name a picture first"),
+    ],
+)
+def test_inputs_are_what_they_contain(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("words of a book")
+    (tmp_path / "noise.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "folder").mkdir()
+    code, _, err = run(capsys, *words)
+    assert code == 2 and said in " ".join(err.split())

@@ -16,7 +16,7 @@ from tests.cli.command import run
 pytest.importorskip("diffusers", reason="diffusers is part of the extra 'diffusion'")
 pytest.importorskip("sklearn", reason="scikit-learn is part of the extra 'steer'")
 
-from regard.cli.run.dynamic_prompt_learning import _result
+from regard.steer.dynamic_prompt_learning.command import _result
 from regard.zoo.scenes import scene
 from regard.zoo.tiny_diffusion import tiny_pipeline
 

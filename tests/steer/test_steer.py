@@ -284,17 +284,18 @@ def test_samples_join_the_pool_and_can_go_on(pair: Any) -> None:
 def test_the_command_line_goes_on_where_it_stopped(
     pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import typer
     from typer.testing import CliRunner
 
-    from regard.cli.app import app
-    from regard.cli.run import steer
+    from regard.cli.app import build
+    from regard.steer.steer import command as steer
 
     monkeypatch.setattr(steer, "_models", lambda *_: (*pair, Letters()))
     (tmp_path / "seen.txt").write_text("one\n\ntwo\n")
     out = tmp_path / "synth.jsonl"
     words = ["run", "steer", "--negatives", str(tmp_path / "seen.txt"), "--tokens", "5", "-n", "4"]
     words += ["--k", "2", "--out", str(out)]
-    done = CliRunner().invoke(app, words)
+    done = CliRunner().invoke(typer.main.get_command(build()), words)
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 4 and {"text", "negatives", "gamma", "eta", "seed"} <= set(rows[0])
@@ -309,10 +310,10 @@ def test_the_command_line_goes_on_where_it_stopped(
 
     monkeypatch.setattr(steer, "_collect", stop)
     out.unlink()
-    assert CliRunner().invoke(app, words).exit_code != 0
+    assert CliRunner().invoke(typer.main.get_command(build()), words).exit_code != 0
     assert not out.exists()
     monkeypatch.setattr(steer, "_collect", real)
-    assert CliRunner().invoke(app, words).exit_code == 0
+    assert CliRunner().invoke(typer.main.get_command(build()), words).exit_code == 0
     assert out.read_text() == whole
 
 
@@ -353,9 +354,10 @@ def test_the_recipe_writes_a_folder_that_loads(smollm2: tuple[Any, Any], tmp_pat
     ],
 )
 def test_the_command_line_refuses(words: list[str], said: str) -> None:
+    import typer
     from typer.testing import CliRunner
 
-    from regard.cli.app import app
+    from regard.cli.app import build
 
-    found = CliRunner().invoke(app, ["run", "steer", *words])
+    found = CliRunner().invoke(typer.main.get_command(build()), ["run", "steer", *words])
     assert isinstance(found.exception, InputError) and said in str(found.exception)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from regard import watching as api
 from regard import zoo
 from regard.errors import InputError
 from regard.lab.trials import vqa
 from regard.shape.mma.method import MMA
 from regard.shrink.visiondrop.method import VisionDrop
 from regard.steer.var.method import VAR
-from regard.watching import watch as api
 
 
 @pytest.fixture(scope="module")

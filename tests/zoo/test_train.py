@@ -471,7 +471,7 @@ def test_only_a_folder_of_a_model_is_replaced(
     notes, place, link = tmp_path / "notes", tmp_path / "model", tmp_path / "link"
     notes.mkdir()
     (notes / "config.json").write_text("of another program")
-    with pytest.raises(InputError, match=r"holds no model.*name a new folder"):
+    with pytest.raises(InputError, match=r"holds config\.json, which no training wrote"):
         loop.save_folder(notes, write)
     assert (notes / "config.json").read_text() == "of another program"
     place.mkdir()
@@ -489,6 +489,32 @@ def test_only_a_folder_of_a_model_is_replaced(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model", "notes"]
 
 
+def test_a_folder_with_a_file_of_the_users_own_is_kept(tmp_path: Path) -> None:
+    """Even one that a training wrote, and whatever the user's file is called."""
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+
+    place = tmp_path / "model"
+    loop.save_folder(place, write)
+    loop.save_folder(place, write)
+    (place / "training.json").write_text("my notes")
+    with pytest.raises(InputError, match=r"holds training\.json"):
+        loop.save_folder(place, write)
+    assert (place / "training.json").read_text() == "my notes"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+
+    place = tmp_path / "model"
+    loop.save_folder(place, write)
+    place.rename(tmp_path / ".model.old123")
+    assert loop.replaceable(place) == place.resolve()
+    assert (place / "config.json").is_file() and not (tmp_path / ".model.old123").exists()
+
+
 def test_zoo_train_says_so_before_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -497,7 +523,9 @@ def test_zoo_train_says_so_before_the_training(
     args = ["zoo", "train", "shapes-vae", "--out", str(tmp_path), "--json", "-"]
     with pytest.raises(SystemExit) as ended:
         main(args)
-    assert ended.value.code == 2 and "holds no model" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "thesis.txt, which no training wrote" in capsys.readouterr().err
+    )
     for device in ("cpux", "tpu", "mps", "meta", "cuda:x", "cuda:99"):
         with pytest.raises(SystemExit) as ended:
             main([*args, "--out", str(tmp_path / "new"), "--device", device])

@@ -1,4 +1,8 @@
-"""The command line: one file a verb."""
+"""The command line: commands of regard, and those that methods bring.
+
+Exit codes: 0 done, 1 a check that failed, 2 an input that cannot be used, 70 a fault of regard's
+own, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,72 @@ import sys
 
 from regard.errors import RegardError
 
-USER_ERROR = 2
+USER_ERROR, OWN_FAULT, INTERRUPTED = 2, 70, 130
+USERS = (
+    RegardError, ValueError, OSError, ImportError, MemoryError, OverflowError, RecursionError,
+)  # fmt: skip
+LONGEST = 600  # characters of a message: some libraries quote the whole input
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; what the user can put right is one line on stderr and exit code 2."""
-    from regard.cli.app import app
-
     # transformers' own bars and hints would break into ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     given = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        app(args=given, prog_name="regard", standalone_mode=True)
-    except (RegardError, ValueError, OSError, ImportError, MemoryError) as error:
+        from regard.cli.app import build
+
+        build()(args=given, prog_name="regard", standalone_mode=True)
+    except BrokenPipeError:  # whoever reads has enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("regard: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
         if os.environ.get("REGARD_DEBUG"):
             raise
-        print(f"regard: {_line(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        code = _code(error)
+        print(f"regard: {_line(error, code)}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _code(error: Exception) -> int:
+    """Whether the user can put it right."""
+    module = type(error).__module__.partition(".")[0]
+    user = (
+        isinstance(error, USERS)
+        or module in ("jinja2", "safetensors", "yaml", "huggingface_hub")
+        or any(words in str(error).lower() for words in _MEMORY)
+    )
+    return USER_ERROR if user else OWN_FAULT
+
+
+def _line(error: BaseException, code: int) -> str:
+    """The error in one line, with the file an OSError is about."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return plain(f"{error.filename}: {error.strerror}")
+    text = plain(" ".join(str(error).split())) or type(error).__name__
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    if code != OWN_FAULT:
+        return text
+    from regard import __version__
+
+    return (
+        f"{type(error).__name__}: {text}. This is a fault of regard {__version__}, not of the "
+        "input: run the command again with REGARD_DEBUG=1 and report what it prints"
+    )
+
+
+def plain(text: str) -> str:
+    """A text without what a terminal would obey: control and direction characters are spelt out.
+
+    >>> plain("red\\x1b[31m")
+    'red\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _at_home(word: str) -> str:
@@ -37,11 +89,3 @@ def _at_home(word: str) -> str:
     if not equals or not option.startswith("--"):
         return word
     return f"{option}={os.path.expanduser('~/')}{value}"
-
-
-def _line(error: BaseException) -> str:
-    """The error in one line, with the file an OSError is about."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())
-    return text or type(error).__name__

@@ -18,8 +18,12 @@ from regard.zoo.options import Loading
 
 
 def read_text(given: str) -> str:
-    """The text itself, the file behind `@path`, or the shipped text behind `@name`."""
-    if not given.startswith("@"):
+    """The text itself, the file behind `@path`, the shipped text behind `@name`, or standard input
+    for "-".
+    """
+    if given == "-":
+        text = sys.stdin.read()
+    elif not given.startswith("@"):
         text = given
     else:
         from regard import zoo

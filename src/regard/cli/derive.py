@@ -60,6 +60,8 @@ def flat(
             plain.append(parameter.replace(annotation=kind, default=default))
     if not groups:
         return function
+    asking = [p.name for p in plain if p.annotation is typer.Context]
+    plain = [p for p in plain if p.name not in asking]
     plain = [p.replace(annotation=_without(p.annotation, taken)) for p in plain]
     names = [p.name for p in (*plain, *options)]
     twice = sorted({n for n in names if names.count(n) > 1})
@@ -79,7 +81,7 @@ def flat(
             given[name] = make(
                 **{n: v for n, v in values.items() if v is not None or _none(n, own)}
             )
-        return function(**given)
+        return function(**given, **dict.fromkeys(asking, ctx))
 
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [_CONTEXT, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown)]

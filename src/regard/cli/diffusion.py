@@ -9,16 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from regard.cli.common import numbers, working
+from regard.cli.common import Loading, numbers, working
 from regard.errors import InputError
 
 
-def load(name: str) -> Any:
+def load(name: str, loading: Loading | None = None) -> Any:
     """A pipeline, with a spinner."""
-    from regard.zoo.pipelines import load_pipeline
-
     with working(f"loading {name}"):
-        return load_pipeline(name)
+        return (loading or Loading()).pipeline(name)
 
 
 def seeds(given: str) -> list[int]:
@@ -66,7 +64,11 @@ def make_folder(path: Path) -> Path:
 
 
 def settings(
-    pipe: Any, steps: int | None, guidance: float | None, size: str | None
+    pipe: Any,
+    steps: int | None,
+    guidance: float | None,
+    size: str | None,
+    negative: str | None = None,
 ) -> dict[str, Any]:
     """Arguments of the pipeline's call, and only those that a person gave."""
     known = inspect.signature(type(pipe).__call__).parameters
@@ -76,7 +78,13 @@ def settings(
     if guidance is not None:
         if "guidance_scale" not in known:
             raise InputError(f"{type(pipe).__name__} takes no guidance: leave --guidance out")
+        if not math.isfinite(guidance):
+            raise InputError(f"--guidance is a number, not {guidance}")
         made["guidance_scale"] = guidance
+    if negative is not None:
+        if "negative_prompt" not in known:
+            raise InputError(f"{type(pipe).__name__} takes no negative prompt: leave it out")
+        made["negative_prompt"] = negative
     if size is not None:
         width, _, height = size.lower().partition("x")
         height = height or width

@@ -22,16 +22,14 @@ def methods(
     """List the published methods: what each is for, its paper, and whether it is built and
     reproduced here.
     """
-    from dataclasses import asdict
-
     from regard import catalog
+    from regard.cards import VERBS
 
     check_output(json)
-    if verb is not None and verb not in catalog.VERBS:
-        raise InputError(f"unknown verb {verb!r}.{nearest(verb, catalog.VERBS)}")
+    if verb is not None and verb not in VERBS:
+        raise InputError(f"unknown verb {verb!r}.{nearest(verb, VERBS)}")
     rows = [m for m in catalog.methods() if verb in (None, m.verb)]
-    extra = ("status", "reproduction", "url")
-    write_json([{**asdict(m), **{n: getattr(m, n) for n in extra}} for m in rows], json)
+    write_json([m.as_dict() for m in rows], json)
     if json is not None and str(json) == "-":
         return
     from rich.console import Console
@@ -44,7 +42,11 @@ def methods(
     for column in ("what it does, on which models", "paper", "status", "reproduced"):
         table.add_column(column, overflow="fold")
     for m in rows:
-        what = Text.assemble(m.what, ("\n" + ", ".join(m.families), "dim"))
-        cells = (f"{m.authors} {m.year}\narXiv {m.arxiv}", m.status, m.reproduction)
+        what = Text.assemble(m.does, ("\n" + ", ".join(m.families), "dim"))
+        cells = (
+            f"{m.paper.authors} {m.paper.year}\narXiv {m.paper.arxiv}",
+            m.status,
+            m.reproduction,
+        )
         table.add_row(m.slug, m.verb, what, *cells, style="" if m.status == "available" else "dim")
     Console().print(table)

@@ -45,10 +45,10 @@ def check_places(json: Path | None, *files: Path | None) -> None:
         raise InputError(f"two outputs would go to {twice[0]}: name another file for one of them")
 
 
-def check_png(path: Path | None) -> None:
+def check_png(path: Path | None, option: str = "--out") -> None:
     """Refuse another ending for what is written as PNG."""
     if path is not None and path.suffix.lower() != ".png":
-        raise InputError(f"--out is a .png file, not {path}")
+        raise InputError(f"{option} is a .png file, not {path}")
 
 
 def deliver(

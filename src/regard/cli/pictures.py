@@ -2,45 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from regard.cli.common import Loading, load
 from regard.errors import InputError
-
-LARGEST = 100_000_000  # pixels
-
-
-def read_images(paths: Sequence[Path]) -> list[Any]:
-    """The pictures, in RGB.
-
-    Raises:
-        InputError: none, a missing file, a file that is no picture, or one too large.
-    """
-    from PIL import Image
-
-    if not paths:
-        raise InputError("name at least one picture: --image photo.png")
-    pictures = []
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"there is no picture {path}")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours follows
-                opened = Image.open(path)
-            with opened as picture:
-                if picture.width * picture.height > LARGEST:
-                    raise InputError(
-                        f"{path} is {picture.width} x {picture.height}: shrink it below "
-                        f"{LARGEST // 1_000_000} million pixels"
-                    )
-                pictures.append(picture.convert("RGB"))
-        except (OSError, Image.DecompressionBombError) as problem:
-            raise InputError(f"{path} is no picture that can be read: {problem}") from problem
-    return pictures
 
 
 def load_vlm(name: str, loading: Loading | None = None) -> tuple[Any, Any]:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import parallel
-from regard.cli.common import count, err, load, numbers, read_text
+from regard.cli.common import Loading, count, err, load, numbers, read_text
 from regard.cli.pages import check_outputs, command, deliver
+from regard.cli.taken import KINDS, taken
 from regard.errors import InputError
 
 DEFAULT = "smollm2-135m"
@@ -21,10 +22,13 @@ FACTS = ("mean_received", "entropy", "distance", "waad", "influence", "thumbnail
 
 
 def see(
+    ctx: typer.Context,
+    loading: Loading,
     text: Annotated[
         str,
         typer.Argument(
-            help="The text itself, or @file, or @name of a shipped text; or a sound or picture."
+            help="The text itself, @file, @name of a shipped text, or - for standard input; or a "
+            "file with a sound or a picture."
         ),
     ],
     question: Annotated[
@@ -67,6 +71,16 @@ def see(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Diffusion pipeline: denoising steps.")
     ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Diffusion pipeline: guidance scale.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Diffusion pipeline: 512, or 768x512.")] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="Diffusion pipeline: negative prompt.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Diffusion pipeline: write the image here (.png).")
+    ] = None,
 ) -> None:
     """See what a model attends to, exactly, at any length.
 
@@ -86,47 +100,61 @@ def see(
 
       regard see photo.png "what is left of the red circle?" --model shapes-vlm --html out.html
     """
-    from regard.zoo.audio import is_audio
-    from regard.zoo.pipelines import is_pipeline
+    from regard.cli import see_diffusion, see_image, see_speech
 
-    spoken = {"transcript": transcript, "language": language, "task": task}
-    if is_audio(text):
-        if layers or heads or context_parallel or facts != ",".join(FACTS):
-            raise InputError("--layers, --heads, --facts and --context-parallel are for text")
-        from regard.cli import see_speech
-
-        return see_speech.see_speech(
-            text, model or see_speech.DEFAULT, html=html, json=json, compare=compare, **spoken
-        )
-    from regard.cli import see_image
-
-    if see_image.is_picture(text):
-        if layers or heads or compare or context_parallel or facts != ",".join(FACTS):
-            raise InputError("--layers, --heads, --facts and --compare are for text")
-        return see_image.see(text, question, model or see_image.DEFAULT, html=html, json=json)
-    if question is not None:
+    wanted = taken(text, model)
+    refuse_unused(ctx, wanted.kind)
+    if question is not None and wanted.kind != "picture":
         raise InputError("a second text is a question about a picture: name a picture first")
-    if any(spoken.values()):
-        raise InputError("--transcript, --language and --task are for sound: name a sound file")
-    model = model or DEFAULT
-    if is_pipeline(model):
-        if compare or context_parallel or facts != ",".join(FACTS):
-            raise InputError("--compare, --facts and --context-parallel are for text models")
-        from regard.cli import see_diffusion
-
-        chosen = numbers(layers, "layers"), numbers(heads, "heads")
-        return see_diffusion.see(text, model, html, json, *chosen, seed=seed or 0, steps=steps)
-    if seed is not None or steps is not None:
-        raise InputError("--seed and --steps are for diffusion: name the folder of a pipeline")
+    if wanted.note and wanted.kind != "text":
+        err().print(f"note: {wanted.note}", markup=False, highlight=False)
+    if wanted.kind == "sound":
+        return see_speech.see_speech(
+            wanted.given, model or see_speech.DEFAULT, loading, html=html, json=json,
+            compare=compare, transcript=transcript, language=language, task=task,
+        )  # fmt: skip
+    if wanted.kind == "picture":
+        return see_image.see(
+            wanted.given, question, model or see_image.DEFAULT, loading, html=html, json=json
+        )
+    chosen = numbers(layers, "layers"), numbers(heads, "heads")
+    if wanted.kind == "prompt":
+        return see_diffusion.see(
+            text, str(model), loading, html, json, *chosen, seed=seed, steps=steps,
+            guidance=guidance, size=size, negative=negative, image=image,
+        )  # fmt: skip
+    names = [n.strip() for n in facts.split(",") if n.strip()]
     with parallel.one_voice(context_parallel) if context_parallel else nullcontext():
-        wanted = numbers(layers, "layers"), numbers(heads, "heads")
-        names = [n.strip() for n in facts.split(",") if n.strip()]
-        _see(text, model, count(max_tokens), html, json, names, wanted, compare, context_parallel)
+        _see(
+            wanted.given, model or DEFAULT, loading, count(max_tokens), html, json, names, chosen,
+            compare, context_parallel,
+        )  # fmt: skip
+
+
+# which kinds of input an option is for; those that are not named here are for all
+FOR = {
+    **dict.fromkeys(("max_tokens", "facts", "context_parallel"), ("text",)),
+    **dict.fromkeys(("layers", "heads"), ("text", "prompt")),
+    "compare": ("text", "sound"),
+    **dict.fromkeys(("transcript", "language", "task"), ("sound",)),
+    **dict.fromkeys(("seed", "steps", "guidance", "size", "negative", "image"), ("prompt",)),
+}
+
+
+def refuse_unused(ctx: typer.Context, kind: str) -> None:
+    """Refuse an option that was typed and does nothing with this kind of input."""
+    for name, kinds in FOR.items():
+        typed = getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if typed and kind not in kinds:
+            option = "--" + name.replace("_", "-")
+            given = " or ".join(KINDS[k] for k in kinds)
+            raise InputError(f"{option} is for {given}, and this is {KINDS[kind]}: leave it out")
 
 
 def _see(
     text: str,
     model: str,
+    loading: Loading,
     limit: int,
     html: Path | None,
     json: Path | None,
@@ -139,7 +167,7 @@ def _see(
         raise InputError("--compare times one process: leave it out, or --context-parallel")
     check_outputs(html, json)
     content = read_text(text)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, loading)
     ids, notes = _tokens(content, loaded, tokenizer, limit)
     if ranks is None:
         seen, meta = _run(loaded, ids, names, wanted, compare)
@@ -199,7 +227,7 @@ def _run(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from regard.reach import Handler, Session
-    from regard.watching.watch import watch
+    from regard.watching import watch
 
     keywords = {"input_ids": ids}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

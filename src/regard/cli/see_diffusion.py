@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from regard.cli import diffusion
-from regard.cli.common import err, write_json
-from regard.cli.pages import check_places
+from regard.cli.common import Loading, err, write_json
+from regard.cli.pages import check_places, check_png
 from regard.errors import InputError
 
 PICTURE = 128  # pixels of a heat map's longer side on the page
@@ -22,13 +22,18 @@ PARTS = 8  # pictures along the steps
 def see(
     prompt: str,
     model: str,
+    loading: Loading,
     html: Path | None,
     json: Path | None,
     layers: list[int] | None,
     heads: list[int] | None,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     steps: int | None = None,
+    guidance: float | None = None,
+    size: str | None = None,
+    negative: str | None = None,
+    image: Path | None = None,
 ) -> None:
     """Make one image and show where each word and phrase of the prompt was looked at.
 
@@ -37,11 +42,18 @@ def see(
         ReachError: a pipeline of a class that regard does not reach.
     """
     diffusion.check_prompt(prompt)
-    check_places(json, html)
-    pipe = diffusion.load(model)
-    keywords = diffusion.settings(pipe, steps, None, None)
-    image, maps, layered, seconds, notes = _run(pipe, prompt, seed, keywords, layers, heads)
+    check_places(json, html, image)
+    check_png(image, "--image")
+    pipe = diffusion.load(model, loading)
+    keywords = diffusion.settings(pipe, steps, guidance, size, negative)
+    seed = seed or 0
+    drawn, maps, layered, seconds, notes = _run(pipe, prompt, seed, keywords, layers, heads)
     result = _result(prompt, model, seed, maps, seconds, notes)
+    if image is not None:
+        from regard.files import write_bytes
+        from regard.report.contact import png
+
+        write_bytes(image, png(drawn))
     if json is None or str(json) != "-":
         _show(result)
     write_json(result, json)
@@ -50,7 +62,7 @@ def see(
     if html is not None:
         from regard.files import write_text
 
-        write_text(html, _page(result, image, maps, layered))
+        write_text(html, _page(result, drawn, maps, layered))
         err().print(f"report: {html}", markup=False, highlight=False)
 
 
@@ -67,7 +79,7 @@ def _run(
 
     from regard.parts.diffusion.words import WordMaps
     from regard.progress import bar
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     names, notes = _names(prompt)
     by_step = WordMaps(names, by="step", layers=layers, heads=heads)

@@ -7,27 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from regard.cli.common import err, working, write_json
+from regard.cli.common import Loading, err, working, write_json
 from regard.cli.pages import check_places
-from regard.cli.pictures import ask, load_vlm, read_images, seen_by_model
+from regard.cli.pictures import ask, load_vlm, seen_by_model
 from regard.errors import InputError, RegardError
+from regard.zoo.pictures import read
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 DEFAULT = "shapes-vlm"
 
 
-def is_picture(given: str) -> bool:
-    """Whether the text names a picture.
-
-    >>> is_picture("photo.PNG"), is_picture("a cat")
-    (True, False)
-    """
-    return given.lower().endswith(ENDINGS) and " " not in Path(given).name
-
-
 def see(
-    given: str, question: str | None, model: str, *, html: Path | None, json: Path | None,
-    tokens: int = 24,
+    given: str, question: str | None, model: str, loading: Loading, *, html: Path | None,
+    json: Path | None, tokens: int = 24,
 ) -> None:  # fmt: skip
     """Answer the question about the picture, and show where each word looked.
 
@@ -38,8 +29,8 @@ def see(
     check_places(json, html)
     if question is None or not question.strip():
         raise InputError('ask something about the picture: regard see photo.png "what is this?"')
-    pictures = read_images([Path(given)])
-    loaded, processor = load_vlm(model)
+    pictures = [read(given)]
+    loaded, processor = load_vlm(model, loading)
     inputs = ask(loaded, processor, pictures, question, tokens)
     result, looks, sinks = _look(loaded, processor, inputs, tokens)
     result |= {
@@ -123,10 +114,10 @@ def _rows(loaded: Any, inputs: Any) -> dict[str, float]:
     """Mean row, 0 top to 1 bottom, of the half of the patches that each judgement would keep."""
     import torch
 
+    from regard import watching as api
     from regard.parts.vision import decoder, locate
     from regard.shrink.visiondrop.method import VisionDrop
     from regard.shrink.visiondrop.plan import height
-    from regard.watching import watch as api
 
     depth = len(decoder(loaded, "see").layers)
     found = {}

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regard.cli.common import load, working
+from regard.cli.common import Loading, load, working
 from regard.cli.pages import check_outputs, command, deliver
 from regard.errors import InputError
 
@@ -17,6 +17,7 @@ DEFAULT = "whisper-tiny.en"
 def see_speech(
     given: str,
     model: str,
+    loading: Loading,
     *,
     html: Path | None,
     json: Path | None,
@@ -35,7 +36,7 @@ def see_speech(
     from regard.zoo import audio as sound
 
     clip = sound.read(given)
-    loaded, processor = load(model)
+    loaded, processor = load(model, loading)
     from regard.parts.speech.cross_attention import cross_attention, prepare
     from regard.parts.speech.overview import overview
     from regard.zoo.convert import errors_only

@@ -50,10 +50,10 @@ def vqa(
 
       regard trial vqa --with visiondrop:tokens=16,visiondrop:tokens=16,score=text --kinds all
     """
+    from regard import watching as api
     from regard.lab.trials import vqa as trial
     from regard.lab.trials.configurations import read
     from regard.progress import bar
-    from regard.watching import watch as api
 
     check_output(json)
     configurations = read(with_)

@@ -126,3 +126,44 @@ class Handler:
     def after(self, call: Call, state: State) -> State | None:
         """Watch the State or return another; None leaves it as it is."""
         return None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Mask | None = None,
+        scale: float | None = None,
+        layer: int = 0,
+    ) -> State:
+        """Attention under this method, without a model: one call of one self-attention layer.
+
+        Args:
+            q: `[batch, heads, queries, head_dim]`; k, v: `[batch, kv_heads, keys, head_dim]`.
+            mask: who sees whom; causal when None.
+            layer: the number of the layer that the method is told.
+
+        What a method does to a cache, or learns from a model's inputs, does not show here.
+
+        >>> import torch
+        >>> q = k = v = torch.ones(1, 2, 3, 4)
+        >>> Handler().attend(q, k, v).out.shape
+        torch.Size([1, 2, 3, 4])
+        """
+        from .dispatch import gather
+
+        sites = [Site(n, "attention", n, "attention", "self") for n in range(layer + 1)]
+        site = sites[-1]
+        wanted = self.sites(sites)
+        call = Call(
+            site, q, k, v, mask or Mask.causal(), q.shape[-1] ** -0.5 if scale is None else scale
+        )
+        if site not in wanted:
+            return call.attend()
+        given = self.before(call)
+        calls = [call] if given is None else [given] if isinstance(given, Call) else list(given)
+        states = [part.attend() for part in calls]
+        states = [self.after(part, state) or state for part, state in zip(calls, states)]
+        whole = len(calls) == 1 and calls[0].heads is None
+        return states[0] if whole else gather(call, calls, states)

@@ -107,10 +107,10 @@ def run(module: Any, call: Call) -> State:
         for session, site in entries:
             state = session.after(part.change(site=site), state)
         states.append(state)
-    return states[0] if len(calls) == 1 and calls[0].heads is None else _gather(call, calls, states)
+    return states[0] if len(calls) == 1 and calls[0].heads is None else gather(call, calls, states)
 
 
-def _gather(call: Call, calls: list[Call], states: list[State]) -> State:
+def gather(call: Call, calls: list[Call], states: list[State]) -> State:
     """The States of groups of heads as the State of all heads."""
     batch, heads, queries, _ = call.q.shape
     out = states[0].out.new_empty(batch, heads, queries, states[0].out.shape[-1])

@@ -1,5 +1,5 @@
 """What `regard.watch` returns: results, tables, and the data of pages."""
 
-from .watch import Layers, Watch, apply, facts, watch
+from .session import Layers, Watch, apply, facts, watch
 
 __all__ = ["Layers", "Watch", "apply", "facts", "watch"]

@@ -26,6 +26,7 @@ class Heads:
 def head_split(span: Tensor, layers: Sequence[int], quantile: float = QUANTILE) -> Heads:
     """The most local and most global heads by mean look-back distance, `span [layers, heads]`.
 
+    >>> import torch
     >>> head_split(torch.tensor([[1.0, 9.0], [4.0, 3.0]]), [5, 6], 0.25)
     Heads(local=((5, 0),), far=((5, 1),))
     """
@@ -48,6 +49,7 @@ def peaks(values: Tensor, rule: str = "local", top: float = TOP) -> list[int]:
     "local": strictly above both neighbours and above the median; "top": the ceil(top * n) largest,
     the earlier of equals first.
 
+    >>> import torch
     >>> peaks(torch.tensor([0.0, 3.0, 1.0, 2.0, 1.0]))
     [1, 3]
     >>> peaks(torch.tensor([0.0, 3.0, 1.0, 2.0, 1.0]), "top", 0.2)

@@ -14,7 +14,7 @@ from regard.core.parallel import Parallel
 from regard.errors import InputError
 from regard.reach.parallel import Shared, SharedCollector, forward, prove, suits
 
-from .watch import Watch
+from .session import Watch
 
 
 class SharedWatch(Watch):

@@ -16,20 +16,26 @@ def reader(tokenizer: Any) -> Any:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token says. A character of several tokens stands whole at the last of them, and
+    """What each token adds to the text, spaces included: joined they are the decoded text.
+
+    A token is read after the one before it, since many tokenizers drop a space at the start and
+    mark the pieces of a word. A character of several tokens stands whole at the last of them, and
     the others say nothing.
     """
     said: list[str] = []
+    before: list[int] = []  # the last tokens that make whole characters
     held: list[int] = []
     for n in ids:
         held.append(n)
-        text = tokenizer.decode(held)
+        start = tokenizer.decode(before) if before else ""
+        text = tokenizer.decode([*before, *held])
+        text = text[len(start) :] if text.startswith(start) else tokenizer.decode(held)
         cut = text.endswith("\ufffd")
         said.append("" if cut else text)
         if not cut or len(held) == _LONGEST:
             if cut:  # bytes that make no character
                 said[-_LONGEST:] = [tokenizer.decode([m]) for m in held]
-            held = []
+            before, held = held, []
     if held:  # the text ends within a character
         said[-len(held) :] = [tokenizer.decode([m]) for m in held]
     return said

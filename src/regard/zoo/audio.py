@@ -45,17 +45,18 @@ class Audio:
         return len(self.samples) / self.rate
 
 
-def is_audio(given: str) -> bool:
-    """Return whether what a person typed names sound: a file by its ending, or a shipped clip.
+def sounds(path: Path, start: bytes) -> bool:
+    """Whether a file that begins with these bytes holds sound, by what it contains.
 
-    >>> is_audio("talk.wav"), is_audio("@minutes"), is_audio("the word wav")
-    (True, True, False)
+    >>> sounds(Path("talk"), b"RIFF____WAVEfmt "), sounds(Path("talk.wav"), b"words")
+    (True, False)
     """
-    if given.startswith("@"):
-        given = given[1:]
-        if given in clips() and not Path(given).exists():
-            return True
-    return given.lower().endswith(SUFFIXES) and "\n" not in given
+    marks = (b"fLaC", b"OggS", b"ID3", b".snd", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"riff")
+    forms = {b"RIFF": b"WAVE", b"FORM": b"AIF", b"RF64": b"WAVE"}
+    if start.startswith(marks) or start[8:12].startswith(forms.get(start[:4], b"\0")):
+        return True
+    # containers of phones (.m4a): read where soundfile can, refused with a remedy where not
+    return start[4:11] in (b"ftypM4A", b"ftypm4a") or start[4:12] == b"ftyp3gp4"
 
 
 def clips() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from regard.errors import InputError, nearest
 from regard.zoo.entries import Entry, models, offline
+from regard.zoo.matching import check_loaded
 from regard.zoo.shipped import MODELS, PIPELINES, shipped
 
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -166,7 +167,11 @@ def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str,
             trusted = shared.setdefault("trust_remote_code", False)
             config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **shared)
             model_class = _model_class(config, name, trusted)
-            model = model_class.from_pretrained(source, config=config, dtype=dtype, **kwargs)
+            model, info = model_class.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, **kwargs
+            )
+            trunk = model_class.__name__ not in (getattr(config, "architectures", None) or [])
+            check_loaded(name, info, head_may_lack=trunk)
             return model, _companion(model, source, shared)
     except InputError:
         raise

@@ -32,7 +32,7 @@ class Loading(Checked):
 
     def load(self, name: Any) -> tuple[Any, Any]:
         """Model and tokenizer, or processor."""
-        from regard.zoo.loading import load
+        from regard import zoo
 
         device = None if self.device_map else pick_device(self.device)
         own: dict[str, Any] = {"device_map": self.device_map} if self.device_map else {}
@@ -40,7 +40,7 @@ class Loading(Checked):
             own["revision"] = self.revision
         if self.trust_remote_code:
             own["trust_remote_code"] = True
-        return load(name, device=device, dtype=self._dtype(device), **own)
+        return zoo.load(name, device=device, dtype=self._dtype(device), **own)
 
     def pipeline(self, name: Any) -> Any:
         """A diffusion pipeline."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from regard.errors import InputError, nearest
 from regard.zoo.entries import offline
+from regard.zoo.matching import check_parts
 from regard.zoo.shipped import PIPELINES, shipped
 
 INDEX = "model_index.json"
@@ -97,6 +98,8 @@ def load_pipeline(
                 "off, or has no such pipeline): name a folder"
             ) from problem
         raise InputError(f"the pipeline in {name} cannot be loaded: {first}") from problem
+    if path.is_dir():
+        check_parts(pipe, path)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)
 

@@ -9,11 +9,12 @@ import typer
 
 from regard.cli.common import Loading, read_text, working
 from regard.cli.pages import check_places, check_png
-from regard.cli.pictures import ask, load_vlm, read_images, seen_by_model
+from regard.cli.pictures import ask, load_vlm, seen_by_model
 from regard.cli.run import shown
 from regard.cli.run.text import Chat, Json, Model
 from regard.errors import InputError
 from regard.files import write_bytes
+from regard.zoo.pictures import read_all
 
 Question = Annotated[str, typer.Option(help="The question itself, or @file.")]
 Images = Annotated[list[Path], typer.Option(help="A picture; may be given several times.")]
@@ -48,7 +49,7 @@ def picture(
     view = card.load("view") if card.has("view") else None
     if out is not None and not hasattr(view, "picture"):
         raise InputError(f"{card.name} draws no picture: leave --out out")
-    pictures, question = read_images(image), read_text(prompt)
+    pictures, question = read_all(image), read_text(prompt)
     loaded, processor = load_vlm(model, loading)
     inputs = ask(loaded, processor, pictures, question, answer, chat)
     places = locate(loaded, inputs)

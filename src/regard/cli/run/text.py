@@ -19,7 +19,7 @@ Chat = Annotated[
     bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
 ]
 Json = Annotated[Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")]
-Model = Annotated[str | None, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
+Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 
 
 def text(

@@ -161,7 +161,7 @@ class _Way:
 
     def write(self, count: int) -> float:
         """Write so many tokens after those that are there; seconds."""
-        from regard.watching.watch import apply
+        from regard.watching import apply
 
         if count == 0:
             return 0.0

@@ -194,7 +194,7 @@ def _models(setting: Setting, total: int) -> dict[str, Callable[[], Any]]:
     """A model of SmolLM2's shape, plain and watched; only the last logits are computed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from regard.watching.watch import watch
+    from regard.watching import watch
 
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,

@@ -169,7 +169,7 @@ def check(model: Any, configurations: Sequence[Configuration], batches: Sequence
         InputError: a setting that a method or this model cannot take.
         ReachError: a model whose attention regard cannot reach.
     """
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     for configuration in configurations:
         for tokens in {b.tokens for b in batches}:
@@ -265,7 +265,7 @@ def _share(model: Any, batch: Batch, configurations: Sequence[Configuration]) ->
     """
     from transformers import DynamicCache
 
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     methods = [c.handlers(batch.tokens) for c in configurations]
     caches = [DynamicCache(config=model.config) for _ in methods]
@@ -284,7 +284,7 @@ def _share(model: Any, batch: Batch, configurations: Sequence[Configuration]) ->
 def _measure(
     model: Any, batch: Batch, configuration: Configuration, ready: _Ready | None = None
 ) -> dict[str, Any]:
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     cell: dict[str, Any] = {"source": configuration.source}
     meter, started = Meter(), time.perf_counter()

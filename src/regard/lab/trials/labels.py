@@ -92,7 +92,7 @@ def labels(
         InputError: no examples, an unknown label, labels that begin with the same token, a template
             without `{text}`.
     """
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     pairs = [(e.text, e.label) if isinstance(e, Example) else e for e in examples]
     names = sorted({label for _, label in pairs}) if labels is None else list(labels)

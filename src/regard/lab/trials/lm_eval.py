@@ -107,7 +107,7 @@ def check(model: Any, configurations: Sequence[Configuration]) -> None:
     """InputError for a method whose budget depends on the length of the prompt, or that this model
     cannot take.
     """
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     for configuration in configurations:
         for part in configuration.parts:
@@ -133,7 +133,7 @@ def _evaluate(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     with apply(model, *configuration.handlers(1)):

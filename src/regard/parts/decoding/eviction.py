@@ -1,9 +1,9 @@
 """Rules that cut the prompt's cache to the same number of rows for every key head.
 
 Deviations of all of them:
-- The prompt is cut once, after it was read, and later tokens are all kept: StreamingLLM and H2O go
-  on evicting while they decode.
-- Positions stay those of the text: StreamingLLM counts them within the cache.
+- The prompt is cut once, after it was read, and later tokens are all kept; some of the papers go on
+  evicting while they decode.
+- Positions stay those of the text; one paper counts them within the cache.
 - The query heads of a key head share one list, chosen by the mean of their attention.
 """
 

@@ -22,7 +22,7 @@ from regard.errors import InputError
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.parts.decoding.cache import Rows
 from regard.reach import Call, Handler, Site
-from regard.watching.watch import apply
+from regard.watching import apply
 
 from .method import Recycled
 

@@ -61,7 +61,8 @@ class Recycled(Settings, Handler):
     own key, and nothing else is read: the copy of the kept rows is contiguous. No token is lost;
     the next full step reads and ranks them all. Time falls, memory does not.
 
-    Layers with a sliding window stay as they are. With ACT, sinks are looked up by position.
+    Layers with a sliding window stay as they are. A method that follows sinks looks them up by
+    position.
 
     >>> import regard
     >>> model = regard.zoo.tiny("llama")

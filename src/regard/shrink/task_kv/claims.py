@@ -248,7 +248,7 @@ def _ranked(model: Any, ids: Tensor) -> tuple[list[list[int]], list[list[int]], 
 
 
 def _read(model: Any, ids: Tensor) -> list[tuple[Call, State]]:
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     with torch.no_grad(), apply(model, reading := Reading()):
         model(ids, use_cache=False, logits_to_keep=1)
@@ -271,7 +271,7 @@ def _silenced(setup: Setup, kind: str, size: Size) -> dict[str, list[float]]:
 
 def _loss(model: Any, text: Text, silent: list[list[int]] | None = None) -> float:
     """Nats a token of the continuation, read in one pass with the prompt."""
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     methods = [] if silent is None else [Silent(dict(enumerate(silent)))]
     ids = torch.cat([text.prompt, text.tail], 1)
@@ -316,7 +316,7 @@ def _over(model: Any, method: Evicting, seen: list[tuple[Call, State]], tail: Te
     """
     from transformers import DynamicCache
 
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     with torch.no_grad(), apply(model, method):
         cache = DynamicCache(config=model.config)

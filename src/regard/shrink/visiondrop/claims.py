@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from regard import watching as api
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.lab.trials import vqa
 from regard.parts.decoding.cache import held_bytes
@@ -19,7 +20,6 @@ from regard.report.chart import Line, Panel, chart
 from regard.report.contact import sheet
 from regard.report.grid import stacked
 from regard.report.patches import GONE, paint
-from regard.watching import watch as api
 from regard.zoo import vlm as zoo
 
 from .method import VisionDrop

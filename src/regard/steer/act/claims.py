@@ -189,7 +189,7 @@ def _share(sinks: Tensor) -> float:
 
 
 def _received(model: Any, ids: Tensor, skip: tuple[int, int]) -> Tensor:
-    from regard.watching.watch import watch
+    from regard.watching import watch
 
     with torch.no_grad(), watch(model, ["mean_received"]) as seen:
         model(ids, use_cache=False, logits_to_keep=1)
@@ -302,7 +302,7 @@ def _held_out(setup: Setup, size: Size, methods: list[Any]) -> tuple[list[float]
 
 def _first(setup: Setup, size: Size) -> dict[str, list[float]]:
     """Log-perplexity of every window: plain, later sinks, token 0, random later tokens shrunk."""
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     fixed: dict[str, Any] = {"beta": BETA, "alpha": ALPHA, "skip_layers": size.skip_layers}
     runs: dict[str, list[Any]] = {

@@ -66,7 +66,7 @@ def run(
     Raises:
         InputError: a length or number of rounds that cannot be, a file that holds another run.
     """
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     from .heads import shape_of
     from .method import ACT

@@ -76,7 +76,7 @@ def run(
       regard run dynamic-prompt-learning --image scene.png --caption "a red circle and a blue
       square" --reweight blue=2.0 --nouns circle --nouns square
     """
-    from regard.cli.pictures import read_images
+    from regard.zoo.pictures import read_all as read_images
     from regard.zoo.pipelines import need_diffusers
 
     diffusion.check_prompt(caption)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from regard import watching as api
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
 from regard.lab.trials.scenes import foreground, judge, overlap, read
 from regard.reach import Call, Handler, Site
 from regard.reach.denoising import denoising
 from regard.report.contact import sheet
-from regard.watching import watch as api
 from regard.zoo.scenes import Scene, scene
 
 from .method import StructuredDiffusion

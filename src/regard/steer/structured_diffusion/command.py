@@ -92,7 +92,7 @@ def run(
 def _check(pipe: Any) -> None:
     """Refuse what the method cannot act on before any image is made."""
     from regard.steer.structured_diffusion.method import StructuredDiffusion
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     apply(pipe, StructuredDiffusion(parser="rules"))
 
@@ -104,7 +104,7 @@ def _images(
     import torch
 
     from regard.progress import bar
-    from regard.watching.watch import apply
+    from regard.watching import apply
 
     pairs, seconds = [], {"plain": 0.0, "structured": 0.0}
     total = 2 * len(seeds) * diffusion.steps_of(pipe, keywords)

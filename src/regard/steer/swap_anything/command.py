@@ -69,7 +69,7 @@ def run(
 
       regard run swap-anything --image scene.png --object circle --concept my_concept/
     """
-    from regard.cli.pictures import read_images
+    from regard.zoo.pictures import read_all as read_images
     from regard.report.contact import png
     from regard.zoo.pipelines import need_diffusers
 
@@ -210,7 +210,7 @@ def _targets(
 
 def _concept_pictures(concept: Path | None) -> list[Any]:
     """The pictures of a concept's folder; none where a learnt one is given."""
-    from regard.cli.pictures import read_images
+    from regard.zoo.pictures import read_all as read_images
 
     if concept is None:
         return []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard import watching as api
 from regard.core import Mask, State, mass
 from regard.errors import InputError
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, bootstrap, verdict
@@ -20,7 +21,6 @@ from regard.reach import Call
 from regard.report.contact import sheet
 from regard.report.patches import MARK, paint
 from regard.report.patches import over as laid_over
-from regard.watching import watch as api
 
 from .dims import find_sink_dims
 from .edit import at_queries

@@ -265,24 +265,41 @@ class Counted(TorchFunctionMode):
         return func(*args, **named)
 
 
+MARK = ".regard-wrote.json"
+
+
 def replaceable(out: Path) -> Path:
-    """The place of a folder of weights, links followed; what lies there is replaced by a training.
+    """The place of a folder of weights, links followed; a folder that a training wrote there before
+    is replaced, and no other. What a killed training had moved aside is put back first.
 
     Raises:
-        InputError: a file, the working folder or one around it, a folder of anything but a model.
+        InputError: a file, the working folder or one around it, a folder that holds anything that
+            no training wrote.
     """
     out = out.expanduser().resolve()
+    if not out.exists():
+        for aside in sorted(out.parent.glob(f".{out.name}.old*")):
+            os.replace(aside, out)  # killed between its two renames
+            break
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder for the weights")
     if Path.cwd().is_relative_to(out):
         raise InputError(f"{out} is the folder you work in, or around it: name a new one in it")
-    names = {file.name for file in out.iterdir()} if out.is_dir() else set[str]()
-    # a training that was cut off leaves no training.json
-    made = {"training.json", "model_index.json", "projector.safetensors"} & names
-    weights = "config.json" in names and any(n.endswith(".safetensors") for n in names)
-    if names and not (made or weights):
-        raise InputError(f"{out} holds no model, and all in it would be lost: name a new folder")
+    there = _files(out)
+    try:
+        wrote = set(json.loads((out / MARK).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        wrote = set()
+    if others := sorted(there - wrote - {MARK}):
+        raise InputError(
+            f"{out} holds {others[0]}, which no training wrote, and all in it would be lost: name a "
+            "new folder"
+        )
     return out
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if not f.is_dir()}
 
 
 def save_folder(target: Path, write: Callable[[Path], Any]) -> None:
@@ -292,6 +309,7 @@ def save_folder(target: Path, write: Callable[[Path], Any]) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     write(part)
+    (part / MARK).write_text(json.dumps({"files": sorted(_files(part))}), encoding="utf-8")
     old = target.with_name(f".{target.name}.old{os.getpid()}")
     if target.exists():
         os.replace(target, old)

@@ -55,6 +55,8 @@ def watch(
     ...     _ = model(torch.arange(10)[None])
     >>> seen["received"][0].shape, seen["received"][0].dtype
     (torch.Size([1, 4, 10]), torch.float32)
+    >>> seen["entropy"].stack().shape
+    torch.Size([2, 1, 4, 10])
 
     Raises:
         InputError: an unknown fact, a layer or head out of range.
@@ -76,7 +78,7 @@ def apply(model: Any, *methods: Handler) -> Session:
     """
     for method in methods:
         if not isinstance(method, Handler):
-            raise InputError(f"{method!r} is no method: give, for example, regard.ACT(beta=0.4)")
+            raise InputError(f"{method!r} is no method: `regard methods` lists what there is")
     return Session(model, methods)
 
 
@@ -109,6 +111,20 @@ class Layers(Mapping[int, Any]):
     def __len__(self) -> int:
         return sum(s.part == self._main for s in self._values)
 
+    def stack(self) -> Any:
+        """All layers of the main part as one tensor, `[layers, batch, heads, ...]`.
+
+        Raises:
+            InputError: the layers differ in shape, or nothing was seen.
+        """
+        values = [self[n] for n in self]
+        shapes = {tuple(v.shape) for v in values if torch.is_tensor(v)}
+        if len(shapes) != 1 or not all(map(torch.is_tensor, values)):
+            raise InputError(
+                f"layers of shapes {sorted(shapes)} cannot be stacked: take them one by one"
+            )
+        return torch.stack(values)
+
     def __repr__(self) -> str:
         shown = {
             s.name: tuple(v.shape) if hasattr(v, "shape") else type(v).__name__
@@ -121,10 +137,8 @@ class Watch(Session):
     """A session that measures facts; the results stay after it ends.
 
     `seen["received"]` maps layer numbers to `[batch, heads, keys]`. In a model of several stacks
-    the numbers
-    are those of the main one, the last self-attention stack (the language model, the decoder); the
-    others go by
-    name: `seen["received"]["model.encoder.layers"][3]`.
+    the numbers are those of the main one, the last self-attention stack (the language model, the
+    decoder); the others go by name: `seen["received"]["model.encoder.layers"][3]`.
     """
 
     def __init__(
