@@ -15,6 +15,12 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "options.json").read_tex
 FILLED_IN = {
     "run act": ["--alpha"],
     "run recycled-attention": ["--stride", "--threshold"],
+    # the same numbers, as a tuple
+    "explain": ["--segments"],
+    "trial explanation": ["--segments"],
+    # older names of --variant and of --ratio, which have the default
+    "run var": ["--rule"],
+    "run visiondrop": ["--tokens"],
 }
 
 

@@ -25,7 +25,7 @@ CARD = Card(
     takes="picture",
     model="shapes-vlm",
     neutral={"ratio": 1.0},
-    example={"budget": 7},
+    example={"ratio": 0.4375},
     examples=(
         'regard run visiondrop --image photo.png --prompt "How many circles?" --out kept.png',
         'regard run visiondrop --image a.png --prompt "What is this?" --budget 64 '

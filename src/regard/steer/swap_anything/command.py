@@ -69,8 +69,8 @@ def run(
 
       regard run swap-anything --image scene.png --object circle --concept my_concept/
     """
-    from regard.zoo.pictures import read_all as read_images
     from regard.report.contact import png
+    from regard.zoo.pictures import read_all as read_images
     from regard.zoo.pipelines import need_diffusers
 
     check_places(json, out)
