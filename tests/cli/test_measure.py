@@ -42,7 +42,7 @@ def test_rhythm_of_an_answer(capsys: Any) -> None:
     assert 2 < len(report["waad"]) == len(report["pieces"]) and report["horizon"] == [2, 9]
     assert report["start"] == found["prompt_tokens"]
     code, out, _ = run(capsys, *args)
-    assert code == 0 and "Preplan and anchor tokens" in out
+    assert code == 0 and "global heads" in out and "on token 0 falls" in out
 
 
 @pytest.mark.parametrize(
