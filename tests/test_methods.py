@@ -18,7 +18,12 @@ from regard.errors import InputError
 
 from .shrink.explicit import ids, wide
 
-ROWS = [m for m in catalog.everything() if m.status == "available" and m.takes]
+MEASURE = ("tokens", "answer")  # what such methods take they only look at
+ROWS = [
+    m
+    for m in catalog.everything()
+    if m.status == "available" and m.takes and m.takes not in MEASURE
+]
 IDS = [m.slug for m in ROWS]
 SET = [m for m in catalog.everything() if m.settings is not None and m.status == "available"]
 

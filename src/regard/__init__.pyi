@@ -22,8 +22,8 @@ from regard.lab.check import check as check
 from regard.parts.diffusion.words import WordMaps as WordMaps
 from regard.see.cross_attention_explanation.method import Explanation as Explanation
 from regard.see.cross_attention_explanation.method import explain as explain
+from regard.see.preplan_anchor.coupling import couplings as couplings
 from regard.see.preplan_anchor.method import Rhythm as Rhythm
-from regard.see.preplan_anchor.method import couplings as couplings
 from regard.see.preplan_anchor.method import rhythm as rhythm
 from regard.see.refam.method import RefAM as RefAM
 from regard.see.sink_emergence.method import Sinks as Sinks
@@ -31,6 +31,8 @@ from regard.see.sink_emergence.method import sinks as sinks
 from regard.see.stable_semantics.method import ChunkMaps as ChunkMaps
 from regard.see.stable_semantics.method import Recipe as Recipe
 from regard.shape.mma.method import MMA as MMA
+from regard.shape.mma.roles import Roles as Roles
+from regard.shape.mma.roles import mma_mask as mma_mask
 from regard.shrink.h2o.method import H2O as H2O
 from regard.shrink.random_eviction.method import RandomEviction as RandomEviction
 from regard.shrink.recycled_attention.method import Recycled as Recycled
@@ -48,8 +50,8 @@ from regard.steer.structured_diffusion.method import StructuredDiffusion as Stru
 from regard.steer.swap_anything.method import SwapAnything as SwapAnything
 from regard.steer.swap_anything.method import swap as swap
 from regard.steer.swap_anything.objects import swap_object as swap_object
+from regard.steer.var.dims import find_sink_dims as find_sink_dims
 from regard.steer.var.method import VAR as VAR
-from regard.steer.var.method import find_sink_dims as find_sink_dims
 from regard.watching import Watch as Watch
 from regard.watching import apply as apply
 from regard.watching import facts as facts

@@ -55,7 +55,8 @@ class Card:
         method: the class or function in `method.py` that runs it; None while it is planned.
         exports: further names to import from `regard`; "heads.HeadFilter" lies in `heads.py`.
         takes: the kind of input that `regard run` and `regard trial` give it: "text", "picture",
-            "prompt" (of an image); "" where it has a command of its own or none.
+            "prompt" (of an image), "tokens" (of a text, to measure), "answer" (to a prompt, to
+            measure); "" where it has a command of its own or none.
         plain_prompt: whether the pass over a prompt is that of the plain model.
         neutral: settings under which it changes nothing.
         example: settings that suit a tiny model, for the tests.
@@ -98,6 +99,7 @@ def setting(
     option: str | None = None,
     kind: Any = None,
     alias: str | None = None,
+    hidden: bool = False,
 ) -> Any:
     """A field of `Settings`: its default, one line of help, and what it may be.
 
@@ -111,6 +113,7 @@ def setting(
         option: its name on the command line, "" for none; derived from the field's name if None.
         kind: what the command line takes, where that is not the field's own type.
         alias: an older name of the option, still read.
+        hidden: an older setting, still read: not in the help, and not in `settings()`.
     """
     given = {n: v for n, v in locals().items() if n not in ("default", "among")}
     given["among"] = None if among is None else tuple(among)
@@ -173,7 +176,8 @@ class Checked:
 
     def settings(self) -> dict[str, Any]:
         """The settings by name: what `type(self)(**settings)` makes again."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata}  # type: ignore[arg-type]
+        shown = [f.name for f in fields(self) if f.metadata and not f.metadata["hidden"]]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in shown}
 
 
 def check(name: str, value: Any, one: Any) -> None:

@@ -99,9 +99,9 @@ def test_every_slip_gets_one_line(ears: str, tmp_path: Path, capsys: Capture) ->
         ([good, "--task", "sing"], "transcribe or translate"),
         ([good, "--language", "de"], "many languages"),
         ([good, *abc, "--step", "7"], "divides 100"),
-        ([good, *abc, "--frames", "some"], "all or real"),
-        ([good, *abc, "--segments", "many"], "takes numbers"),
-        ([good, *abc, "--baseline", "noise"], "'mean' or 'zero'"),
+        ([good, *abc, "--frames", "some"], "frames is one of all, real"),
+        ([good, *abc, "--segments", "many"], "--segments: 'many' is no list"),
+        ([good, *abc, "--baseline", "noise"], "baseline is one of mean, zero"),
         ([good, *abc, "--antithetic", "--masks", "9"], "come in pairs"),
         ([good, *abc, "--resume", f"{at}/no.bin"], "is not a saved saliency run"),
         ([good, *abc, "--html", f"{at}/no/x.html"], "does not exist"),
@@ -185,7 +185,7 @@ def test_slips_of_the_table_get_one_line(ears: str, tmp_path: Path, capsys: Capt
         (["--data", str(data), "--step", "7"], "divides 100"),
         (["--data", str(data), "--task", "sing"], "transcribe or translate"),
         (["--data", str(data), "--language", "de"], "many languages"),
-        (["--data", str(data), "--baseline", "noise"], "nothing could be explained: a.wav"),
+        (["--data", str(data), "--baseline", "noise"], "baseline is one of mean, zero"),
         (["--data", str(data), "--model", str(llama)], "name a speech model"),
     ]
     capsys.readouterr()

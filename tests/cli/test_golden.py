@@ -16,6 +16,12 @@ FILLED_IN = {
     "run act": ["--alpha"],
     "run recycled-attention": ["--stride", "--threshold"],
     "run refam": ["--magnets"],
+    # the same numbers, as a tuple
+    "explain": ["--segments"],
+    "trial explanation": ["--segments"],
+    # older names of --variant and of --ratio, which have the default
+    "run var": ["--rule"],
+    "run visiondrop": ["--tokens"],
 }
 
 

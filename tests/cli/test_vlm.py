@@ -42,13 +42,15 @@ def test_var(capsys: Any, folder: Path, tmp_path: Path) -> None:
     )
     assert code == 0, err
     found = json.loads(said)
-    assert found["image_tokens"] == 16 and found["grid"] == [4, 4] and found["kl"] > 0
-    assert [r["layer"] for r in found["layers"]] == [0, 1, 2]
-    first = found["layers"][0]
-    assert first["text_sinks"] == [0] and 0 < len(first["image_sinks"]) < 16
+    assert found["image_tokens"] == [16] and found["grids"] == [[4, 4]] and found["kl"] > 0
+    report = found["report"]
+    assert [r["layer"] for r in report["layers"]] == [0, 1, 2]
+    first = report["layers"][0]
+    assert [s["position"] for s in first["text_sinks"]] == [0] and "token" in first["text_sinks"][0]
+    assert 0 < len(first["image_sinks"]) < 16
     assert 0 < first["rows_changed"] < first["rows"] and 0 < first["moved"] < 0.6
-    assert found["settings"]["dims"] == list(DIMS)
-    before, after = (found["attention"][n] for n in ("before", "after"))
+    assert found["settings"]["dims"] == report["dims"] == list(DIMS)
+    before, after = (report["attention"][n] for n in ("before", "after"))
     assert len(before) == len(after) == 16 and sum(after) > sum(before)
     with Image.open(out) as drawn:
         assert drawn.format == "PNG" and drawn.width > 4 * 384
@@ -63,6 +65,10 @@ def test_var_finds_the_dims(capsys: Any, folder: Path) -> None:
     code, said, err = run(capsys, "run", "var", *common(folder), *args)
     assert code == 0, err
     assert json.loads(said)["settings"]["dims"] == [DIMS[0]]
+    ask = [*args[:-2], "--preset", "hallucination", "--rule", "released_code", "--json", "-"]
+    code, said, err = run(capsys, "run", "var", *common(folder), *ask)
+    settings = json.loads(said)["settings"]
+    assert (settings["nonsink_ratio"], settings["variant"]) == (0.5, "released")
 
 
 def test_visiondrop(capsys: Any, folder: Path, tmp_path: Path) -> None:
@@ -74,18 +80,40 @@ def test_visiondrop(capsys: Any, folder: Path, tmp_path: Path) -> None:
     )
     assert code == 0, err
     found = json.loads(data.read_text())
-    assert found["image_tokens"] == [16, 16] and found["mean_tokens"] == 7
-    assert found["tokens_by_layer"] == [[10, 8, 6, 4]] * 2
-    for image in found["images"]:
-        assert [c["before_layer"] for c in image] == [0, 1, 2, 3]
-        for cut in image:
+    report = found["report"]
+    assert found["image_tokens"] == [16, 16] and report["mean_tokens"] == 7
+    assert found["settings"]["budget"] == 7 and "tokens" not in found["settings"]
+    for image in report["images"]:
+        assert image["tokens_by_layer"] == [10, 8, 6, 4]
+        assert [c["before_layer"] for c in image["cuts"]] == [0, 1, 2, 3]
+        for cut in image["cuts"]:
             assert sorted(m for t in cut["tokens"] for m in t) == list(range(16))
     length, rows = found["prompt_tokens"], [10, 8, 6, 4]
-    held = found["cache_bytes"]
-    assert held["changed"] * 4 * length == held["plain"] * sum(length - 32 + 2 * n for n in rows)
+    plain, changed = (found[n]["prompt_bytes"] for n in ("plain", "changed"))
+    assert changed * 4 * length == plain * sum(length - 32 + 2 * n for n in rows)
     assert "7.0 tokens a picture" in " ".join(said.split())
     with Image.open(out) as drawn:
         assert drawn.width > 5 * 384
+
+
+def test_cuts_by_hand(capsys: Any, folder: Path) -> None:
+    args = [*common(folder), "--json", "-", "--cuts"]
+    code, said, err = run(capsys, "run", "visiondrop", *args, "1:6/2,3:3/1")
+    assert code == 0, err
+    assert json.loads(said)["report"]["images"][0]["tokens_by_layer"] == [16, 8, 8, 4]
+    code, _, err = run(capsys, "run", "visiondrop", *args, "8")
+    assert code == 2 and "no list of cuts" in err
+
+
+def test_mma(capsys: Any, folder: Path) -> None:
+    """Derived like the others; it has settings, a report, and no picture to draw."""
+    code, said, err = run(capsys, "run", "mma", *common(folder), "--turns", "all", "--json", "-")
+    assert code == 0, err
+    found = json.loads(said)
+    assert found["kl"] > 0 and found["settings"]["turns"] == "all"
+    assert found["report"]["rows"][0] == {"image": 16, "question": 5, "opened": 16}
+    code, _, err = run(capsys, "run", "mma", *common(folder), "--out", "a.png")
+    assert code == 2 and "draws no picture" in err
 
 
 @pytest.mark.parametrize("verb", [["see"], ["run", "act", "-n", "2", "--prompt"]])
@@ -101,11 +129,12 @@ def test_text_alone(capsys: Any, folder: Path, verb: list[str]) -> None:
     [
         (["var", "--dims", "5,9", "--tau", "9"], "bound is 8.0"),
         (["var", "--tau", "4"], "find_sink_dims"),
-        (["var", "--dims", "x"], "--dims takes numbers"),
-        (["var", "--preset", "art"], "--preset is one of"),
-        (["var", "--move", "2", "--dims", "5"], "share moved"),
+        (["var", "--dims", "x"], "no dims are known"),
+        (["var", "--preset", "art"], "preset is one of"),
+        (["var", "--move", "2", "--dims", "5"], "share of the attention"),
         (["var", "--model", "TEXTMODEL", "--dims", "5", "--tau", "4"], "reads no pictures"),
         (["visiondrop", "--tokens", "2"], "cannot be reached"),
+        (["visiondrop", "--ratio", "0.5", "--budget", "7"], "mutually exclusive"),
         (["visiondrop", "--score", "loud"], "score is one of"),
         (["visiondrop", "--out", "no/where.png"], "does not exist"),
         (["visiondrop", "--out", "kept.txt"], "--out is a .png file"),

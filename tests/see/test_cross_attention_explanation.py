@@ -21,10 +21,9 @@ from regard.see.cross_attention_explanation.deletion import (
     words_of,
 )
 from regard.see.cross_attention_explanation.forced import Clip, Forced
-from regard.see.cross_attention_explanation.method import (
+from regard.see.cross_attention_explanation.maps import (
     compare,
     cross_attention,
-    explain_clip,
     groups,
     in_span,
     pearson,
@@ -35,6 +34,7 @@ from regard.see.cross_attention_explanation.method import (
     split_half,
     standardised,
 )
+from regard.see.cross_attention_explanation.method import explain_clip
 from regard.see.cross_attention_explanation.overview import overview, references
 from regard.zoo import tiny
 
@@ -92,7 +92,7 @@ def test_groups_are_means() -> None:
 
 def test_a_model_without_cross_attention_is_refused() -> None:
     from regard.reach import Session
-    from regard.see.cross_attention_explanation.method import _Cross
+    from regard.see.cross_attention_explanation.maps import _Cross
 
     with pytest.raises(InputError, match="no cross attention"):
         Session(tiny("llama"), [_Cross(slice(0, 1))])
@@ -306,7 +306,7 @@ def test_a_saliency_that_tells_nothing_has_no_reliability() -> None:
 
 def test_a_step_that_leads_nowhere_is_refused_before_any_mask_is_drawn() -> None:
     with pytest.raises(InputError, match="divides 100"):
-        made(step=7, masks=1)  # the masks would be refused too, later
+        made(step=7, masks=3, antithetic=True)  # the masks would be refused too, later
 
 
 def test_only_the_words_of_a_given_transcript_are_explained() -> None:

@@ -10,18 +10,15 @@ import pytest
 import torch
 
 from regard.errors import InputError
+from regard.see.preplan_anchor.coupling import content_words, couplings, jaccard, perturb
 from regard.see.preplan_anchor.method import (
     Heads,
     Rhythm,
     calibrated,
-    content_words,
-    couplings,
     head_split,
-    jaccard,
     kurtosis,
     middle_layers,
     peaks,
-    perturb,
     rhythm,
 )
 from regard.zoo import tiny

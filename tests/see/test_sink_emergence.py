@@ -218,12 +218,12 @@ def test_it_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"epsilon": 0.0}, "between 0 and 1"),
-        ({"epsilon": 1.0}, "between 0 and 1"),
+        ({"epsilon": 0.0}, "above 0 and below 1"),
+        ({"epsilon": 1.0}, "above 0 and below 1"),
         ({"position": 20}, "out of range"),
-        ({"position": -1}, "out of range"),
+        ({"position": -1}, "at least 0"),
         ({"tokens": 21}, "has 20 tokens where 21"),
-        ({"tokens": 1}, "looks at itself"),
+        ({"tokens": 1}, "at least 2"),
         ({"layers": [7]}, "out of range"),
         ({"batches": []}, "no sequence"),
         ({"batches": torch.zeros(2, 1, dtype=torch.long)}, "looks at itself"),

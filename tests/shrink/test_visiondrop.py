@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import regard
 from regard.errors import InputError, ReachError
-from regard.shrink.visiondrop.cache import nbytes
+from regard.parts.decoding.cache import held_bytes
 from regard.shrink.visiondrop.method import VisionDrop
 from regard.shrink.visiondrop.plan import Plan, one_cut, prefill_flops, schedule, visual_score
 from regard.zoo.tiny import tiny
@@ -224,7 +224,7 @@ def test_neutral_is_the_plain_model_and_no_trace_is_left(family: str) -> None:
     with torch.no_grad():
         plain = model(**inputs).logits
         before = hooks()  # transformers leaves some of its own after a first pass
-        with regard.apply(model, VisionDrop()):
+        with regard.apply(model, VisionDrop(ratio=1.0)):
             assert torch.equal(model(**inputs).logits, plain)
         with regard.apply(model, VisionDrop(**settings(family))):
             model(**inputs)
@@ -285,13 +285,13 @@ def test_every_layer_of_the_cache_has_its_own_length() -> None:
     model = tiny_vlm("llava")
     inputs = vlm_inputs("llava", model, images=[1])
     with torch.no_grad():
-        full = nbytes(model(**inputs, use_cache=True).past_key_values)
+        full = held_bytes(model(**inputs, use_cache=True).past_key_values)
         with regard.apply(model, method := VisionDrop(encoder=(8, 3), cuts=CUTS)):
             cache = model(**inputs, use_cache=True).past_key_values
     assert method.counts() == [[11, 8, 8, 4]]
     assert [layer.rows[0].data.shape[2] for layer in cache.layers] == [21, 18, 18, 14]
     assert cache.get_seq_length() == 26
-    assert nbytes(cache) == full * (21 + 18 + 18 + 14) / (4 * 26)
+    assert held_bytes(cache) == full * (21 + 18 + 18 + 14) / (4 * 26)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -367,6 +367,14 @@ def test_what_was_kept_is_told() -> None:
     assert method.counts() == [[11, 8, 8, 4]] * 2 and method.mean_tokens() == 31 / 4
 
 
+def test_budgets_have_one_vocabulary() -> None:
+    """`tokens`, the older name, meant a share below 1 and a count from 1 on: 1.0 was one token."""
+    assert VisionDrop().ratio == 0.25 and VisionDrop(ratio=1.0).budget is None
+    share, count = VisionDrop(tokens=0.5), VisionDrop(tokens=7.0)
+    assert (share.ratio, share.budget, count.ratio, count.budget) == (0.5, None, None, 7)
+    assert "tokens" not in count.settings()
+
+
 def test_rivals_keep_as_many() -> None:
     model = tiny_vlm("llava", layers=8)
     inputs = vlm_inputs("llava", model, images=[1])
@@ -381,7 +389,7 @@ def test_rivals_keep_as_many() -> None:
             {"score_mask": "bidirectional"},
             {"keep_cls": False},
         ):
-            with regard.apply(model, method := VisionDrop(tokens=8, **how)):
+            with regard.apply(model, method := VisionDrop(budget=8, **how)):
                 answers.append(model(**inputs).logits[0, -1])
             assert abs(method.mean_tokens() - 8) <= 0.5
     for n, one in enumerate(answers):
@@ -426,12 +434,12 @@ def test_schedule() -> None:
     assert schedule(32, 576, 32) == released and released.mean(576, 32) == 32
     for tokens, count, depth in ((192, 576, 32), (0.25, 64, 8), (16, 256, 12), (9, 100, 30)):
         plan = schedule(tokens, count, depth)
-        plan.check(count, depth, True)
+        plan.check(count, True)
         mean = tokens * count if tokens < 1 else tokens
         assert abs(plan.mean(count, depth) - mean) < 0.5
     for plan in (schedule(200, 576, 32, encoder=False), schedule(500, 576, 32)):
         assert plan.encoder is None and abs(plan.mean(576, 32) - plan.counts(576, 32)[9]) > 0
-        plan.check(576, 32, True)
+        plan.check(576, True)
     assert abs(schedule(200, 576, 32, encoder=False).mean(576, 32) - 200) < 0.5
     assert one_cut(64, 576, 32, 0).mean(576, 32) == 64
     assert abs(one_cut(192, 576, 32, 2).mean(576, 32) - 192) < 0.5
@@ -452,18 +460,19 @@ def test_the_causal_score_favours_early_tokens() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"tokens": 7, "encoder": (4, 1)}, "by hand"),
-        ({"tokens": -1}, "share between"),
+        ({"budget": 7, "encoder": (4, 1)}, "by hand"),
+        ({"budget": 7, "ratio": 0.5}, "one of the three"),
+        ({"ratio": 1.5}, "ratio is a number above 0 and at most 1"),
         ({"score": "loud"}, "score is one of"),
         ({"encoder": (15, 1)}, "must decrease"),
         ({"encoder": (8, 0)}, "at least 1"),
         ({"cuts": {1: (5, 1), 2: (5, 1)}}, "must decrease"),
         ({"cuts": {0: (5, 1)}}, "inside the model"),
         ({"cuts": {4: (5, 1)}}, "inside the model"),
-        ({"tokens": 2}, "cannot be reached"),
-        ({"tokens": 3, "stages": "fastv"}, "raise tokens"),
-        ({"tokens": "4"}, "tokens is a number, not '4'"),
-        ({"tokens": float("nan")}, "tokens is a number"),
+        ({"budget": 2}, "cannot be reached"),
+        ({"budget": 3, "stages": "fastv"}, "raise the budget"),
+        ({"budget": "4"}, "budget is a whole number of at least 1, not '4'"),
+        ({"ratio": float("nan")}, "ratio is a number"),
         ({"encoder": 8}, "a cut is a pair"),
         ({"encoder": (4.5, 1)}, "whole number"),
         ({"cuts": {"1": (5, 1)}}, "the layer of a cut is a whole number"),
@@ -482,7 +491,7 @@ def test_models_and_caches_that_cannot_work() -> None:
     drop = {"cuts": CUTS}
     with (
         pytest.raises(InputError, match="no images"),
-        regard.apply(tiny("llama"), VisionDrop(tokens=5)),
+        regard.apply(tiny("llama"), VisionDrop(budget=5)),
     ):
         pass
     for family in ("qwen2_vl", "llava_next"):

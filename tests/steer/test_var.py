@@ -19,14 +19,10 @@ from regard.core import Mask
 from regard.core.kernels.reference import probabilities
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Site
-from regard.steer.var.method import (
-    VAR,
-    Redistribution,
-    SinkKnockout,
-    find_sink_dims,
-    redistribute,
-    relative,
-)
+from regard.steer.var.claims import SinkKnockout
+from regard.steer.var.dims import find_sink_dims, relative
+from regard.steer.var.edit import redistribute
+from regard.steer.var.method import VAR
 from regard.zoo.tiny import tiny
 from regard.zoo.tiny_vlm import IMAGE, tiny_vlm, vlm_inputs
 
@@ -41,7 +37,7 @@ def explicit(
 ) -> tuple[Tensor, Tensor]:
     """The card's edit, row by row, on the map `[batch, heads, queries, keys]`; and which rows."""
     edited, chosen = p.clone(), torch.zeros(p.shape[:3], dtype=torch.bool)
-    released = s.rule == "released_code"
+    released = s.variant == "released"
     for b in range(len(p)):
         v, d = image[b], sinks[b]
         if released and not bool((v & d).any()):
@@ -137,7 +133,7 @@ def a_call(dtype: torch.dtype = torch.float64) -> tuple[Call, Tensor, Tensor]:
     [
         {},
         {"move": 1.0, "nonsink_ratio": 0.9},
-        {"rule": "released_code", "nonsink_ratio": 0.5},
+        {"variant": "released", "nonsink_ratio": 0.5},
         {"heads": "all", "give": "text"},
         {"give": "both", "nonsink_ratio": 0.0, "image_mass": 0.0},
     ],
@@ -167,13 +163,13 @@ def test_merge_form_is_the_explicit_edit(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rule", ["paper", "released_code"])
-def test_the_model_is_that_of_an_eager_edit(family: str, rule: str) -> None:
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_model_is_that_of_an_eager_edit(family: str, variant: str) -> None:
     for dtype, bar in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         model = planted(family, dtype=dtype)
         inputs = with_sink_words(cast(vlm_inputs(family, model, images=[1, 2, 0]), dtype))
-        method = VAR(rule=rule, **SET)
-        layers = [2, 3] if rule == "released_code" else [0, 1, 2]
+        method = VAR(variant=variant, **SET)
+        layers = [2, 3] if variant == "released" else [0, 1, 2]
         with dense(model, inputs, method, layers) as true:
             pass
         with torch.no_grad(), regard.apply(model, method):
@@ -228,7 +224,8 @@ def test_what_the_last_token_gives_is_told_before_and_after(family: str) -> None
     """Of the first layer, where nothing came before: the plain map, and the card's edit of it."""
     model = planted(family)
     inputs = with_sink_words(vlm_inputs(family, model))
-    method = Redistribution(**{**SET, "image_mass": 0.0}, layers=[0])
+    method = VAR(**{**SET, "image_mass": 0.0}, layers=[0])
+    method.prepare(model, inputs)
     with torch.no_grad(), regard.apply(model, method):
         model(**inputs)
     model.set_attn_implementation("eager")
@@ -238,8 +235,8 @@ def test_what_the_last_token_gives_is_told_before_and_after(family: str) -> None
     last[:, -1] = True
     edited, chosen = explicit(p, found.image, found.sinks, last, method)
     assert bool(chosen[:, :, -1].any()) and not torch.allclose(edited[:, :, -1], p[:, :, -1])
-    assert torch.allclose(method.plain[0], p[:, :, -1], atol=1e-6)
-    assert torch.allclose(method.given[0], edited[:, :, -1], atol=1e-6)
+    assert torch.allclose(method.last_before[0], p[:, :, -1], atol=1e-6)
+    assert torch.allclose(method.last_after[0], edited[:, :, -1], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -318,11 +315,14 @@ def test_generation_and_beams() -> None:
 
 
 def test_the_two_names_of_p_and_rho() -> None:
-    paper, code = VAR.paper(p=0.6, rho=0.8), VAR.released_code(p=0.6, rho=0.2)
-    assert (paper.move, paper.nonsink_ratio, paper.rule) == (0.6, 0.8, "paper")
+    paper, code = VAR.paper(p=0.6, rho=0.8), VAR.released(p=0.6, rho=0.2)
+    assert (paper.move, paper.nonsink_ratio, paper.variant) == (0.6, 0.8, "paper")
     assert (round(code.move, 9), round(code.nonsink_ratio, 9)) == (0.4, 0.8)
+    # their older names
+    assert VAR(rule="released_code").variant == VAR.released_code().variant == "released"
+    assert VAR(preset="hallucination").nonsink_ratio == 0.5 and VAR().nonsink_ratio == 0.8
     # rho of the paper and of the code agree at 0.5 alone
-    assert VAR.paper(rho=0.5).nonsink_ratio == VAR.released_code(rho=0.5).nonsink_ratio
+    assert VAR.paper(rho=0.5).nonsink_ratio == VAR.released(rho=0.5).nonsink_ratio
     # a row without visual sinks: the rule recycles text sinks, the code does nothing
     model = tiny_vlm("llava")
     inputs = with_sink_words(vlm_inputs("llava", model, images=[1]))
@@ -331,7 +331,7 @@ def test_the_two_names_of_p_and_rho() -> None:
         plain = model(**inputs).logits
         with regard.apply(model, paper_ := VAR.paper(rho=0.5, tau=6.5, dims=DIMS)):
             a = model(**inputs).logits
-        with regard.apply(model, VAR.released_code(tau=6.5, dims=DIMS)):
+        with regard.apply(model, VAR.released(tau=6.5, dims=DIMS)):
             b = model(**inputs).logits
     assert not bool((paper_.found()[0].sinks & (inputs["input_ids"] == IMAGE)).any())
     assert torch.equal(b, plain) and not torch.allclose(a, plain, atol=1e-3)
@@ -407,9 +407,11 @@ def test_phi_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"move": 1.5}, "share moved"),
-        ({"nonsink_ratio": -0.1}, "shares"),
-        ({"rule": "mine"}, "rule is one of"),
+        ({"move": 1.5}, "move is a number of at least 0 and at most 1"),
+        ({"nonsink_ratio": -0.1}, "nonsink_ratio is a number of"),
+        ({"variant": "mine"}, "variant is one of"),
+        ({"preset": "art"}, "preset is one of"),
+        ({"dims": "auto", "tau": 4}, "call prepare"),
         ({"dims": "gpt-9"}, "no dims are known"),
         ({"dims": [64], "tau": 4}, "no dim 64"),
         ({"dims": [], "tau": 4}, "dims is empty"),

@@ -75,7 +75,7 @@ def test_a_neutral_method_changes_nothing(shapes: tuple[Any, Any]) -> None:
     ("make", "new"),
     [
         (lambda: VAR(dims=[3, 40], tau=1.5, nonsink_ratio=0.2), 2),  # one alone is never a sink
-        (lambda: VisionDrop(tokens=24), 1),
+        (lambda: VisionDrop(budget=24), 1),
         (lambda: MMA(marker=[6]), 1),  # "assistant"
     ],
     ids=["var", "visiondrop", "mma"],

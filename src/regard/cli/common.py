@@ -104,7 +104,7 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def load(name: str, loading: Loading | None = None) -> tuple[Any, Any]:
+def load(name: str | None, loading: Loading | None = None) -> tuple[Any, Any]:
     """Model and tokenizer, with a spinner."""
     with working(f"loading {name}"):
         return (loading or Loading()).load(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -43,12 +44,14 @@ def flat(
     """
     hints = get_type_hints(function, include_extras=True)
     plain, options, groups = [], [], {}
+    taken: set[str] = set()
     for parameter in inspect.signature(function).parameters.values():
         kind = kinds.get(parameter.name, hints.get(parameter.name))
         kind, make = kind if isinstance(kind, tuple) else (kind, kind)
         if isinstance(kind, type) and issubclass(kind, Checked):
             own = [f for f in fields(kind) if f.metadata and f.metadata["option"] != ""]  # type: ignore[arg-type]
             groups[parameter.name] = (make, own)
+            taken |= {_word(f) for f in own}
             panel = PANELS.get(kind.__name__)
             options += [_parameter(f, kind, panel, defaults or {}) for f in own]
         elif kind is None and parameter.name in kinds:
@@ -60,6 +63,7 @@ def flat(
         return function
     asking = [p.name for p in plain if p.annotation is typer.Context]
     plain = [p for p in plain if p.name not in asking]
+    plain = [p.replace(annotation=_without(p.annotation, taken)) for p in plain]
     names = [p.name for p in (*plain, *options)]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
@@ -71,6 +75,9 @@ def flat(
     def command(ctx: typer.Context, **given: Any) -> Any:
         for name, (make, own) in groups.items():
             values = {f.name: given.pop(f.name) for f in own}
+            for field in own:
+                if isinstance(values[field.name], InputError):
+                    raise InputError(f"{_word(field)}: {values[field.name]}")
             _together(own, ctx)
             given[name] = make(
                 **{n: v for n, v in values.items() if v is not None or _none(n, own)}
@@ -116,13 +123,28 @@ def _none(name: str, own: list[Any]) -> bool:
     return field.default_factory is MISSING
 
 
+def _word(field: Field[Any]) -> str:
+    return "--" + (field.metadata["option"] or field.name.replace("_", "-"))
+
+
+def _without(annotation: Any, taken: set[str]) -> Any:
+    """The annotation of an option less those of its names that a setting has taken."""
+    for info in getattr(annotation, "__metadata__", ()):
+        names = getattr(info, "param_decls", None) or ()
+        if taken & set(names):
+            left = copy(info)
+            left.param_decls = tuple(n for n in names if n not in taken)
+            return Annotated[annotation.__origin__, left]
+    return annotation
+
+
 def _parameter(
     field: Field[Any], kind: type, panel: str | None, defaults: dict[str, Any]
 ) -> inspect.Parameter:
     rule = field.metadata
     default = field.default if field.default is not MISSING else None
     default = defaults.get(field.name, default)
-    name = rule["option"] or field.name.replace("_", "-")
+    name = _word(field).removeprefix("--")
     help = _help(field)
     type_, parser = _type(field, kind)
     words = [f"--{name}"]
@@ -130,7 +152,9 @@ def _parameter(
         words = [f"--{name}/--no-{name}"]
     if rule["alias"]:
         words.append(f"--{rule['alias']}")
-    option: Any = typer.Option(*words, help=help, parser=parser, rich_help_panel=panel)
+    option: Any = typer.Option(
+        *words, help=help, parser=parser, rich_help_panel=panel, hidden=rule["hidden"]
+    )
     if default is None and type_ is not list[str]:
         type_ = type_ | None
     elif type_ is list[str]:
@@ -157,7 +181,7 @@ def _type(field: Field[Any], kind: type) -> tuple[Any, Callable[[str], Any] | No
     """What the command line takes for a field, and what reads it."""
     given = field.metadata["kind"]
     if given is not None and not isinstance(given, type):
-        return str, given
+        return str, _reader(given)
     if given is not None:
         return given, None
     hint = get_type_hints(kind)[field.name]
@@ -167,9 +191,22 @@ def _type(field: Field[Any], kind: type) -> tuple[Any, Callable[[str], Any] | No
     return list[str], None
 
 
+def _reader(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse`, which hands on its error: the command raises it, where typer would draw a box."""
+
+    @functools.wraps(parse)
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except InputError as problem:
+            return problem
+
+    return read
+
+
 def _together(own: list[Any], context: typer.Context) -> None:
     """Refuse options that say one thing twice, or that do nothing by themselves."""
-    word = {f.name: "--" + (f.metadata["option"] or f.name.replace("_", "-")) for f in own}
+    word = {f.name: _word(f) for f in own}
     typed = {
         n for n in word if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"
     }

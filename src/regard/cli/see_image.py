@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from regard.cli.common import Loading, err, write_json
+from regard import catalog
+from regard.cli.common import Loading, err, working, write_json
 from regard.cli.pages import check_places
-from regard.errors import InputError, RegardError
+from regard.cli.pictures import ask, load_vlm, seen_by_model
+from regard.errors import InputError
 from regard.zoo.pictures import read
 
 DEFAULT = "shapes-vlm"
@@ -25,14 +27,12 @@ def see(
         InputError: no question, a file that is no picture, a model that reads none, an output that
             cannot be written.
     """
-    from regard.cli.run import vlm
-
     check_places(json, html)
     if question is None or not question.strip():
         raise InputError('ask something about the picture: regard see photo.png "what is this?"')
     pictures = [read(given)]
-    loaded, processor = vlm.load_vlm(model, loading)
-    inputs = vlm.prepare(loaded, processor, pictures, question, tokens, True)
+    loaded, processor = load_vlm(model, loading)
+    inputs = ask(loaded, processor, pictures, question, tokens)
     result, looks, sinks = _look(loaded, processor, inputs, tokens)
     result |= {
         "picture": Path(given).name,
@@ -46,22 +46,22 @@ def see(
     if html is not None:
         from regard.files import write_text
 
-        shown = vlm.seen_by_model(processor, inputs, 0, pictures[0])
+        shown = seen_by_model(processor, inputs, 0, pictures[0])
         write_text(html, _page(result, looks, sinks, shown))
         err().print(f"report: {html}", markup=False, highlight=False)
 
 
 def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[str, Any], Any, Any]:
     """The answer, what every word looked at, the sinks of each layer, and the cuts' bias."""
-    from regard.cli.run import vlm
+    from regard.lab.answers import answer
     from regard.parts.pictures import PictureLooks
     from regard.watching.tokens import pieces
 
     looks = PictureLooks()
-    sinks, why = _sinks(loaded, inputs)
+    sinks, why = _seen_by("sinks", loaded, inputs, (None, "no method marks sinks"))
     handlers = [looks] if sinks is None else [looks, sinks]
-    with vlm.working("answering"):
-        ids, _ = vlm.answer(loaded, inputs, tokens, handlers)
+    with working("answering"):
+        ids = answer(loaded, inputs, tokens, handlers).tokens
     names = [said.strip() or "·" for said in pieces(processor.tokenizer, looks.tokens)]
     asked = len(names) - max(0, len(ids) - 1)
     by_word = looks.by_word()
@@ -92,54 +92,18 @@ def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[s
         "share by layer": {str(n): round(float(m.mean()), 4)
                            for n, m in zip(sorted(looks.heads), mass)},
         "sinks": {str(n): int(s.sum()) for n, s in image.items()},
-        "rows": _rows(loaded, inputs),
+        "rows": _seen_by("rows", loaded, inputs, {}),
         "notes": [] if sinks is not None else [why],
     }  # fmt: skip
     return result, looks, found
 
 
-def _sinks(loaded: Any, inputs: Any) -> tuple[Any, str]:
-    """A watcher of sink tokens, or why there is none."""
-    from regard.steer.var.method import VAR, find_sink_dims
-
-    size = int(loaded.config.get_text_config().hidden_size)
-    try:
-        dims = find_sink_dims(loaded, [inputs])
-    except InputError as problem:
-        return None, f"no sinks are marked: {problem}"
-    return VAR(move=0.0, dims=dims, tau=0.5 * size**0.5), ""
-
-
-def _rows(loaded: Any, inputs: Any) -> dict[str, float]:
-    """Mean row, 0 top to 1 bottom, of the half of the patches that each judgement would keep."""
-    import torch
-
-    from regard import watching as api
-    from regard.parts.vision import decoder, locate
-    from regard.shrink.visiondrop.method import VisionDrop
-    from regard.shrink.visiondrop.plan import height
-
-    depth = len(decoder(loaded, "see").layers)
-    found = {}
-    ways: dict[str, dict[str, Any]] = {
-        "by the text": {"score": "text"},
-        "by the picture": {},
-        "by the picture, both ways": {"score_mask": "bidirectional"},
-    }
-    for name, more in ways.items():
-        try:
-            places = locate(loaded, inputs)
-            first, last = places.spans(0)[0]
-            cut = VisionDrop(cuts={max(1, depth // 4): ((last - first) // 2, 0)}, merge=False,
-                             **more)  # fmt: skip
-            with torch.no_grad(), api.apply(loaded, cut):
-                loaded(**inputs, use_cache=True)
-            grid = places.grids[0][0]
-            if grid is not None:
-                found[name] = round(height(cut.kept()[0][0][-1], (grid[0], grid[1])), 3)
-        except RegardError:
-            continue  # a cut that this model does not take has no row; all else needs none
-    return found
+def _seen_by(name: str, loaded: Any, inputs: Any, nothing: Any) -> Any:
+    """What a method's `see_picture.py` tells under this name; `nothing` where none does."""
+    for method in catalog.everything():
+        if method.has("see_picture") and hasattr(method.load("see_picture"), name):
+            return getattr(method.load("see_picture"), name)(loaded, inputs)
+    return nothing
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ model: LLaVA-1.5, LLaVA-NeXT, Qwen2-VL, Qwen3-VL and what has their layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError, ReachError
+from regard.reach import Site
 
 Grid = tuple[int, ...]
 
@@ -241,3 +242,15 @@ def has_class_token(model: Any) -> bool:
     not).
     """
     return any(name.endswith("class_embedding") for name, _ in model.named_parameters())
+
+
+def layer_sites(model: Any, body: Any, sites: Iterable[Site]) -> dict[int, Site]:
+    """The site of attention in each layer of the language model, by the layer's number."""
+    names = {id(m): n for n, m in model.named_modules()}
+    found: dict[int, Site] = {}
+    for n, layer in enumerate(body.layers):
+        prefix = names[id(layer)] + "."
+        for site in sites:
+            if site.name.startswith(prefix):
+                found.setdefault(n, site)
+    return found

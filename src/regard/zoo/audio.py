@@ -50,10 +50,13 @@ def sounds(path: Path, start: bytes) -> bool:
 
     >>> sounds(Path("talk"), b"RIFF____WAVEfmt "), sounds(Path("talk.wav"), b"words")
     (True, False)
+    >>> sounds(Path("photo"), b"\\x89PNG\\r\\n\\x1a\\n\\0\\0\\0\\x0d")
+    False
     """
     marks = (b"fLaC", b"OggS", b"ID3", b".snd", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"riff")
     forms = {b"RIFF": b"WAVE", b"FORM": b"AIF", b"RF64": b"WAVE"}
-    if start.startswith(marks) or start[8:12].startswith(forms.get(start[:4], b"\0")):
+    form = forms.get(start[:4])
+    if start.startswith(marks) or (form is not None and start[8:12].startswith(form)):
         return True
     # containers of phones (.m4a): read where soundfile can, refused with a remedy where not
     return start[4:11] in (b"ftypM4A", b"ftypm4a") or start[4:12] == b"ftyp3gp4"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from regard import catalog
@@ -20,6 +21,14 @@ def runner(kind: str) -> Callable[..., Any] | None:
         from regard.cli.run.text import text
 
         return text
+    if kind == "picture":
+        from regard.cli.run.picture import picture
+
+        return picture
+    if kind in ("tokens", "answer"):
+        from regard.cli.run import measure
+
+        return measure.tokens if kind == "tokens" else measure.answered
     return None
 
 
@@ -43,7 +52,12 @@ class Making:
         self.method = method
 
     def __call__(self, **settings: Any) -> Any:
-        made = self.method.run(**settings)
+        run = self.method.run
+        if not isinstance(run, type):  # a function that measures: its settings are kept for it
+            assert self.method.settings is not None
+            run = partial(partial, run)
+            settings = self.method.settings(**settings).settings()
+        made = run(**settings)
         made.card = self.method
         return made
 

@@ -18,7 +18,8 @@ from regard.lab.intervals import bootstrap, paired
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.zoo.sentences import Sentence, sentences
 
-from .method import Explanation, explain, place_words
+from .maps import place_words
+from .method import Explanation, explain
 from .sheet import speech_sheet
 
 TITLE = "Cross-Attention is Half Explanation in Speech-to-Text Models"

@@ -7,42 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_file, err, load, working
+from regard.cli.common import Loading, check_file, err, load, working
 from regard.cli.pages import check_outputs, command, deliver
 from regard.cli.see_speech import check_words, chosen
-from regard.errors import InputError
 
-MODEL = "whisper-tiny.en"
-Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
-Masks = Annotated[int, typer.Option(min=2, help="Masks on the sound; the paper: 20000.")]
-StateMasks = Annotated[
-    int | None, typer.Option(min=2, help="Masks on the encoder's output; as many if left out.")
-]
-Segments = Annotated[str, typer.Option(help="Segments per 5 s of sound, one number a granularity.")]
-Width = Annotated[
-    int, typer.Option(min=1, help="Encoder steps taken out together; more need fewer masks.")
-]
-Frames = Annotated[
-    str, typer.Option(help="all: the model's window; real: cut to the sound, far faster.")
-]
-Baseline = Annotated[str, typer.Option(help="What stands in: mean of a mel bin, or zero.")]
+from .card import CARD, Settings
+
+Model = Annotated[str | None, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 Language = Annotated[str | None, typer.Option(help="Language that is spoken; en when left out.")]
 Task = Annotated[str | None, typer.Option(help="transcribe, or translate into English.")]
-Step = Annotated[int, typer.Option(help="Percent between points of deletion; 0: none.")]
-Seed = Annotated[int, typer.Option(help="Seed of the masks.")]
-Batch = Annotated[int, typer.Option(min=1, help="Masks run at once.")]
 
 
 def explain(
     audio: Annotated[str, typer.Argument(help="An audio file, or @name of a shipped clip.")],
-    model: Model = MODEL,
-    masks: Masks = 2000,
-    state_masks: StateMasks = None,
-    segments: Segments = "2000,2500,3000",
-    width: Width = 1,
-    frames: Frames = "all",
-    baseline: Baseline = "mean",
-    antithetic: Annotated[bool, typer.Option(help="Draw each mask with its complement.")] = False,
+    settings: Settings,
+    loading: Loading,
+    model: Model = CARD.model,
     transcript: Annotated[
         str | None, typer.Option(help="Explain these words; the model's own when left out.")
     ] = None,
@@ -51,12 +31,9 @@ def explain(
     ] = None,
     language: Language = None,
     task: Task = None,
-    step: Step = 5,
     gradients: Annotated[
         bool, typer.Option(help="Also gradient x input and integrated gradients (captum).")
     ] = False,
-    seed: Seed = 0,
-    batch: Batch = 16,
     resume: Annotated[
         Path | None, typer.Option(help="Keep the work in this file, and go on from it.")
     ] = None,
@@ -76,59 +53,32 @@ def explain(
     check_outputs(html, json)
     check_file(resume)
     check_words(transcript, task)
-    counts, margin = segment_list(segments), margin_of(frames)
     from regard.zoo import audio as sound
 
     clip = sound.read(audio)
-    loaded, processor = load(model)
-    from regard.see.cross_attention_explanation.method import explain as run
-    from regard.see.cross_attention_explanation.overview import overview, references
+    loaded, processor = load(model, loading)
+    from regard.report.explain import write_page
 
-    made = run(
+    from .method import explain as run
+    from .overview import overview, references
+
+    explanation = run(
         loaded,
         processor,
         clip.samples,
         transcript=transcript,
         reference=reference or (clip.spoken or {}).get("text"),
         words=known_words(clip.spoken or {}),
-        masks=masks,
-        state_masks=state_masks,
-        segments=counts,
-        width=width,
-        baseline=baseline,
-        antithetic=antithetic,
-        margin=margin,
-        step=step or None,
         **chosen(loaded, language, task),
-        seed=seed,
-        batch=batch,
         state=resume,
+        **settings.settings(),
     )
-    made.notes[:0] = clip.notes
-    extra = references(made) if gradients else None
+    explanation.notes[:0] = clip.notes
+    extra = references(explanation) if gradients else None
     meta = {"model": model, "clip": clip.name, "command": command()}
     with working("putting it together"):
-        view = overview(made, references=extra, meta=meta)
-    from regard.report.explain import write_page
-
+        view = overview(explanation, references=extra, meta=meta)
     deliver(view, view["notes"], show=_show, write_page=write_page, json=json, html=html)
-
-
-def segment_list(given: str) -> list[int]:
-    """ "2000,2500" as numbers."""
-    pieces = [p.strip() for p in given.split(",") if p.strip()]
-    if not pieces or not all(p.isdecimal() and int(p) > 0 for p in pieces):
-        raise InputError(f"--segments takes numbers such as 2000,2500,3000, not {given!r}")
-    return [int(p) for p in pieces]
-
-
-def margin_of(frames: str) -> int | None:
-    """What `--frames` means for the window."""
-    if frames not in ("all", "real"):
-        raise InputError(f"--frames is all or real, not {frames!r}")
-    from regard.see.cross_attention_explanation.forced import MARGIN
-
-    return None if frames == "all" else MARGIN
 
 
 def known_words(spoken: dict[str, Any]) -> list[tuple[str, float, float]] | None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from regard.errors import InputError
 
 SILENT = "the clip is silent: there is nothing to explain; give one with speech"
-MARGIN = 100  # frames of padding kept behind the sound when the window is cut: a second
 
 
 class Clip:

@@ -28,194 +28,24 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError
-from regard.reach import Call, Handler, Session, Site
 from regard.watching import tokens
 
+from .card import Settings
 from .deletion import Deletion, check_step, decoded_errors, deletion, forced_errors, words_of
 from .forced import Clip, Forced, features, prompt
-from .saliency import SEGMENTS, Saliency, divergence, saliency
+from .maps import (
+    compare,
+    cross_attention,
+    in_span,
+    pearson,
+    place_words,
+    plain,
+    pool,
+    split_half,
+)
+from .saliency import Saliency, divergence, saliency
 
 
-# -- maps ----------------------------------------------------------------------------------------
-class _Cross(Handler):
-    """Keeps the cross attention of every layer, `[heads, pieces, steps]`, of one short clip."""
-
-    def __init__(self, rows: slice) -> None:
-        self.rows, self.maps = rows, dict[int, Tensor]()
-
-    def sites(self, sites: list[Site]) -> list[Site]:
-        cross = [s for s in sites if s.kind == "cross"]
-        if not cross:
-            raise InputError(
-                "this model has no cross attention: name an encoder-decoder, such as "
-                "whisper-tiny.en"
-            )
-        return cross
-
-    def after(self, call: Call, state: Any) -> None:
-        q = call.q[0, :, self.rows].float()
-        k = call.k[0].float().repeat_interleave(len(q) // call.k.shape[1], 0)
-        scores = q @ k.transpose(1, 2) * call.scale
-        self.maps[call.site.layer] = (scores - state.lse[0, :, self.rows, None].float()).exp().cpu()
-
-
-def cross_attention(forced: Forced) -> tuple[Tensor, float]:
-    """Cross attention of all layers and heads, and the mean share that falls on padding.
-
-    Returns `[layers, heads, pieces, steps]` over the steps that hear sound, not rescaled.
-
-    Raises:
-        InputError: a model without cross attention.
-    """
-    seen = _Cross(forced.rows)
-    with torch.inference_mode(), Session(forced.clip.model, [seen]):
-        forced.log_probs(forced.clip.states[None])
-    whole = torch.stack([seen.maps[n] for n in sorted(seen.maps)])
-    kept = whole[..., : forced.clip.steps]
-    return kept.clone(), float(1 - kept.sum(-1).mean())
-
-
-def pool(found: Tensor, stride: int, steps: int) -> Tensor:
-    """2-D max pooling: `[pieces, rows, frames]` -> `[pieces, steps]`, over all rows and the
-    `stride` frames of each step; the last step takes what there is.
-
-    >>> pool(torch.tensor([[[1.0, 5.0, 2.0], [0.0, 3.0, 4.0]]]), 2, 2)
-    tensor([[5., 4.]])
-    """
-    most = found.amax(1)
-    short = steps * stride - most.shape[1]
-    if short > 0:
-        most = torch.nn.functional.pad(most, (0, short), value=-torch.inf)
-    return most[:, : steps * stride].unflatten(1, (steps, stride)).amax(-1)
-
-
-def standardised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows less their mean, over their population deviation, float64; constant rows become zeros.
-
-    Returns the rows and which of them were constant.
-
-    >>> standardised(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))[0]
-    tensor([[-1.,  1.],
-            [ 0.,  0.]], dtype=torch.float64)
-    """
-    x = x.double()
-    centred = x - x.mean(-1, keepdim=True)
-    spread = centred.square().mean(-1, keepdim=True).sqrt()
-    flat = spread <= 1e-12 * x.abs().amax(-1, keepdim=True).clamp_min(1e-300)
-    return torch.where(flat, 0.0, centred / spread.clamp_min(1e-300)), flat[..., 0]
-
-
-def pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of row-standardised maps `[..., pieces, steps]`, flattened: `[...]`.
-
-    Without constant rows it is the mean of the correlations of the rows. NaN when all rows of one
-    of the two are constant.
-
-    >>> x = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 0.0]])
-    >>> float(pearson(x, 2 * x + 1)), float(pearson(x, -x))
-    (1.0, -1.0)
-    """
-    a, b = standardised(a)[0], standardised(b)[0]
-    top = (a * b).sum((-2, -1))
-    return top / (a.square().sum((-2, -1)) * b.square().sum((-2, -1))).sqrt()
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Ranks along the last axis, ties sharing their mean.
-
-    >>> ranks(torch.tensor([3.0, 1.0, 3.0]))
-    tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
-    """
-    ordered, _ = x.sort(-1)
-    below = torch.searchsorted(ordered.contiguous(), x.contiguous())
-    upto = torch.searchsorted(ordered.contiguous(), x.contiguous(), right=True)
-    return (below + upto - 1).double() / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """The same with each row replaced by its ranks."""
-    return pearson(ranks(a), ranks(b))
-
-
-def split_half(halves: Tensor) -> tuple[float, float]:
-    """Reliability of a map from two halves `[2, pieces, steps]`: their correlation r, and what it
-    comes to for the whole by Spearman and Brown, 2 r / (1 + r).
-
-    The correlation of anything with a map of reliability R stays below the root of R. A map whose
-    halves are constant tells nothing: its reliability is 0.
-
-    >>> x = torch.tensor([[1.0, 2.0, 4.0]])
-    >>> split_half(torch.stack([x, x]))
-    (1.0, 1.0)
-    """
-    r = float(pearson(halves[0], halves[1]).nan_to_num(0.0))
-    return r, 2 * r / (1 + r) if r > -1 else -1.0
-
-
-def groups(cross: Tensor) -> dict[str, Tensor]:
-    """Cross attention `[layers, heads, pieces, steps]` averaged over groups of heads: every head
-    alone, heads of a layer, a head's place over the layers, the last third of the layers, all.
-    """
-    last = max(1, len(cross) // 3)
-    return {
-        "heads": cross,
-        "layers": cross.mean(1),
-        "places": cross.mean(0),
-        "last": cross[-last:].mean((0, 1)),
-        "all": cross.mean((0, 1)),
-    }
-
-
-def compare(cross: Tensor, found: Tensor) -> dict[str, Any]:
-    """Correlations of cross attention with a saliency map `[pieces, steps]`, by group of heads.
-
-    Returns lists of numbers as `groups` names them, None where a map is constant; for Pearson's
-    and for Spearman's; and how many rows were constant.
-    """
-    made: dict[str, Any] = {}
-    grouped = groups(cross)
-    for name, measure in (("pearson", pearson), ("spearman", spearman)):
-        made[name] = {n: _plain(measure(x, found)) for n, x in grouped.items()}
-    made["constant_rows"] = {
-        "attention": int(standardised(cross)[1].sum()),
-        "saliency": int(standardised(found)[1].sum()),
-    }
-    return made
-
-
-def _plain(x: Tensor) -> Any:
-    """Nested lists, with None for NaN."""
-    if x.dim():
-        return [_plain(row) for row in x]
-    return None if bool(torch.isnan(x)) else float(x)
-
-
-def in_span(found: Tensor, spans: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """How far a map `[pieces, steps]` points at the true place of each piece's word.
-
-    Args:
-        spans: first step and the one after the last of each piece's word.
-
-    Returns:
-        mass: mean share of a row, above its minimum, that falls within; hit: share of rows whose
-        highest step lies within; chance: mean length of the spans over all steps.
-    """
-    steps = found.shape[-1]
-    within = torch.zeros(found.shape, dtype=torch.bool)
-    for n, (a, b) in enumerate(spans):
-        within[n, a : max(b, a + 1)] = True
-    above = (found - found.amin(-1, keepdim=True)).double()
-    total = above.sum(-1)
-    share = torch.where(total > 0, (above * within).sum(-1) / total.clamp_min(1e-300), 0.0)
-    best = found.argmax(-1)
-    return {
-        "mass": float(share.mean()),
-        "hit": float(within[torch.arange(len(found)), best].double().mean()),
-        "chance": float(within.double().mean()) if steps else 0.0,
-    }
-
-
-# -- one utterance -------------------------------------------------------------------------------
 @dataclass
 class Explanation:
     """Cross attention of one utterance beside its saliency.
@@ -293,20 +123,11 @@ def explain(
     transcript: str | None = None,
     reference: str | None = None,
     words: Sequence[tuple[str, float, float]] | None = None,
-    masks: int = 2000,
-    state_masks: int | None = None,
-    segments: Sequence[int] = SEGMENTS,
-    width: int = 1,
-    baseline: str = "mean",
-    antithetic: bool = False,
-    margin: int | None = None,
-    step: int | None = 5,
     language: str = "en",
     task: str = "transcribe",
-    seed: int = 0,
-    batch: int = 16,
     state: str | Path | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> Explanation:
     """Lay a speech model's cross attention beside its saliency, for one utterance.
 
@@ -317,39 +138,33 @@ def explain(
         reference: what was said, for the word error rates of the deletion curves; the explained
             transcript when None, and with a cut window.
         words: each word with its start and end in seconds, where they are known.
-        masks: on the input; state_masks: on the encoder's output, the same number when None.
-        width: encoder steps that are taken out together, on the encoder's output.
-        segments, baseline, antithetic, seed, batch, state: as in `saliency`; the file of the
-            encoder's output gets ".states" behind its name.
-        margin: cut the window to the sound and so many frames (see `Clip`); None leaves it whole.
-            With a cut window, deletion counts the pieces that the model would no longer say next
-            under the forced transcript, since a free one repeats itself there.
-        step: percent between two points of the deletion curves; None leaves them out.
+        language, task: of a Whisper of many languages.
+        state: keep the work in this file, and go on from it; that of the encoder's output gets
+            ".states" behind its name.
+        settings: those of `Settings` in card.py. With a cut window, deletion counts the pieces that
+            the model would no longer say next under the forced transcript, since a free one repeats
+            itself there.
+
+    >>> import regard
+    >>> model, processor = regard.load("whisper-tiny.en")  # doctest: +SKIP
+    >>> regard.explain(model, processor, samples, masks=300, frames="real")  # doctest: +SKIP
 
     Raises:
         InputError: silent, empty or too long audio, no cross attention, a transcript that does not
             fit, a setting out of range.
     """
-    found, frames = features(model, processor, audio)
-    start = prompt(model, processor, language, task)
-    clip = Clip(model, found, frames, start, margin)
+    cut = Settings(**settings).cut
+    field, frames = features(model, processor, audio)
+    clip = Clip(model, field, frames, prompt(model, processor, language, task), cut)
     return explain_clip(
         clip,
         processor,
         transcript=transcript,
         reference=reference,
         words=words,
-        masks=masks,
-        state_masks=state_masks,
-        segments=segments,
-        width=width,
-        baseline=baseline,
-        antithetic=antithetic,
-        step=step,
-        seed=seed,
-        batch=batch,
         state=state,
         progress=progress,
+        **settings,
     )
 
 
@@ -360,27 +175,20 @@ def explain_clip(
     transcript: str | None = None,
     reference: str | None = None,
     words: Sequence[tuple[str, float, float]] | None = None,
-    masks: int = 2000,
-    state_masks: int | None = None,
-    segments: Sequence[int] = SEGMENTS,
-    width: int = 1,
-    baseline: str = "mean",
-    antithetic: bool = False,
-    step: int | None = 5,
-    seed: int = 0,
-    batch: int = 16,
     state: str | Path | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> Explanation:
     """The same for a clip that is there already. The transcript of a clip whose window is cut
     still comes from the whole window.
     """
-    if step is not None:
-        check_step(step)
+    asked = Settings(**settings)
+    if asked.step is not None:
+        check_step(asked.step)
     tokenizer = getattr(processor, "tokenizer", processor)
     full = clip.uncut
-    own = full.transcribe()[0]
-    ids = own
+    greedy = full.transcribe()[0]
+    ids = greedy
     if transcript is not None:  # Whisper's words begin with a space, the first one too
         text = " " + " ".join(transcript.split())
         ids = list(tokenizer.encode(text, add_special_tokens=False))
@@ -389,30 +197,25 @@ def explain_clip(
         raise InputError("the clip fills a single encoder step: give one of at least 0.1 s")
     pieces = tokens.pieces(tokenizer, forced.text)
     said = tokenizer.decode(forced.text).strip()
-    shared: dict[str, Any] = {"antithetic": antithetic, "seed": seed, "batch": batch}
-    settings = {
-        **{"masks": masks, "state_masks": state_masks or masks, "segments": list(segments)},
-        "width": width,
-        **{"baseline": baseline, "margin": clip.margin, "step": step, **shared},
-    }
-    files = (state, None if state is None else Path(f"{state}.states"))
+    shared = {n: getattr(asked, n) for n in ("antithetic", "seed", "batch")}
+    state_masks = asked.state_masks or asked.masks
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         on_input = saliency(
             forced,
-            masks=masks,
-            segments=segments,
-            baseline=baseline,
-            state=files[0],
+            masks=asked.masks,
+            segments=asked.segments,
+            baseline=asked.baseline,
+            state=state,
             progress=progress,
             **shared,
         )
         on_states = saliency(
             forced,
             on="states",
-            masks=state_masks or masks,
-            width=width,
-            state=files[1],
+            masks=state_masks,
+            width=asked.width,
+            state=None if state is None else Path(f"{state}.states"),
             progress=progress,
             **shared,
         )
@@ -428,8 +231,8 @@ def explain_clip(
         )
     if len(pieces) == 1:
         notes.append("the transcript has one piece: every correlation rests on one row")
-    if transcript is not None and tokenizer.decode(own).strip() != said:
-        notes.append(f"left alone, the model would say: {tokenizer.decode(own).strip()}")
+    if transcript is not None and tokenizer.decode(greedy).strip() != said:
+        notes.append(f"left alone, the model would say: {tokenizer.decode(greedy).strip()}")
     cross, dropped = cross_attention(forced)
     stride, steps = clip.stride, clip.steps
     pooled, top = pool(on_input.map, stride, steps), on_states.map.amax(1)
@@ -439,7 +242,7 @@ def explain_clip(
         "states": split_half(on_states.halves.amax(2)),
     }
     curves = None
-    if step is not None:
+    if asked.step is not None:
         maps = {"attention": cross.mean((0, 1)), "pooled": pooled, "saliency": on_input.map}
         if clip.margin is None:
             right = words_of(reference if reference is not None else said)
@@ -455,10 +258,10 @@ def explain_clip(
             clip,
             maps,
             errors,
-            step=step,
-            baseline=baseline,
-            seed=seed,
-            batch=batch,
+            step=asked.step,
+            baseline=asked.baseline,
+            seed=asked.seed,
+            batch=asked.batch,
             counted="words" if clip.margin is None else "pieces",
             progress=progress,
         )
@@ -489,7 +292,10 @@ def explain_clip(
         curves,
         spans,
         seconds,
-        settings,
+        {
+            **asked.settings(),
+            **{"segments": [*asked.segments], "state_masks": state_masks, "margin": clip.margin},
+        },
         agreement,
         notes,
     )
@@ -504,7 +310,7 @@ def _agreement(full: Forced, cut: Forced) -> dict[str, Any]:
     return {
         "same": float(same),
         "divergence": float(divergence(full.plain, cut.plain).mean()),
-        "attention": _plain(pearson(a, b)),
+        "attention": plain(pearson(a, b)),
     }
 
 
@@ -513,38 +319,3 @@ def _seconds(processor: Any, stride: int) -> float:
     extractor = getattr(processor, "feature_extractor", processor)
     hop, rate = getattr(extractor, "hop_length", 160), getattr(extractor, "sampling_rate", 16000)
     return stride * hop / rate
-
-
-def place_words(
-    pieces: Sequence[str],
-    words: Sequence[tuple[str, float, float]],
-    seconds: float,
-    steps: int,
-) -> list[tuple[int, int] | None] | None:
-    """First and end step of the word that each piece belongs to; None for pieces of punctuation.
-    None in all when the pieces do not spell the words.
-
-    >>> place_words([" A", " cat", "."], [("a", 0.0, 0.1), ("cat", 0.1, 0.5)], 0.02, 25)
-    [(0, 5), (5, 25), None]
-    """
-
-    def letters(text: str) -> str:
-        return "".join(words_of(text)).replace("'", "")
-
-    owner: list[int] = []
-    for n, (word, _, _) in enumerate(words):
-        owner += [n] * len(letters(word))
-    if "".join(map(letters, pieces)) != "".join(letters(w) for w, _, _ in words):
-        return None
-    made: list[tuple[int, int] | None] = []
-    at = 0
-    for piece in pieces:
-        size = len(letters(piece))
-        if not size:
-            made.append(None)
-            continue
-        first, last = words[owner[at]], words[owner[at + size - 1]]
-        begin = min(round(first[1] / seconds), steps - 1)
-        made.append((begin, min(max(round(last[2] / seconds), begin + 1), steps)))
-        at += size
-    return made

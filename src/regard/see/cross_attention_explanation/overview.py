@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .deletion import sentence_map
-from .method import Explanation, _plain, pearson, pool
+from .maps import pearson, plain, pool
+from .method import Explanation
 from .saliency import gradients
 
 
@@ -40,8 +41,8 @@ def references(
         kept = gradients(made.forced, method, baseline=made.settings["baseline"], **how)
         low = pool(kept, clip.stride, clip.steps)
         found[method] = {
-            "attention": _plain(pearson(attention, low)),
-            "saliency": _plain(pearson(made.pooled, low)),
+            "attention": plain(pearson(attention, low)),
+            "saliency": plain(pearson(made.pooled, low)),
         }
     return found
 

@@ -10,49 +10,26 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_output, load, write_json
+from regard.cli.common import Loading, check_output, load, write_json
 from regard.cli.see_speech import check_words, chosen
 from regard.errors import InputError
 
-from .command import (
-    MODEL,
-    Baseline,
-    Batch,
-    Frames,
-    Language,
-    Masks,
-    Model,
-    Seed,
-    Segments,
-    StateMasks,
-    Step,
-    Task,
-    Width,
-    margin_of,
-    number,
-    segment_list,
-)
+from .card import CARD, Settings
+from .command import Language, Model, Task, number
 
 
 def explanation(
     data: Annotated[
         str, typer.Option(help="Folder of audio files, or @sentences: those that are shipped.")
     ],
-    model: Model = MODEL,
-    masks: Masks = 2000,
-    state_masks: StateMasks = None,
-    segments: Segments = "2000,2500,3000",
-    width: Width = 1,
-    frames: Frames = "all",
-    baseline: Baseline = "mean",
+    settings: Settings,
+    loading: Loading,
+    model: Model = CARD.model,
     language: Language = None,
     task: Task = None,
-    step: Step = 5,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many utterances.")
     ] = None,
-    seed: Seed = 0,
-    batch: Batch = 16,
     json: Annotated[
         Path | None,
         typer.Option(
@@ -73,28 +50,25 @@ def explanation(
     """
     check_output(json)
     check_words(None, task)
-    counts, margin = segment_list(segments), margin_of(frames)
     items = _items(data)[:limit]
-    loaded, processor = load(model)
-    settings: dict[str, Any] = {
-        **{"masks": masks, "state_masks": state_masks, "segments": counts, "width": width},
-        **{"margin": margin, "baseline": baseline, **chosen(loaded, language, task)},
-        **{"step": step or None, "seed": seed, "batch": batch},
-    }
+    loaded, processor = load(model, loading)
+    how: dict[str, Any] = {**settings.settings(), **chosen(loaded, language, task)}
+    how["segments"] = list(settings.segments)  # as the journal's JSON has it
     from regard.lab.fingerprint import fingerprint
     from regard.lab.journal import Journal
     from regard.progress import bar
-    from regard.see.cross_attention_explanation.method import explain
+
+    from .method import explain
 
     source = fingerprint(explain.__module__)
-    key = {"trial": "explanation", "model": model, "settings": settings, "source": source}
+    key = {"trial": "explanation", "model": model, "settings": how, "source": source}
     journal = Journal.beside(json, key)
     rows: list[dict[str, Any]] = []
     with bar(len(items), "utterances") as tick:
         for name, place in items:
             try:
                 clip = _read(place)
-                make = partial(_row, explain, loaded, processor, clip, settings)
+                make = partial(_row, explain, loaded, processor, clip, how)
                 row = journal.get(f"{name} {_mark(clip)}", make)
             except InputError as problem:  # the others are still worth the run
                 row = {"problem": str(problem)}
@@ -102,7 +76,7 @@ def explanation(
             tick()
     if all("problem" in row for row in rows):
         raise InputError(f"nothing could be explained: {rows[0]['name']}: {rows[0]['problem']}")
-    result = {"model": model, "settings": settings, "utterances": rows, "means": means(rows)}
+    result = {"model": model, "settings": how, "utterances": rows, "means": means(rows)}
     write_json(result, json)
     if json is None or str(json) != "-":
         _show(result)
@@ -128,8 +102,8 @@ def _items(data: str) -> list[tuple[str, Any]]:
 
 
 def _row(explain: Any, model: Any, processor: Any, clip: Any, settings: Any) -> dict[str, Any]:
-    found: dict[str, Any] = explain(model, processor, **clip, **settings, progress=False).as_dict()
-    return found
+    row: dict[str, Any] = explain(model, processor, **clip, **settings, progress=False).as_dict()
+    return row
 
 
 def _mark(clip: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ from regard.lab.intervals import mean, paired
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.reproduce.problems import problems
 
-from .method import Coupling, Rhythm, couplings, perturb, rhythm
+from .coupling import Coupling, couplings, perturb
+from .method import Rhythm, rhythm
 
 TITLE = (
     "Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained "

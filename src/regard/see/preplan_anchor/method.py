@@ -30,7 +30,6 @@ Deviations:
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,11 +42,9 @@ from regard.errors import InputError
 from regard.reach import Call, Collector, Session
 from regard.watching.heads import QUANTILE, TOP, Head, Heads, head_split, peaks
 
-WINDOW = 10
-TAIL = 10
+from .card import Settings
 
 
-# -- pure functions ----------------------------------------------------------------------------
 def middle_layers(count: int) -> list[int]:
     """Five layers evenly spaced over the middle third, the paper's choice for training.
 
@@ -69,31 +66,6 @@ def kurtosis(values: Tensor) -> Tensor:
     return centred.pow(4).mean(-1) / variance.square().clamp_min(1e-30)
 
 
-def jaccard(a: Iterable[str], b: Iterable[str]) -> float:
-    """Shared over all words of two sets; 1 when both are empty."""
-    one, two = set(a), set(b)
-    return len(one & two) / len(one | two) if one | two else 1.0
-
-
-def content_words(text: str) -> set[str]:
-    """The words of a text that carry content, lower case; numbers count.
-
-    >>> sorted(content_words("So the 3 apples, and then 4 more"))
-    ['3', '4', 'apples', 'more']
-    """
-    return {w for w in re.findall(r"[a-z]+|\d+", text.lower()) if w not in _STOP}
-
-
-_STOP_TEXT = """
-a about after all also am an and are as at be because been before but by can could did do does for
-from had has have he her here him his how i if in into is it its just let me my no not now of on or
-our she should so some than that the their them then there these they this those to up us was we
-were what when where which who will with would you your s t
-"""
-_STOP = frozenset(_STOP_TEXT.split())
-
-
-# -- one response ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Rhythm:
     """The rhythm of one response; every list runs over its tokens, the first is `start`.
@@ -142,21 +114,15 @@ class Rhythm:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Rhythm:
         """The reverse of `as_dict`."""
-        made = {"far" if n == "global" else n: v for n, v in plain.items()}
+        fields = {"far" if n == "global" else n: v for n, v in plain.items()}
         for name in ("local", "far", "receivers"):
-            made[name] = [(int(a), int(b)) for a, b in made[name]]
-        return cls(**{**made, "horizon": tuple(made["horizon"])})
+            fields[name] = [(int(a), int(b)) for a, b in fields[name]]
+        return cls(**{**fields, "horizon": tuple(fields["horizon"])})
 
     def with_rule(self, rule: str, top: float = TOP) -> Rhythm:
         """The same measurement with peaks taken by another rule."""
-        marks = _marks(self.waad, self.fai, self.receiver, self.counted, rule, top)
-        return replace(
-            self,
-            rule=_named(rule, top),
-            preplan=marks["preplan"],
-            anchor=marks["anchor"],
-            receiver_peaks=marks["receiver_peaks"],
-        )
+        marks: dict[str, Any] = _marks(self.waad, self.fai, self.receiver, self.counted, rule, top)
+        return replace(self, rule=_named(rule, top), **marks)
 
 
 def rhythm(
@@ -165,16 +131,8 @@ def rhythm(
     response_start: int,
     *,
     attention_mask: Any = None,
-    layers: str | Sequence[int] = "all",
-    window: int = WINDOW,
-    horizon: tuple[int, int | None] = (0, None),
-    quantile: float = QUANTILE,
     heads: Heads | None = None,
-    receivers: int | None = None,
-    exclude_first: bool = False,
-    tail: int = TAIL,
-    rule: str = "local",
-    top: float = TOP,
+    **settings: Any,
 ) -> Rhythm:
     """Measure one prompt with its response, in one forward.
 
@@ -182,19 +140,12 @@ def rhythm(
         input_ids: `[tokens]` or `[1, tokens]`; padding is allowed with its `attention_mask`, and
             taken out. Distances are in tokens of the sequence.
         response_start: index of the response's first token in `input_ids` as given.
-        layers: "all", "middle" (five of the middle third) or numbers.
-        window: where the look-back is clipped.
-        horizon: influence comes from tokens lo to hi later; hi None reaches to the end. The paper's
-            analysis takes all, its training (10, 50), in the revision (10, 100).
-        quantile: share of heads that count as local, as global, and as receivers.
         heads: a split to use in place of this response's own, see `calibrated`.
-        receivers: how many receiver heads, in place of the quantile.
-        exclude_first: measure only the attention that does not fall on token 0.
-        tail: how many last tokens are left out of the peaks.
-        rule, top: see `peaks`.
+        settings: those of `Settings` in card.py. The paper's analysis takes all later tokens as the
+            horizon, its training (10, 50), in the revision (10, 100).
 
     >>> import regard
-    >>> seen = rhythm(regard.zoo.tiny("llama"), torch.arange(3, 63), 20)
+    >>> seen = regard.rhythm(regard.zoo.tiny("llama"), torch.arange(3, 63), 20)
     >>> len(seen.waad), seen.counted, seen.rule
     (40, 30, 'strict local maximum above the median')
 
@@ -202,13 +153,12 @@ def rhythm(
         InputError: no response, one of less than two tokens, a window or horizon that cannot be,
             more than one row, a model that is not causal.
     """
-    if window < 1:
-        raise InputError(f"the window holds at least 1 token, not {window}")
-    low, high = horizon
+    asked = Settings(**settings)
+    low, high = asked.horizon
     if low < 0 or (high is not None and high < low):
-        raise InputError(f"the horizon is (lo, hi) tokens later with 0 <= lo <= hi, not {horizon}")
-    if tail < 0:
-        raise InputError(f"tail counts tokens to leave out, so it is at least 0, not {tail}")
+        raise InputError(
+            f"the horizon is (lo, hi) tokens later with 0 <= lo <= hi, not {asked.horizon}"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError("the rhythm is about causal language models: this one has an encoder too")
     ids, start = _one_row(input_ids, attention_mask, response_start)
@@ -216,28 +166,28 @@ def rhythm(
     band = (low, total if high is None else high)
     facts: list[Fact] = [
         Distance(),
-        WindowedDistance(window),
+        WindowedDistance(asked.window),
         Influence(band=band, queries=(start, total)),
         Columns((0,)),
     ]
-    session, collector = _session(model, facts, layers, exclude_first)
+    session, collector = _session(model, facts, asked.layers, asked.exclude_first)
     with session, torch.no_grad():
         logits = _logits(model, ids, start)
     records = [collector.records[n] for n in sorted(collector.records)]
     numbers = [r.site.layer for r in records]
     distance, waad, fai, first = (_stack(collector, records, fact) for fact in facts)
     first = first[..., 0]
-    if exclude_first:
+    if asked.exclude_first:
         first = torch.stack([collector.first[n] for n in numbers])
     span = distance[:, :, start:].mean(-1)
-    split = head_split(span, numbers, quantile) if heads is None else heads
-    counted = max(0, total - start - max(tail, low))
+    split = head_split(span, numbers, asked.quantile) if heads is None else heads
+    counted = max(0, total - start - max(asked.tail, low))
     received = fai[:, :, start:]
-    chosen = _receivers(received[:, :, :counted], numbers, quantile, receivers)
+    chosen = _receivers(received[:, :, :counted], numbers, asked.quantile, asked.receivers)
     back = _mean(waad[:, :, start:], split.local, numbers)
     ahead = _mean(received, split.far, numbers)
     receiver = _mean(received, chosen, numbers)
-    marks = _marks(back, ahead, receiver, counted, rule, top)
+    marks = _marks(back, ahead, receiver, counted, asked.rule, asked.top)
     log_p = logits.float().log_softmax(-1)
     return Rhythm(
         start=start,
@@ -246,9 +196,7 @@ def rhythm(
         fai=ahead,
         receiver=receiver,
         entropy=(-(log_p.exp() * log_p).sum(-1)).tolist(),
-        preplan=marks["preplan"],
-        anchor=marks["anchor"],
-        receiver_peaks=marks["receiver_peaks"],
+        **marks,
         counted=counted,
         layers=numbers,
         span=span.tolist(),
@@ -256,21 +204,21 @@ def rhythm(
         far=list(split.far),
         receivers=list(chosen),
         sink_mass=_sink_mass(first[:, :, start:], split, numbers),
-        window=window,
+        window=asked.window,
         horizon=(low, high),
-        rule=_named(rule, top),
+        rule=_named(asked.rule, asked.top),
     )
 
 
 def calibrated(rhythms: Iterable[Rhythm], quantile: float = QUANTILE) -> Heads:
     """One split for all responses, from the mean of their spans; pass it as `rhythm(heads=...)`."""
-    found = list(rhythms)
-    if not found:
+    known = list(rhythms)
+    if not known:
         raise InputError("a calibrated split needs at least one measured response")
-    if any(r.layers != found[0].layers for r in found):
+    if any(r.layers != known[0].layers for r in known):
         raise InputError("the responses were measured on different layers: measure all on the same")
-    span = torch.tensor([r.span for r in found]).mean(0)
-    return head_split(span, found[0].layers, quantile)
+    span = torch.tensor([r.span for r in known]).mean(0)
+    return head_split(span, known[0].layers, quantile)
 
 
 class _Facts(Collector):
@@ -412,151 +360,3 @@ def _marks(
 
 def _named(rule: str, top: float) -> str:
     return f"largest {top:.0%}" if rule == "top" else "strict local maximum above the median"
-
-
-# -- many responses ----------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Coupling:
-    """One coupling over many responses, against marks at shuffled places.
-
-    Attributes:
-        observed, random: the quantity at the marks, and its mean over shuffles.
-        lift: observed / random - 1; low, high: its 95 % bootstrap interval over responses.
-        p: share of shuffles that reach the observed value, one-sided, never 0.
-        marks: how many marks there were in all.
-    """
-
-    name: str
-    observed: float
-    random: float
-    lift: float
-    low: float
-    high: float
-    p: float
-    marks: int
-
-
-def couplings(
-    rhythms: Sequence[Rhythm],
-    *,
-    follow: int = 1,
-    shuffles: int = 2000,
-    seed: int = 0,
-    control: str = "shuffle",
-) -> dict[str, Coupling]:
-    """The three couplings of the paper, pooled over responses.
-
-    "entropy": mean token entropy at WAAD peaks; "receiver": share of the receiver heads' FAI peaks
-    that are FAI peaks of the global heads; "follow": share of FAI peaks with a WAAD peak at the
-    same place or up to `follow` before. Each against marks thrown anywhere in the same response
-    (`control="shuffle"`, the paper's) or turned round as a whole, which keeps their spacing
-    (`control="rotate"`).
-
-    Raises:
-        InputError: no response has marks, a control that does not exist.
-    """
-    if control not in ("shuffle", "rotate"):
-        raise InputError(f"the control is 'shuffle' or 'rotate', not {control!r}")
-    if follow < 0 or shuffles < 1:
-        raise InputError(
-            f"follow is at least 0 and shuffles at least 1, not {follow} and {shuffles}"
-        )
-    random = torch.Generator().manual_seed(seed)
-    found = {}
-    for name in ("entropy", "receiver", "follow"):
-        pairs = [_worth(name, r, follow) for r in rhythms if r.counted > 2]
-        pairs = [(worth, marks) for worth, marks in pairs if marks]
-        if not pairs:
-            raise InputError(f"no response has a mark for the coupling {name!r}: take longer ones")
-        found[name] = _against_chance(name, pairs, shuffles, control, random)
-    return found
-
-
-def _worth(name: str, seen: Rhythm, follow: int) -> tuple[Tensor, list[int]]:
-    """What a mark at each place is worth, `[counted]`, and where the marks are."""
-    if name == "entropy":
-        return torch.tensor(seen.entropy[: seen.counted]), seen.preplan
-    worth = torch.zeros(seen.counted)
-    if name == "receiver":
-        worth[seen.anchor] = 1.0
-        return worth, seen.receiver_peaks
-    for place in seen.preplan:
-        worth[place : place + follow + 1] = 1.0
-    return worth, seen.anchor
-
-
-def _against_chance(
-    name: str,
-    pairs: list[tuple[Tensor, list[int]]],
-    shuffles: int,
-    control: str,
-    random: torch.Generator,
-) -> Coupling:
-    marks = torch.tensor([len(m) for _, m in pairs], dtype=torch.float64)
-    sums = torch.stack([worth[m].double().sum() for worth, m in pairs])
-    drawn = torch.stack([_thrown(worth, m, shuffles, control, random) for worth, m in pairs])
-    observed, chance = float(sums.sum() / marks.sum()), drawn.sum(0) / marks.sum()
-    mean = float(chance.mean())
-    # the interval: responses drawn again with repetition, each with its own chance level
-    again = torch.randint(len(pairs), (shuffles, len(pairs)), generator=random)
-    level = drawn.mean(1)
-    lifts = sums[again].sum(1) / level[again].sum(1).clamp_min(1e-12) - 1
-    low, high = lifts.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    p = (1 + int((chance >= observed - 1e-12).sum())) / (1 + shuffles)
-    lift = observed / mean - 1 if mean > 0 else float("nan")
-    return Coupling(name, observed, mean, lift, low, high, p, int(marks.sum()))
-
-
-def _thrown(
-    worth: Tensor, marks: list[int], shuffles: int, control: str, random: torch.Generator
-) -> Tensor:
-    """Sum of what the marks are worth at chance places, `[shuffles]`."""
-    if control == "rotate":
-        turn = torch.randint(len(worth), (shuffles, 1), generator=random)
-        places = (torch.tensor(marks)[None] + turn) % len(worth)
-    else:
-        keys = torch.rand(shuffles, len(worth), generator=random)
-        places = keys.topk(len(marks), -1).indices
-    return worth.double()[places].sum(-1)
-
-
-def perturb(
-    model: Any,
-    tokenizer: Any,
-    input_ids: Any,
-    position: int,
-    *,
-    alternatives: int = 3,
-    new_tokens: int = 40,
-) -> float:
-    """How much of a continuation survives another token at `position`: mean Jaccard, in [0, 1].
-
-    Each of the model's `alternatives` next choices takes the token's place; the greedy
-    continuations are compared with the one after the token itself by their content words. The rows
-    have the same length, so that they run as one batch without padding.
-
-    Raises:
-        InputError: a position out of range, no alternatives.
-    """
-    ids = torch.as_tensor(input_ids).reshape(-1).cpu()
-    if not 0 < position < len(ids):
-        raise InputError(f"position {position} is out of range: 1 to {len(ids) - 1}")
-    if alternatives < 1 or new_tokens < 1:
-        raise InputError("alternatives and new_tokens are at least 1")
-    own = int(ids[position])
-    with torch.no_grad():
-        logits = model(ids[None, :position].to(model.device), use_cache=False).logits[0, -1]
-        logits[own] = -torch.inf
-        other = logits.topk(alternatives).indices.tolist()
-        before = ids[:position].repeat(1 + alternatives, 1)
-        rows = torch.cat([before, torch.tensor([[n] for n in [own, *other]])], 1).to(model.device)
-        made = model.generate(
-            rows,
-            attention_mask=torch.ones_like(rows),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-    tails = tokenizer.batch_decode(made[:, position + 1 :], skip_special_tokens=True)
-    words = [content_words(tail) for tail in tails]
-    return sum(jaccard(words[0], w) for w in words[1:]) / alternatives

@@ -1,6 +1,11 @@
 """The card of Sink emergence."""
 
-from regard.cards import Card, Paper
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from regard.cards import Card, Checked, Paper, setting, whole_numbers
 
 CARD = Card(
     slug="sink-emergence",
@@ -19,4 +24,28 @@ CARD = Card(
     ),
     method="sinks",
     exports=("Sinks",),
+    takes="tokens",
+    examples=("regard run sink-emergence --prompt @northanger-abbey --words 400",),
 )
+
+
+@dataclass(eq=False)
+class Settings(Checked):
+    """What a person can set."""
+
+    epsilon: float = setting(
+        0.3,
+        "a head has a sink where its mean attention on the token exceeds this",
+        above=0,
+        below=1,
+    )
+    position: int = setting(0, "which token; 0 is whatever the sequence begins with", least=0)
+    layers: Iterable[int] | None = setting(
+        None, "layers measured, such as 0-11; all when left out", kind=whole_numbers
+    )
+    tokens: int | None = setting(
+        None,
+        "cut every sequence to so many; received attention depends on the length",
+        least=2,
+        whole=True,
+    )

@@ -9,8 +9,9 @@ import torch
 
 from regard.lab.intervals import bootstrap, mean
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
+from regard.watching.sinks import EPSILON, uniform_alpha
 
-from .method import EPSILON, TOKENS, Sinks, inputs, sinks, uniform_alpha
+from .method import TOKENS, Sinks, inputs, sinks
 
 TITLE = "When Attention Sink Emerges in Language Models: An Empirical View"
 PAPER = "https://arxiv.org/abs/2410.10781"

@@ -1,4 +1,4 @@
-"""Sink emergence: which heads of a language model park their attention on one token.
+"""Sink emergence: in which heads of a language model one token is an attention sink.
 
 Paper: "When Attention Sink Emerges in Language Models: An Empirical View", Gu et al., 2024,
 https://arxiv.org/abs/2410.10781; official code: https://github.com/sail-sg/Attention-Sink.
@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core import Mask, MeanReceived, State
-from regard.errors import InputError, ReachError, nearest
-from regard.reach import Call, Collector, Handler, Session
+from regard.core import MeanReceived
+from regard.errors import InputError, nearest
+from regard.reach import Collector, Session
 from regard.watching.sinks import (
-    EPSILON,
     checked,
     hidden_sinks,
     per_sequence,
@@ -43,38 +42,12 @@ from regard.watching.sinks import (
     uniform_alpha,
 )
 
+from .card import Settings
+from .probes import Probe, Probes, on_layer
+
 EPSILONS = (0.2, 0.3, 0.4)
 TOKENS = 64
 KINDS = ("text", "random", "repeat")
-
-
-# -- on a model ------------------------------------------------------------------------------------
-@dataclass
-class Probes:
-    """Why a token is a sink: means over the sequences, `[layers, heads]` unless said otherwise.
-
-    Attributes:
-        key_ratio, value_ratio: norm of the token's key (value) over the median of the
-            other tokens'.
-        key_ratio_mean, value_ratio_mean: the same over their mean.
-        cosine: cos(q_t, key of the token), mean over the later queries; cosine_others: the same
-            with the other keys that a query may look at.
-        norms: |q_t| |k| times the scale, mean over later queries, the part of the logit that is
-            not the cosine; norms_others: with the other keys.
-        massive, massive_median: `[layers]`, norm of the token's hidden state after the layer over
-            the mean (median) of the other tokens'.
-    """
-
-    key_ratio: Tensor
-    value_ratio: Tensor
-    key_ratio_mean: Tensor
-    value_ratio_mean: Tensor
-    cosine: Tensor
-    cosine_others: Tensor
-    norms: Tensor
-    norms_others: Tensor
-    massive: Tensor
-    massive_median: Tensor
 
 
 @dataclass
@@ -127,11 +100,7 @@ class Sinks:
 def sinks(
     model: Any,
     batches: Any,
-    *,
-    epsilon: float = EPSILON,
-    position: int = 0,
-    layers: Iterable[int] | None = None,
-    tokens: int | None = None,
+    **settings: Any,
 ) -> Sinks:
     """Measure the attention sinks of a causal language model.
 
@@ -140,15 +109,12 @@ def sinks(
         batches: token ids `[batch, tokens]`, a tokenizer's output with `attention_mask`, or several
             of them. Padding is taken out before the model sees a sequence. Position 0 is whatever
             the sequence begins with, a start token included if the tokenizer puts one.
-        epsilon: a head has a sink where its mean attention on the token exceeds this.
-        position: which token.
-        layers: which layers; all when None.
-        tokens: cut every sequence to so many. Received attention rises as texts get shorter, so
-            sequences of different lengths are refused without it.
+        settings: those of `Settings` in card.py. Without `tokens`, sequences of different lengths
+            are refused.
 
     >>> import regard
-    >>> found = sinks(regard.zoo.tiny("llama"), torch.arange(40).view(2, 20))
-    >>> found.alpha.shape, found.tokens, 0 <= found.rate <= 1
+    >>> measured = regard.sinks(regard.zoo.tiny("llama"), torch.arange(40).view(2, 20))
+    >>> measured.alpha.shape, measured.tokens, 0 <= measured.rate <= 1
     (torch.Size([2, 4]), 20, True)
 
     Raises:
@@ -159,12 +125,14 @@ def sinks(
         raise InputError(
             "the sink metric is about causal language models: this one has an encoder too"
         )
-    wanted = None if layers is None else list(layers)
+    asked = Settings(**settings)
+    epsilon, position = asked.epsilon, asked.position
+    layers = None if asked.layers is None else list(asked.layers)
     received: list[Tensor] = []
     every: dict[str, list[Tensor]] = {}
     numbers: list[int] = []
-    for ids in _sequences(batches, tokens):
-        alpha, probes, numbers = _measure(model, ids, position, wanted)
+    for ids in _sequences(batches, asked.tokens):
+        alpha, probes, numbers = _measure(model, ids, position, layers)
         checked(alpha, epsilon, position)
         received.append(alpha)
         for name, value in probes.items():
@@ -256,10 +224,6 @@ def _sequences(batches: Any, tokens: int | None) -> Iterable[Tensor]:
     """Batches of real tokens, `[batch, tokens]`, all of one length."""
     if torch.is_tensor(batches) or isinstance(batches, Mapping) or hasattr(batches, "input_ids"):
         batches = [batches]
-    if tokens is not None and tokens < 2:
-        raise InputError(
-            f"a sequence of one token looks at itself alone: tokens is at least 2, not {tokens}"
-        )
     cut = tokens is not None
     for batch in batches:
         ids = batch if torch.is_tensor(batch) else torch.as_tensor(batch["input_ids"])
@@ -288,14 +252,14 @@ def _measure(
 ) -> tuple[Tensor, dict[str, Tensor], list[int]]:
     """One batch: alpha `[batch, layers, heads, keys]`, probes `[batch, layers, ...]`, numbers."""
     collector = Collector([MeanReceived()], layers)
-    probe = _Probe(position, {})
+    probe = Probe(position, {})
     states: dict[int, dict[str, Tensor]] = {}
     with Session(model, [collector, probe]) as session, torch.no_grad():
         undo = []
         try:
             for site in session.sites:
                 if layers is None or site.layer in layers:
-                    undo.append(_on_layer(model, site.part, site.layer, position, states))
+                    undo.append(on_layer(model, site.part, site.layer, position, states))
             # without the head: logits over a vocabulary would be the largest tensor of all
             model.base_model(ids.to(model.device), use_cache=False)
         finally:
@@ -304,78 +268,8 @@ def _measure(
     records = [collector.records[n] for n in sorted(collector.records)]
     numbers = [r.site.layer for r in records]
     alpha = stacked({r.site.layer: collector.value(r, collector.facts[0]) for r in records})
-    found = [{**probe.found[r.site.index], **states[r.site.layer]} for r in records]
-    return alpha.cpu(), {n: torch.stack([f[n] for f in found], 1).cpu() for n in found[0]}, numbers
-
-
-@dataclass
-class _Probe(Handler):
-    """Norms and cosines of keys, values and queries at one position, in O(tokens x head_dim)."""
-
-    position: int
-    found: dict[int, dict[str, Tensor]]
-
-    def after(self, call: Call, state: State) -> None:
-        queries, keys = call.q.shape[2], call.k.shape[2]
-        ahead_area = (call.mask & Mask.band(-1, None)).area(queries, keys)
-        looks_ahead = any(ahead_area) if isinstance(ahead_area, list) else ahead_area > 0
-        if call.site.kind != "self" or looks_ahead:
-            raise InputError(
-                f"the sink metric is about causal attention, and {call.site.name} looks ahead: "
-                'regard.watch(model, facts=["mean_received"]) measures such a model'
-            )
-        if not 0 <= self.position < keys:
-            raise InputError(f"position {self.position} is out of range: there are {keys} tokens")
-        groups = call.q.shape[1] // call.k.shape[1]
-        q, k = call.q.float(), call.k.float().repeat_interleave(groups, 1)
-        v = call.v.float().norm(dim=-1).repeat_interleave(groups, 1)
-        p, kn, qn = self.position, k.norm(dim=-1), q.norm(dim=-1)
-        unit_q, unit_k = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (q, k))
-        others = torch.arange(keys, device=k.device) != p
-        later = slice(p + 1, None)
-        # sums over the other keys at or before each query, by running sums instead of a matrix
-        number = others.cumsum(0)[later].clamp_min(1)
-        direction = (unit_k * others[:, None]).cumsum(2)[:, :, later] / number[:, None]
-        size = (kn * others).cumsum(2)[:, :, later] / number
-        ahead = qn[:, :, later] * call.scale
-        found = {
-            "cosine": (unit_q[:, :, later] * unit_k[:, :, p, None]).sum(-1).mean(-1),
-            "cosine_others": (unit_q[:, :, later] * direction).sum(-1).mean(-1),
-            "norms": (ahead * kn[:, :, p, None]).mean(-1),
-            "norms_others": (ahead * size).mean(-1),
-        }
-        for name, norm in (("key", kn), ("value", v)):
-            found[f"{name}_ratio_mean"], found[f"{name}_ratio"] = _ratios(norm, p)
-        self.found[call.site.index] = found
-
-
-def _ratios(norm: Tensor, position: int) -> tuple[Tensor, Tensor]:
-    """Norm at one position over the mean and over the median of the others, along the last axis."""
-    rest = torch.cat([norm[..., :position], norm[..., position + 1 :]], -1)
-    middle = rest.quantile(0.5, dim=-1)
-    own = norm[..., position]
-    return own / rest.mean(-1).clamp_min(1e-12), own / middle.clamp_min(1e-12)
-
-
-def _on_layer(
-    model: Any, part: str, layer: int, position: int, found: dict[int, dict[str, Tensor]]
-) -> Any:
-    """Watch the hidden states that leave a layer, before any final norm."""
-    try:
-        module = model.get_submodule(f"{part}.{layer}")
-    except AttributeError:
-        raise ReachError(
-            f"{type(model).__name__} has no module {part}.{layer} whose hidden states could be "
-            "watched: "
-            'regard.watch(model, facts=["mean_received"]) and sink_rate need none'
-        ) from None
-
-    def note(module: Any, args: Any, output: Any) -> None:
-        hidden = output if torch.is_tensor(output) else output[0]
-        mean, median = _ratios(hidden.float().norm(dim=-1), position)
-        found[layer] = {"massive": mean, "massive_median": median}
-
-    return module.register_forward_hook(note)
+    each = [{**probe.facts[r.site.index], **states[r.site.layer]} for r in records]
+    return alpha.cpu(), {n: torch.stack([f[n] for f in each], 1).cpu() for n in each[0]}, numbers
 
 
 def _plain(value: Any) -> Any:

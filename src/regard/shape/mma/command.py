@@ -41,9 +41,9 @@ def train(
 
       regard train mma --steps 700 --out mma-training.json
     """
-    from regard.lab.bench.record import pick_device
     from regard.report.document import show
     from regard.report.table import Table, right
+    from regard.zoo.options import pick_device
 
     from . import train as trainings
 

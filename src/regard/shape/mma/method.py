@@ -5,7 +5,7 @@ Multimodal LLMs", Wang et al., 2025, arXiv 2503.02597.
 
 Deviations:
 - The question ends before the assistant's role token; the released code opens that token too
-  (`rule="released_code"` does so).
+  (`variant="released"` does so).
 - Several images: each sees the question tokens after it (ours; the code takes one image).
 - Several turns: an image sees the question of its own turn (`turns="first"`), or those of later
   turns too (`turns="all"`); answers never. The paper's printed rule has no answers in it.
@@ -28,53 +28,18 @@ from torch import Tensor
 from regard.core import Mask, State, merge
 from regard.errors import InputError, ReachError
 from regard.parts.decoding.picks import over, put, take_queries
-from regard.parts.vision import decoder, locate
+from regard.parts.vision import decoder, layer_sites, locate
 from regard.reach import Call, Handler, Site
+
+from .card import Settings
+from .roles import GENERATED, Roles, read_roles, token_ids
 
 # the layers that an MMA acts on now, whichever way it got there
 _taken: weakref.WeakSet[Any] = weakref.WeakSet()
-GENERATED = -1  # stands for the id of a token that the model wrote itself
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Who is who in a batch, `[batch, tokens]` each.
-
-    Attributes:
-        image: 1 + turn of image tokens, 0 elsewhere.
-        question: 1 + turn of text that is no answer, 0 elsewhere.
-        answer: tokens of answers, from the assistant's role token on.
-    """
-
-    image: Tensor
-    question: Tensor
-    answer: Tensor
-
-    def opened(self, turns: str) -> Tensor:
-        """For every image token, whether a later question token is open to it."""
-        later = [self.question.flip(-1).eq(t).cumsum(-1).flip(-1) > 0 for t in self._turns()]
-        found = torch.zeros_like(self.answer)
-        for t, has in zip(self._turns(), later):
-            sees = self.image == t if turns == "first" else (self.image > 0) & (self.image <= t)
-            found |= sees & has
-        return found
-
-    def _turns(self) -> list[int]:
-        return list(range(1, int(max(self.image.max(), self.question.max())) + 1))
-
-    def pairs(self, turns: str, mutual: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rectangles: which queries and which keys, disjoint, to be cut to keys > queries."""
-        for t in self._turns():
-            if turns == "first":
-                yield self.image == t, self.question == t
-            else:
-                yield (self.image > 0) & (self.image <= t), self.question == t
-            if mutual == "both":
-                yield self.question == t, self.image == t
 
 
 @dataclass(eq=False)
-class MMA(Handler):
+class MMA(Settings, Handler):
     """Open the rectangle image tokens x question of the causal mask; no new parameters.
 
     The answer stays hidden from the image: that would leak labels in training, and cannot happen in
@@ -85,17 +50,6 @@ class MMA(Handler):
     attention, under `regard.apply`. "mask" goes through transformers' own mask factory: under
     `regard.apply`, or with `on(model)` and the model's own attention (sdpa, eager,
     flex_attention), which is the way to train with the ordinary `Trainer`.
-
-    Args:
-        marker: token ids of the assistant's role; the answer begins there. When None, answers are
-            what `labels` mark, and while generating what the model writes.
-        user: token ids that begin a user's turn and end an answer; when None nothing after the
-            first marker is open.
-        turns: "first", an image sees the question of its turn, or "all", those of later turns too.
-        mutual: "image_to_text", or "both": text may look at later images of its turn too.
-        layers: which layers; all when None.
-        rule: "paper", or "released_code": the first token of the marker is open too.
-        form: "merge" or "mask".
 
     A new turn goes on with the cache: images keep what they saw of their first question. To let
     them see a new question, read the conversation again with a new cache and `turns="all"`.
@@ -116,13 +70,6 @@ class MMA(Handler):
             window.
     """
 
-    marker: int | Sequence[int] | None = None
-    user: int | Sequence[int] | None = None
-    turns: str = "first"
-    mutual: str = "image_to_text"
-    layers: Sequence[int] | None = None
-    rule: str = "paper"
-    form: str = "merge"
     _sites: set[int] = field(default_factory=set, init=False, repr=False)
     _ids: Tensor | None = field(default=None, init=False, repr=False)
     _live: Tensor | None = field(default=None, init=False, repr=False)
@@ -135,19 +82,14 @@ class MMA(Handler):
     _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("turns", self.turns, ("first", "all")),
-            ("mutual", self.mutual, ("image_to_text", "both")),
-            ("rule", self.rule, ("paper", "released_code")),
-            ("form", self.form, ("merge", "mask")),
-        ):
-            if value not in known:
-                raise InputError(f"{name} is one of {', '.join(known)}, not {value!r}")
-        self._marker, self._user = _ids(self.marker, "marker"), _ids(self.user, "user")
+        super().__post_init__()
+        if self.rule is not None:
+            self.variant, self.rule = self.rule.removesuffix("_code"), None
+        self._marker, self._user = token_ids(self.marker, "marker"), token_ids(self.user, "user")
         if self._user and not self._marker:
             raise InputError("user ends an answer that marker begins: give marker too")
-        if self.rule == "released_code" and not self._marker:
-            raise InputError('rule="released_code" is about the role token: give marker')
+        if self.variant == "released" and not self._marker:
+            raise InputError('variant="released" is about the role token: give marker')
 
     def sites(self, sites: list[Site]) -> list[Site]:
         self._ids = self._roles = self._cache = self._mask = None
@@ -175,18 +117,17 @@ class MMA(Handler):
                 f"MMA acts on layer {twice[0]} already, and a second one would count the question "
                 "again: apply one of them"
             )
-        own = {body.layers[n] for n in wanted}
-        names = {id(m): n for n, m in model.named_modules()}
-        prefixes = tuple(names[id(layer)] + "." for layer in own)
-        self._sites = {s.index for s in self._all if s.name.startswith(prefixes)}
+        layers = {body.layers[n] for n in wanted}
+        sites = layer_sites(model, body, self._all)
+        self._sites = {sites[n].index for n in wanted if n in sites}
         hooks = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         hooks.append(model.register_forward_hook(self._leave))
         if self.form == "mask":
             hooks.append(body.register_forward_pre_hook(self._make, with_kwargs=True))
             for n in wanted:
                 hooks.append(body.layers[n].register_forward_pre_hook(self._give, with_kwargs=True))
-        _taken.update(own)
-        return [*(hook.remove for hook in hooks), lambda: _taken.difference_update(own)]
+        _taken.update(layers)
+        return [*(hook.remove for hook in hooks), lambda: _taken.difference_update(layers)]
 
     @contextmanager
     def on(self, model: Any) -> Iterator[MMA]:
@@ -200,6 +141,17 @@ class MMA(Handler):
         finally:
             for remove in undo:
                 remove()
+
+    def report(self) -> dict[str, Any]:
+        """Plain data of the last prompt, by row: tokens of images and of questions, and how many
+        image tokens a later question is open to.
+        """
+        roles = self._roles
+        if roles is None:
+            return {"rows": []}
+        columns = (roles.image > 0, roles.question > 0, roles.opened(self.turns))
+        counts = zip(*(x.sum(-1).tolist() for x in columns))
+        return {"rows": [dict(zip(("image", "question", "opened"), row)) for row in counts]}
 
     # -- who is who --------------------------------------------------------------------------------
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -238,8 +190,12 @@ class MMA(Handler):
                         "cache of the image alone cannot be used; if this is no question, name "
                         "marker)"
                     )
-        if not start and bool(image.any()) and not bool(roles.opened(self.turns).any()):
-            self._warn("MMA: no question follows the image, so attention stays causal")
+        closed = not start and bool(image.any()) and not bool(roles.opened(self.turns).any())
+        if closed and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "MMA: no question follows the image, so attention stays causal", stacklevel=2
+            )
 
     def _leave(self, module: Any, args: tuple[Any, ...], out: Any) -> None:
         """Remember which cache this prompt is in."""
@@ -276,36 +232,8 @@ class MMA(Handler):
         self, ids: Tensor, image: Tensor, live: Tensor, labels: Tensor | None = None
     ) -> Roles:
         """Read the roles off the tokens, `[batch, tokens]` each; public, to look at and to draw."""
-        if labels is not None and labels.shape != ids.shape:
-            raise InputError(
-                f"labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} differ in shape"
-            )
-        labelled = torch.zeros_like(live) if labels is None else (labels != -100) & live
-        answer = ids == GENERATED
-        for row in range(len(ids)):
-            if not self._marker:
-                answer[row] |= labelled[row]
-                continue
-            starts = _find(ids[row], self._marker)
-            if not starts and bool(image[row].any()):
-                raise InputError(
-                    f"row {row} has an image but no assistant marker {list(self._marker)}, so "
-                    "where its answer begins is not known: check marker against the chat template"
-                )
-            ends = _find(ids[row], self._user) if self._user else []
-            for start in starts:
-                end = next((e for e in ends if e > start), ids.shape[1])
-                answer[row, start + (self.rule == "released_code") : end] = True
-        if bool((labelled & ~answer).any()):
-            row = int((labelled & ~answer).any(-1).int().argmax())
-            raise InputError(
-                f"row {row} has labels before its assistant marker: an image that sees them would "
-                "know the answer; mask them with -100"
-            )
-        begins = answer[:, 1:] < answer[:, :-1]  # a turn ends where an answer does
-        turn = 1 + torch.nn.functional.pad(begins.long().cumsum(-1), (1, 0))
-        text = live & ~image & ~answer
-        return Roles(turn * image, turn * text, answer)
+        released = self.variant == "released"
+        return read_roles(ids, image, live, labels, self._marker, self._user, released)
 
     # -- the two forms -----------------------------------------------------------------------------
     def _make(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -390,46 +318,3 @@ class MMA(Handler):
             both = merge(before, over(few, keys))
             state = State(put(out, both.out, places, ok), put(lse, both.lse, places, ok))
         return state
-
-    def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(text, stacklevel=2)
-
-
-def mma_mask(roles: Roles, turns: str = "first", mutual: str = "image_to_text") -> Mask:
-    """The whole mask as a `core.Mask`, to look at.
-
-    >>> image, question = torch.tensor([[0, 1, 1, 0, 0]]), torch.tensor([[1, 0, 0, 1, 0]])
-    >>> print(mma_mask(Roles(image, question, torch.tensor([[0, 0, 0, 0, 1]]) > 0)).draw(5))
-    ■ ⬚ ⬚ ⬚ ⬚
-    ■ ■ ⬚ ■ ⬚
-    ■ ■ ■ ■ ⬚
-    ■ ■ ■ ■ ⬚
-    ■ ■ ■ ■ ■
-    """
-    count = roles.image.shape[1]
-    allowed = torch.ones(count, count, dtype=torch.bool).tril()[None]
-    for rows, keys in roles.pairs(turns, mutual):
-        allowed = allowed | (rows[:, :, None] & keys[:, None])
-    return Mask.dense(allowed[:, None])
-
-
-def _ids(given: int | Sequence[int] | None, name: str) -> tuple[int, ...]:
-    if given is None:
-        return ()
-    found = (given,) if isinstance(given, int) else tuple(int(n) for n in given)
-    if not found:
-        raise InputError(f"{name} is empty: give the token ids of the role, or leave it out")
-    return found
-
-
-def _find(ids: Tensor, pattern: tuple[int, ...]) -> list[int]:
-    """Where the pattern begins."""
-    if len(ids) < len(pattern):
-        return []
-    windows = ids.unfold(0, len(pattern), 1)
-    found: list[int] = (
-        (windows == torch.tensor(pattern, device=ids.device)).all(-1).nonzero()[:, 0].tolist()
-    )
-    return found

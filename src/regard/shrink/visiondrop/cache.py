@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,14 +43,3 @@ class ShortLayer(MethodLayer):
 
     def reset(self) -> None:
         self.rows, self.length, self.live, self.removed = [], 0, None, None
-
-
-def nbytes(cache: Any) -> int:
-    """Bytes of keys and values that a cache holds, counted from storage."""
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, MethodLayer):
-            total += layer.nbytes
-        elif getattr(layer, "keys", None) is not None:
-            total += sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values))
-    return total

@@ -47,7 +47,7 @@ SHOWS = (
     "of one image at a quarter of its tokens; dark patches are merged with others."
 )
 _BIG = (
-    "regard run visiondrop --model llava-hf/llava-1.5-7b-hf --tokens 64 --image a.jpg "
+    "regard run visiondrop --model llava-hf/llava-1.5-7b-hf --budget 64 --image a.jpg "
     "--prompt @question.txt"
 )
 CLAIMS = (
@@ -145,7 +145,7 @@ def arms() -> dict[str, Callable[[], VisionDrop] | None]:
     }
     for share in SHARES:
         for name, more in RIVALS.items():
-            made[f"{name} {share:g}"] = partial(VisionDrop, tokens=share, **more)
+            made[f"{name} {share:g}"] = partial(VisionDrop, ratio=share, **more)
     return made
 
 
@@ -240,7 +240,7 @@ def picture(setup: Setup, item: vqa.Item, right: dict[str, float]) -> Any:
     side = vision.image_size // vision.patch_size
     rows, names = [], ("visual", "text", "random")
     for name in names:
-        method = VisionDrop(tokens=DRAWN, **RIVALS[name])
+        method = VisionDrop(ratio=DRAWN, **RIVALS[name])
         with torch.no_grad(), api.apply(setup.model, method):
             setup.model(**batch.inputs, use_cache=True)
         cuts = method.kept()[0][0]
@@ -310,7 +310,7 @@ def _cost(model: Any, processor: Any, given: list[vqa.Item]) -> dict[str, float]
     length = int(batch.inputs["input_ids"].shape[1])
     seconds: dict[str, list[float]] = {"plain": [], "quarter": []}
     held: dict[str, int] = {}
-    method = VisionDrop(tokens=0.25)
+    method = VisionDrop(ratio=0.25)
     for n in range(ROUNDS + 1):
         for name in seconds:
             handlers = [method] if name == "quarter" else []

@@ -16,7 +16,8 @@ from regard.errors import InputError
 from regard.parts.decoding.cache import check_whole
 from regard.reach import Call
 
-Size = tuple[int, int]
+from .card import Size
+
 RATIOS = (1.5, 1.09, 0.81, 0.59)  # tokens of the four segments over their mean, as released
 CONTEXT = 8  # one token in so many is contextual; gives the released schedule back
 
@@ -55,17 +56,14 @@ class Plan:
         """Image tokens, averaged over the layers."""
         return sum(self.counts(image_tokens, layers)) / layers
 
-    def check(self, image_tokens: int, layers: int, merging: bool) -> None:
+    def check(self, image_tokens: int, merging: bool) -> None:
         """Refuse what cannot be done with an image of so many tokens.
 
         Raises:
-            InputError: budgets that do not decrease, are empty, or layers out of range.
+            InputError: budgets that do not decrease or are empty.
         """
         before, stages = image_tokens, [("the encoder", self.encoder)]
         stages += [(f"layer {n}", self.cuts[n]) for n in sorted(self.cuts)]
-        for n in self.cuts:
-            if not 0 < n < layers:
-                raise InputError(f"cuts lie inside the model, at layers 1 to {layers - 1}, not {n}")
         for where, size in stages:
             if size is None:
                 continue
@@ -135,8 +133,8 @@ def one_cut(tokens: float, image_tokens: int, layers: int, layer: int) -> Plan:
     left = round((mean * layers - layer * image_tokens) / (layers - layer))
     if left < 2:
         raise InputError(
-            f"the first {layer} layers alone exceed {mean:g} image tokens on average: raise tokens "
-            f"above {layer * image_tokens / layers:.0f}"
+            f"the first {layer} layers alone exceed {mean:g} image tokens on average: raise the "
+            f"budget above {layer * image_tokens / layers:.0f}"
         )
     size = (left - math.ceil(left / CONTEXT), math.ceil(left / CONTEXT))
     return Plan(size, {}) if layer == 0 else Plan(None, {layer: size})
@@ -186,23 +184,28 @@ def height(kept: Kept, grid: tuple[int, int]) -> float:
     return sum(rows) / len(rows) / (grid[0] - 1) if rows else 0.5
 
 
-def choose(score: Tensor, metric: Tensor, dominant: int, contextual: int) -> list[list[int]]:
+def choose(
+    score: Tensor, metric: Tensor | None, dominant: int, contextual: int, merge: bool = True
+) -> list[list[int]]:
     """Which tokens every new token is made of: `dominant` alone, then `contextual` targets with
     those that fall to them (the target first).
 
     Args:
         score: `[tokens]`; metric: `[tokens, dim]`, compared by cosine.
+        merge: False drops the others; as many tokens stay, all of them alone.
 
     >>> score = torch.tensor([5.0, 0, 0, 9, 0, 0])
     >>> metric = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0], [0, 2], [3, 1]])
     >>> choose(score, metric, 2, 2)
     [[0], [3], [1, 5], [4, 2]]
     """
+    if not merge:
+        dominant, contextual = dominant + contextual, 0
     kept = score.argsort(descending=True, stable=True)[:dominant].sort().values.tolist()
     taken = set(kept)
     left = [n for n in range(len(score)) if n not in taken]
     groups = [[n] for n in kept]
-    if not contextual:
+    if not contextual or metric is None:
         return groups
     step = max(1, len(left) // contextual)
     targets = left[::step][:contextual]
@@ -221,6 +224,12 @@ def gather(x: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     first = x[[g[0] for g in groups]]
     more = [x[list(g[1:])].mean(0) if len(g) > 1 else torch.zeros_like(x[0]) for g in groups]
     return first + torch.stack(more)
+
+
+def random_score(seed: int, layer: int, tokens: int) -> Tensor:
+    """Scores by chance, the same for every image of a cut."""
+    make = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.rand(tokens, generator=make)
 
 
 def visual_score(call: Call, row: int, start: int, span: Size, mask: str) -> Tensor:

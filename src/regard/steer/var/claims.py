@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regard import watching as api
-from regard.core import State, mass
+from regard.core import Mask, State, mass
+from regard.errors import InputError
 from regard.lab.intervals import Paired, bootstrap, mean, paired
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 from regard.lab.trials import vqa
@@ -21,7 +23,9 @@ from regard.report.contact import sheet
 from regard.report.patches import MARK, paint
 from regard.report.patches import over as laid_over
 
-from .method import VAR, Redistribution, SinkKnockout, at_queries
+from .dims import find_sink_dims
+from .edit import at_queries
+from .method import VAR
 
 TITLE = "See What You Are Told: Visual Attention Sink in Large Multimodal Models"
 PAPER = "https://arxiv.org/abs/2503.03321"
@@ -104,11 +108,10 @@ class _Looks(VAR):
         self.counts: dict[int, int] = {}
 
     def after(self, call: Call, state: State) -> State | None:
-        if call.site.index not in self._acting or self._text is None:
+        seen = self.seen(call)
+        if seen is None or self._text is None:
             return None
-        found = self._found[call.site.index]
-        keys = slice(call.key_offset, call.key_offset + call.k.shape[2])
-        image, sinks = found.image[:, keys], found.sinks[:, keys]
+        image, sinks = seen
         few, places, ok = take_queries(call, self._text)
         part = at_queries(state, places)
         w_sink, w_image = (mass(over(few, g), part) for g in (image & sinks, image))
@@ -122,6 +125,30 @@ class _Looks(VAR):
                 share = w_sink[row][real].mean() / on_image
                 ratio = float(share / (counts[row] / total[row]))
                 self.ratios.setdefault(layer, []).append(ratio)
+        return None
+
+
+class SinkKnockout(VAR):
+    """Text may not look at the visual sinks any more; nothing is given to anyone.
+
+    With `random_sinks` as many random image tokens are hidden instead. Every query keeps at least
+    itself, so no row is left empty.
+    """
+
+    def before(self, call: Call) -> Call | None:
+        seen, text = self.seen(call), self._text
+        if seen is None or text is None:
+            return None
+        hidden, shift = seen[0] & seen[1], call.k.shape[2] - call.q.shape[2]
+        if not bool(hidden.any()):
+            return None
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return ~(text[b, i - shift] & hidden[b, j])
+
+        return call.change(mask=call.mask & Mask.predicate(visible, len(call.q)))
+
+    def after(self, call: Call, state: State) -> State | None:
         return None
 
 
@@ -224,7 +251,8 @@ def picture(setup: Setup, given: Sequence[vqa.Item], tau: float, dims: list[int]
     """Pictures with their sinks, and the attention on them before and after, a question a row."""
     rows = []
     for item in given:
-        method = Redistribution(tau=tau, dims=dims, nonsink_ratio=RHO)
+        method = VAR(tau=tau, dims=dims, nonsink_ratio=RHO)
+        method.record_last = True
         batch = vqa.read(setup.tokenizer, [item], setup.model.device)
         with torch.no_grad(), api.apply(setup.model, method):
             setup.model(**batch.inputs, use_cache=False)
@@ -235,7 +263,7 @@ def picture(setup: Setup, given: Sequence[vqa.Item], tau: float, dims: list[int]
         marks = dict.fromkeys((often >= 0.5).nonzero()[:, 0].tolist(), MARK)
         before, after = (
             torch.stack([given[0].mean(0)[at] for given in each.values()]).mean(0).view(side, side)
-            for each in (method.plain, method.given)
+            for each in (method.last_before, method.last_after)
         )
         span = (0.0, float(torch.maximum(before, after).max()))
         seen, marked = (paint(item.picture, (side, side), m, 192) for m in ({}, marks))
@@ -245,10 +273,6 @@ def picture(setup: Setup, given: Sequence[vqa.Item], tau: float, dims: list[int]
 
 
 def _dims(setup: Setup, given: Sequence[vqa.Item]) -> list[int]:
-    from regard.errors import InputError
-
-    from .method import find_sink_dims
-
     batch = vqa.read(setup.tokenizer, given[:4], setup.model.device)
     try:
         return find_sink_dims(setup.model, [batch.inputs])
