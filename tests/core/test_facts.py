@@ -332,7 +332,7 @@ def test_settings_that_make_no_sense() -> None:
         WindowedDistance(0)
     with pytest.raises(ValueError, match="segments"):
         Mass()
-    with pytest.raises(ValueError, match="from 0 on"):
+    with pytest.raises(ValueError, match="lower to the higher"):
         Mass({"a": (5, 3)})
     with pytest.raises(ValueError, match="at least 1 cell"):
         Thumbnail(0)

@@ -2,7 +2,7 @@
 no framework.
 """
 
-from .attend import KERNELS, attend, choose
+from .attend import attend, choose
 from .facts import (
     FACTS,
     Collision,
@@ -25,6 +25,7 @@ from .facts import (
 )
 from .identities import collision
 from .identities import mass as segment_mass
+from .kernels import KERNELS
 from .mask import Mask
 from .ranges import Range
 from .state import State, mass, merge, rest, reweight

@@ -2,13 +2,11 @@
 
 Two ways lead to the same numbers. `measure` visits the probabilities tile by tile, once, for any
 number of facts: the way of `regard.watch`. `identities` holds the same facts as calls of `attend`:
-    they
-carry gradients and run on whatever kernel `attend` chooses.
+they carry gradients and run on whatever kernel `attend` chooses.
 
 Every fact is a small class that says how one tile changes its sums (`add`), how the sums of a
-later call
-with a cache join those of earlier calls (`extend`: decoding token by token gives what one forward
-gives), and what the sums mean (`finish`).
+later call with a cache join those of earlier calls (`extend`: decoding token by token gives what
+one forward gives), and what the sums mean (`finish`).
 """
 
 from __future__ import annotations
@@ -20,9 +18,12 @@ from torch import Tensor
 
 from regard.core import identities
 from regard.core.attend import attend  # noqa: F401  (the examples use it)
+from regard.core.kernels import Inputs
+from regard.core.kernels.inputs import scale_of
 from regard.core.kernels.tiled import Tiles
 from regard.core.mask import Mask
 from regard.core.precision import as_given
+from regard.errors import InputError
 
 from .base import Fact, Sums, View
 from .cells import Columns, Rows, Thumbnail, TopKeys
@@ -75,7 +76,8 @@ def measure(
     where a fact is none that the sweep of the Triton kernel gives).
     """
     with torch.no_grad(), as_given(q):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale = scale_of(q, scale)
+        _check(Inputs(q, k, k, mask, scale, softcap, bias), lse, sinks, live)
         if live is not None:
             lse = lse.masked_fill(~live[:, None], -torch.inf)
         (batch, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
@@ -86,19 +88,33 @@ def measure(
         done: list[Sums | None] = [None] * len(facts)
         if plain:
             done = _on_gpu(facts, q, k, lse, mask, scale, view)
-        rest = [f for f, found in zip(facts, done) if found is None]
+        rest = [f for f, sums in zip(facts, done) if sums is None]
         if rest:  # the plan of the tiles takes a while on long calls
             near = [f.near for f in rest if f.near is not None]
             if len(near) == len(rest):
                 mask = (mask or Mask.full()) & Mask.band(max(near), max(near))
             tiles = Tiles(q, k, mask, scale, softcap, bias, lse=lse)
             left = iter(_by_tiles(rest, tiles, live, view))
-            done = [next(left) if found is None else found for found in done]
+            done = [next(left) if sums is None else sums for sums in done]
         return [
-            f.start(f.complete(found, lse, sinks, view), view)
-            for f, found in zip(facts, done)
-            if found is not None
+            f.start(f.complete(sums, lse, sinks, view), view)
+            for f, sums in zip(facts, done)
+            if sums is not None
         ]
+
+
+def _check(inputs: Inputs, lse: Tensor, sinks: Tensor | None, live: Tensor | None) -> None:
+    inputs.check()
+    batch, heads, queries, _ = inputs.q.shape
+    if lse.shape != (batch, heads, queries):
+        raise InputError(f"lse {tuple(lse.shape)} is not {(batch, heads, queries)}, one a query")
+    if sinks is not None and sinks.shape != (heads,):
+        raise InputError(f"sinks {tuple(sinks.shape)} are not [{heads}], one a head")
+    if live is not None and (live.dtype != torch.bool or live.shape != (batch, queries)):
+        raise InputError(
+            f"live is boolean {(batch, queries)}, false for queries that do not count, not "
+            f"{live.dtype} {tuple(live.shape)}"
+        )
 
 
 def _on_gpu(
@@ -114,7 +130,7 @@ def _on_gpu(
     if q.device.type == "cpu":
         return [None] * len(facts)
     swept = sweep(facts, q, k, lse, mask, scale, view)
-    if any(found is not None for found in swept):
+    if any(sums is not None for sums in swept):
         return swept
     sums = [f.fused(q, k, lse, mask, scale) for f in facts]
     if any(s is None for s in sums):
@@ -176,13 +192,13 @@ def received(
     if kernel == "fused":
         return identities.received(q, k, lse, mask=mask, scale=scale, weights=weights)
     if kernel not in ("tiles", "triton"):
-        raise ValueError(f"unknown kernel {kernel!r}: choose one of tiles, fused, triton")
+        raise InputError(f"unknown kernel {kernel!r}: choose one of tiles, fused, triton")
     if _asks(q, k, lse, *([] if weights is None else [weights])):
-        raise ValueError(f"kernel {kernel!r} carries no gradients: use 'fused' or torch.no_grad()")
+        raise InputError(f"kernel {kernel!r} carries no gradients: use 'fused' or torch.no_grad()")
     if kernel == "triton":
         return _triton(q, k, lse, mask, scale, weights)
     if weights is not None:
-        raise ValueError("kernel 'tiles' takes no weights: use 'fused'")
+        raise InputError("kernel 'tiles' takes no weights: use 'fused'")
     # a choice of all queries: the same sums, but never by the fused call that GPUs take otherwise
     return _one(Received(queries=(0, q.shape[2])), q, k, lse, mask, scale)
 
@@ -233,9 +249,9 @@ def _triton(
 
     reason = triton.available()
     if reason is not None:
-        raise ValueError(f"kernel 'triton' cannot run: {reason}; or leave kernel=None")
+        raise InputError(f"kernel 'triton' cannot run: {reason}; or leave kernel=None")
     if not triton.supports(q, k, mask):
-        raise ValueError(
+        raise InputError(
             "kernel 'triton' takes GPU tensors of 32 or 16 bits, heads up to 256 wide, and masks "
             "made of bands and padding: leave kernel=None for this call"
         )

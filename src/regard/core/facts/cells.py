@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.core.kernels.tiled import Tile
+from regard.errors import InputError
 
 from .base import Fact, Sums, View, place, row_sums
 
@@ -29,7 +30,7 @@ class TopKeys(Fact):
 
     def __post_init__(self) -> None:
         if self.k < 1:
-            raise ValueError(f"top takes at least 1 key, got {self.k}")
+            raise InputError(f"top takes at least 1 key, got {self.k}")
         _positions("queries", self.queries or ())
 
     def begin(self, view: View) -> Sums:
@@ -127,7 +128,7 @@ class Thumbnail(Fact):
 
     def __post_init__(self) -> None:
         if self.cells < 1:
-            raise ValueError(f"a thumbnail holds at least 1 cell a side, got {self.cells}")
+            raise InputError(f"a thumbnail holds at least 1 cell a side, got {self.cells}")
 
     def width(self, tokens: int) -> int:
         """Tokens per bin for a map of this many tokens."""
@@ -192,7 +193,7 @@ def _rebin(old: Sums, name: str, width: int, n: int) -> Tensor:
 
 def _positions(name: str, given: Sequence[int]) -> None:
     if not isinstance(given, Sequence) or any(n < 0 for n in given):
-        raise ValueError(f"{name} are absolute positions such as (0, 7), not {given!r}")
+        raise InputError(f"{name} are absolute positions such as (0, 7), not {given!r}")
 
 
 def _within(queries: tuple[int, ...] | None, view: View) -> list[int]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from regard.core import identities
 from regard.core.kernels.tiled import Tile
 from regard.core.mask import Mask
+from regard.errors import InputError
 
-from .base import Fact, Sums, View, row_sums
+from .base import Fact, Sums, View, row_sums, span
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entropy(Fact):
 
 @dataclass(frozen=True)
 class Distance(Fact):
-    """Expected distance |i - j| of what each query looks at, in tokens: `[batch, heads,
+    """Expected distance |i - j| from each query to what it looks at, in tokens: `[batch, heads,
     queries]`.
     """
 
@@ -63,9 +64,8 @@ class Distance(Fact):
         return "distance"
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        if tile.reach[0] < len(
-            tile.j
-        ):  # short distances one by one: the split below would cancel digits
+        if tile.reach[0] < len(tile.j):
+            # short distances one by one: the split below would cancel digits
             part = tile.times((tile.i[:, None] - tile.j).abs()).sum(-1)
         else:  # |i - j| = (i - i0) + (i0 - j), both positive
             d = (tile.i[0] - tile.j).to(tile.p.dtype)
@@ -94,7 +94,7 @@ class WindowedDistance(Fact):
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"the window of waad holds at least 1 token, got {self.window}")
+            raise InputError(f"the window of waad holds at least 1 token, got {self.window}")
 
     @property
     def near(self) -> int:
@@ -124,9 +124,8 @@ class WindowedDistance(Fact):
 class Mass(Fact):
     """Share of each query's attention per key segment: `[batch, heads, queries, segments]`.
 
-    `spans` names half-open position ranges, for example `{"system": (0, 20), "question": (20,
-    64)}`: documents, image
-    spans, chat turns. Segments may overlap or leave gaps.
+    `spans` names half-open position ranges (documents, image spans, chat turns), for example
+    `{"system": (0, 20), "question": (20, 64)}`. Segments may overlap or leave gaps.
     """
 
     name: ClassVar[str] = "mass"
@@ -136,13 +135,11 @@ class Mass(Fact):
     def __init__(
         self, spans: dict[str, tuple[int, int]] | Sequence[tuple[str, int, int]] = ()
     ) -> None:
-        rows = [(n, *s) for n, s in spans.items()] if isinstance(spans, dict) else list(spans)
-        if not rows:
-            raise ValueError('mass needs segments: Mass({"question": (20, 64)})')
-        for n, start, stop in rows:
-            if not 0 <= start <= stop:
-                raise ValueError(f"a segment is (start, stop) from 0 on: {n!r} is {start, stop}")
-        object.__setattr__(self, "spans", tuple((str(n), int(a), int(b)) for n, a, b in rows))
+        named = spans.items() if isinstance(spans, dict) else [(n, ends) for n, *ends in spans]
+        if not named:
+            raise InputError('mass needs segments: Mass({"question": (20, 64)})')
+        rows = [(str(n), *span(f"segment {n!r}", ends, least=0)) for n, ends in named]
+        object.__setattr__(self, "spans", tuple(rows))
 
     @property
     def segments(self) -> list[str]:

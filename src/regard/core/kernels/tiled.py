@@ -177,8 +177,8 @@ class Tiles:
             s.add_(_grouped(self.bias[..., rows, cols], b, h, self.kv_heads)).clamp_min_(MASKED)
         allowed = None
         if state != FULL:
-            allowed, penalty = self._partial(b, h, rows, cols)
-            s.add_(penalty)
+            allowed, hidden = self._partial(b, h, rows, cols)
+            s.masked_fill_(hidden, MASKED)  # added to NaN it would leave NaN
         if self.lse is not None:
             s.clamp_min_(self.lowest)
         return Tile(
@@ -195,15 +195,15 @@ class Tiles:
         )
 
     def _partial(self, b: slice, h: slice, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Block of the mask as a factor (1 or 0) and as a penalty (0 or MASKED); bands look
-        alike along a diagonal.
+        """Block of the mask as a factor (1 or 0), and which pairs are hidden; bands look alike
+        along a diagonal.
         """
         key = (rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start)
         if key in self._cells:
             return self._cells[key]
         cells = self.mask.cells(self.queries, self.keys, rows, cols, self.q.device)
-        factor = _grouped(cells, b, h, self.kv_heads).to(self.work)
-        pair = (factor, (1 - factor) * MASKED)
+        allowed = _grouped(cells, b, h, self.kv_heads)
+        pair = (allowed.to(self.work), ~allowed)
         if isinstance(self.mask, Band):
             self._cells[key] = pair
         return pair
@@ -238,9 +238,9 @@ def forward(
             most = peak
         if most is None:
             continue
-        seen = most > MASKED / 2
-        out[b, h, :, rows] = torch.where(seen[..., None], mean / total[..., None], 0.0)
-        lse[b, h, :, rows] = torch.where(seen, most + total.log(), -torch.inf)
+        empty = most <= MASKED / 2  # false for NaN, which stays
+        out[b, h, :, rows] = torch.where(empty[..., None], 0.0, mean / total[..., None])
+        lse[b, h, :, rows] = torch.where(empty, -torch.inf, most + total.log())
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
