@@ -92,7 +92,7 @@ def test_nan_goes_where_the_reference_has_it(name: str, tokens: int) -> None:
     for kind, mask in masks(1, tokens, tokens).items():
         for place in (0, tokens // 2, tokens - 1):
             for which in (0, 1):
-                given = [t.clone() for t in tensors((1, 2, 1, tokens, tokens, 16))]
+                given: Any = [t.clone() for t in tensors((1, 2, 1, tokens, tokens, 16))]
                 given[which][0, 0, place, 3] = torch.nan
                 if KERNELS[name].why_not(Inputs(*given, mask)):
                     continue

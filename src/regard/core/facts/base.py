@@ -46,7 +46,7 @@ class Fact:
     name: ClassVar[str] = ""
     axis: ClassVar[str] = "queries"
     title: ClassVar[str] = ""
-    log_p: ClassVar[bool] = False  # reads `Tile.p_log_p`
+    log_p: ClassVar[bool] = False  # reads `Tile.entropy()`
     # compares query and key positions: only where both count the same tokens
     positional: ClassVar[bool] = False
 

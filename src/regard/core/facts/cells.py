@@ -12,7 +12,7 @@ from torch import Tensor
 from regard.core.kernels.tiled import Tile
 from regard.errors import InputError
 
-from .base import Fact, Sums, View, place, row_sums
+from .base import Fact, Sums, View, place
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,18 @@ class Thumbnail(Fact):
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
         width, n = int(sums["width"]), sums["sum"].shape[-1]
-        i, j = (tile.i + view.key_offset) // width, (tile.j + view.key_offset) // width
-        low_i, low_j = int(i[0]), int(j[0])
-        left = torch.nn.functional.one_hot(i - low_i).to(tile.p.dtype)
-        right = torch.nn.functional.one_hot(j - low_j).to(tile.p.dtype)
-        block = left.T @ row_sums(tile.p, right)
-        rows, cols = slice(low_i, low_i + left.shape[1]), slice(low_j, low_j + right.shape[1])
-        sums["sum"][tile.batch, tile.heads, :, rows, cols] += block
-        assert cols.stop <= n
+        i = (tile.i + view.key_offset) // width
+        first, last = int(i[0]), int(i[-1])
+        if first == last:
+            part = tile.p.sum(-2, keepdim=True)
+        else:
+            part = torch.nn.functional.one_hot(i - first).to(tile.p.dtype).T @ tile.p
+        low, lead = divmod(int(tile.j[0]) + view.key_offset, width)
+        part = torch.nn.functional.pad(part, (lead, -(lead + len(tile.j)) % width))
+        part = part.unflatten(-1, (-1, width)).sum(-1)
+        cols = slice(low, low + part.shape[-1])
+        assert max(last + 1, cols.stop) <= n
+        sums["sum"][tile.batch, tile.heads, :, first : last + 1, cols] += part
 
     def complete(self, sums: Sums, lse: Tensor, sinks: Tensor | None, view: View) -> Sums:
         """How many queries of each bin see anything."""

@@ -31,7 +31,7 @@ class Entropy(Fact):
         return {"sum": view.zeros(view.queries)}
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        sums["sum"][tile.batch, tile.heads, :, tile.rows] -= tile.p_log_p.sum(-1)
+        sums["sum"][tile.batch, tile.heads, :, tile.rows] += tile.entropy()
 
     def fused(
         self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
@@ -64,13 +64,12 @@ class Distance(Fact):
         return "distance"
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        if tile.reach[0] < len(tile.j):
-            # short distances one by one: the split below would cancel digits
-            part = tile.times((tile.i[:, None] - tile.j).abs()).sum(-1)
-        else:  # |i - j| = (i - i0) + (i0 - j), both positive
+        if tile.reach[0] < 0:  # keys on both sides
+            away = (tile.i[:, None] - tile.j).to(tile.p.dtype).abs_()
+            part = tile.times(away).sum(-1)
+        else:  # |i - j| = (i - i0) + (i0 - j), neither negative
             d = (tile.i[0] - tile.j).to(tile.p.dtype)
-            part = row_sums(tile.p, torch.stack([d, torch.ones_like(d)], -1))
-            part = part[..., 0] + part[..., 1] * (tile.i - tile.i[0]).to(d.dtype)
+            part = tile.p @ d + tile.p.sum(-1) * (tile.i - tile.i[0]).to(d.dtype)
         sums["sum"][tile.batch, tile.heads, :, tile.rows] += part
 
     def fused(
@@ -107,7 +106,8 @@ class WindowedDistance(Fact):
         low, high = tile.reach
         if low >= self.window or high <= -self.window:
             return
-        saved = self.window - (tile.i[:, None] - tile.j).abs().clamp_max(self.window)
+        away = (tile.i[:, None] - tile.j).to(tile.p.dtype).abs_()
+        saved = self.window - away.clamp_max_(self.window)
         at = (tile.batch, tile.heads, slice(None), tile.rows)
         sums["sum"][at] -= tile.times(saved).sum(-1)
 
