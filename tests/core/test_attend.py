@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.core import Mask, State, attend, choose, merge
-from regard.core.kernels import cpu, cuda, flex, reference, tiled
+from regard.core.kernels import Inputs, cpu, cuda, flex, reference, tiled
 
 from .cases import SHAPES, by_head, close, masks, tensors
 
@@ -232,7 +232,7 @@ def test_the_fused_kernel_is_taken_where_it_can_be() -> None:
     assert choose(q, k, v, mask=Mask.causal() & Mask.window(3)) == "tiled"
     assert choose(q, k, v, softcap=2.0) == "tiled"
     wide = torch.randn(2, 2, 9, 12)
-    assert not cpu.supports(q, k, wide, None, None, None)
+    assert cpu.why_not(Inputs(q, k, wide)) is not None
     close(attend(q, k, wide).out, reference.attend(q, k, wide, None, 8**-0.5)[0], 1e-6)
 
 
@@ -300,7 +300,7 @@ def test_cuda_operators_take_these_arguments(dtype: torch.dtype) -> None:
     out, lse = cuda.forward(q, k, v, Mask.causal(), 0.125)
     assert out.shape == q.shape and out.dtype == dtype
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
-    assert not cuda.supports(q, k, v, Mask.causal(), None, None)  # meta is no GPU
+    assert cuda.why_not(Inputs(q, k, v, Mask.causal())) == "it takes CUDA tensors, not meta"
 
 
 @pytest.mark.parametrize("picked", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])

@@ -147,7 +147,7 @@ def test_plain_masks_stay_plain() -> None:
     assert Mask.full().sdpa(5, 5) == {}
     assert (Mask.causal() & Mask.window(99)).is_causal(50, 50)
     assert Mask.causal().is_full(1, 9)  # one query at the end sees every key
-    assert Mask.padding(torch.ones(2, 6)).is_full(6, 6)
+    assert Mask.padding(torch.ones(2, 6, dtype=torch.bool)).is_full(6, 6)
 
 
 def test_areas_in_closed_form() -> None:

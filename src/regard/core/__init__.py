@@ -2,7 +2,7 @@
 no framework.
 """
 
-from .attend import KERNELS, attend, choose
+from .attend import attend, choose
 from .facts import (
     FACTS,
     Collision,
@@ -18,6 +18,7 @@ from .facts import (
     Thumbnail,
     TopKeys,
     WindowedDistance,
+    attend_and_measure,
     distance,
     entropy,
     measure,
@@ -25,6 +26,7 @@ from .facts import (
 )
 from .identities import collision
 from .identities import mass as segment_mass
+from .kernels import KERNELS
 from .mask import Mask
 from .ranges import Range
 from .state import State, mass, merge, rest, reweight
@@ -49,6 +51,7 @@ __all__ = [
     "TopKeys",
     "WindowedDistance",
     "attend",
+    "attend_and_measure",
     "choose",
     "collision",
     "distance",

@@ -50,10 +50,10 @@ class _Kinds:
         self.corner(block, block)
 
     def number(self, kind: Tensor) -> int:
-        found = self._numbers.setdefault(kind.numpy().tobytes(), len(self.all))
-        if found == len(self.all):
+        number = self._numbers.setdefault(kind.numpy().tobytes(), len(self.all))
+        if number == len(self.all):
             self.all.append(kind.clone())
-        return found
+        return number
 
     def corner(self, rows: int, cols: int) -> int:
         """A block of which only so many rows and columns are there."""

@@ -1,8 +1,7 @@
 """Facts as calls of `attend`: exact, differentiable, and on whatever kernel `attend` chooses.
 
 All take `q` `[batch, heads, queries, head_dim]`, `k` `[batch, kv_heads, keys, head_dim]` and the
-`lse`
-`[batch, heads, queries]` of the same call. Scores with a soft cap or a bias have no such
+`lse` `[batch, heads, queries]` of the same call. Scores with a soft cap or a bias have no such
 identities.
 """
 
@@ -34,9 +33,8 @@ def received(
             None.
 
     With gradients the roles are swapped: keys attend to queries with -lse as one more feature of
-        the query,
-    and the exponentiated lse of that call is the answer; its gradient needs no matrix either.
-
+    the query, and the exponentiated lse of that call is the answer; its gradient needs no matrix
+    either.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if weights is not None:
@@ -65,27 +63,23 @@ def entropy(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.to(lse.dtype), k.to(lse.dtype)
-    own = attend(q, k, k, mask=mask, scale=scale)
-    share = _share(own, lse)
-    return share * (lse.masked_fill(lse == -torch.inf, 0.0) - scale * (q * own.out).sum(-1))
+    keys = attend(q, k, k, mask=mask, scale=scale)
+    share = _share(keys, lse)
+    return share * (lse.masked_fill(lse == -torch.inf, 0.0) - scale * (q * keys.out).sum(-1))
 
 
 def distance(
     q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask | None = None, scale: float | None = None
 ) -> Tensor:
-    """Expected distance |i - j| in tokens of what each query looks at: float32 `[batch, heads,
-    queries]`.
-    """
+    """Expected distance |i - j| in tokens: float32 `[batch, heads, queries]`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.to(lse.dtype), k.to(lse.dtype)
     j = torch.arange(k.shape[2], device=k.device, dtype=lse.dtype)
     i = torch.arange(q.shape[2], device=k.device, dtype=lse.dtype) + k.shape[2] - q.shape[2]
     values = j[:, None].expand(*k.shape[:3], 1)
     total = torch.zeros_like(lse)
-    for side, sign in (
-        (Mask.band(None, 0), 1),
-        (Mask.band(-1, None), -1),
-    ):  # keys behind, keys ahead
+    keys_behind, keys_ahead = Mask.band(None, 0), Mask.band(-1, None)
+    for side, sign in ((keys_behind, 1), (keys_ahead, -1)):
         part = attend(q, k, values, mask=side if mask is None else mask & side, scale=scale)
         total = total + sign * _share(part, lse) * (i - part.out[..., 0])
     return total
@@ -108,8 +102,8 @@ def mass(
     count = int(ids.max()) + 1
     member = torch.nn.functional.one_hot(ids.clamp_min(0), count) * (ids >= 0)[..., None]
     values = member[:, None].to(lse.dtype).expand(-1, k.shape[1], -1, -1)
-    own = attend(q.to(lse.dtype), k.to(lse.dtype), values, mask=mask, scale=scale)
-    return _share(own, lse)[..., None] * own.out
+    members = attend(q.to(lse.dtype), k.to(lse.dtype), values, mask=mask, scale=scale)
+    return _share(members, lse)[..., None] * members.out
 
 
 def collision(

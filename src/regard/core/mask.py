@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.errors import InputError
+
 from .blocks import EMPTY, FULL, block_mask
 from .ranges import Range, runs_of, stack
 
@@ -45,7 +47,7 @@ class Mask:
     def window(n: int) -> Mask:
         """A query sees the keys less than `n` positions away, on either side: |i - j| < n."""
         if n < 1:
-            raise ValueError(f"a window holds at least 1 position, got {n}")
+            raise InputError(f"a window holds at least 1 position, got {n}")
         return Band(n - 1, n - 1)
 
     @staticmethod
@@ -54,7 +56,7 @@ class Mask:
         is no limit.
 
         Negative limits leave out the nearest positions: `band(50, -10)` sees the keys 10 to 50
-            back.
+        back.
         """
         return Band(before, after)
 
@@ -69,7 +71,7 @@ class Mask:
     def documents(lengths: Sequence[int]) -> Mask:
         """Packed documents of these lengths: a query sees only its own document."""
         if any(n < 1 for n in lengths):
-            raise ValueError(f"document lengths must be positive, got {list(lengths)}")
+            raise InputError(f"document lengths must be positive, got {list(lengths)}")
         ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(list(lengths)))
         return Segments(ids[None], ids[None])
 
@@ -79,21 +81,38 @@ class Mask:
         positions]`, -1 sees nothing.
         """
         keys = query_ids if key_ids is None else key_ids
-        return Segments(torch.atleast_2d(query_ids), torch.atleast_2d(keys))
+        return Segments(_listed("query_ids", query_ids), _listed("key_ids", keys))
 
     @staticmethod
     def padding(attention_mask: Tensor) -> Mask:
-        """Keys that are real: `attention_mask` is `[batch, keys]`, true or 1 for a token, 0 for
-        padding.
+        """Keys that are real: `attention_mask` is `[batch, keys]`, boolean or integer, true or 1
+        for a token, 0 for padding.
         """
-        return Padding(torch.atleast_2d(attention_mask) != 0)
+        if attention_mask.is_floating_point() or attention_mask.is_complex():
+            # an additive one, of 0 for tokens, would be read the wrong way round
+            raise InputError(
+                f"padding is boolean or integer, 1 for a token and 0 for padding, not "
+                f"{attention_mask.dtype}: give attention_mask.bool(), or the additive one == 0"
+            )
+        return Padding(_listed("attention_mask", attention_mask) != 0)
 
     @staticmethod
     def dense(allowed: Tensor) -> Mask:
-        """An explicit boolean matrix, `[queries, keys]` or `[batch, heads or 1, queries, keys]`."""
+        """An explicit boolean matrix, `[queries, keys]` or `[batch, heads or 1, queries, keys]`;
+        `to_dense` reads any mask as one.
+
+        >>> allowed = torch.tensor([[True, False], [True, True]])
+        >>> torch.equal(Mask.dense(allowed).to_dense(2)[0, 0], allowed)
+        True
+        """
         if allowed.dtype != torch.bool:
-            raise ValueError(
+            raise InputError(
                 "a dense mask is boolean (true where a query may look); an additive one is a bias"
+            )
+        if allowed.dim() not in (2, 4):
+            raise InputError(
+                "a dense mask is [queries, keys] or [batch, heads or 1, queries, keys], not "
+                f"{list(allowed.shape)}"
             )
         return Dense(allowed[None, None] if allowed.dim() == 2 else allowed)
 
@@ -166,8 +185,23 @@ class Mask:
     def __invert__(self) -> Mask:
         return self.inner if isinstance(self, Inverse) else Inverse(self)
 
-    # -- forms
-    # ---------------------------------------------------------------------------------------
+    # -- forms -------------------------------------------------------------------------------------
+    def misfit(self, queries: int, keys: int) -> str | None:
+        """Why this mask does not describe a call of that size; None where it does."""
+        return None
+
+    def to_dense(self, queries: int, keys: int | None = None, device: Any = None) -> Tensor:
+        """The mask as a boolean tensor `[batch or 1, heads or 1, queries, keys]`, as many keys as
+        queries by default.
+
+        >>> Mask.causal().to_dense(3)[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+        >>> padded = Mask.causal() & Mask.padding(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+        >>> padded.to_dense(1, 3).int().tolist()  # one query, the last position
+        [[[[0, 1, 1]]], [[[1, 1, 1]]]]
+        """
+        return self.cells(queries, queries if keys is None else keys, device=device)
+
     def is_full(self, queries: int, keys: int) -> bool:
         """Whether every query sees every key (cheap, may say False where only a look at each
         cell would tell).
@@ -274,11 +308,10 @@ class Mask:
         """
         kept: dict[tuple[Any, ...], Any] = self.__dict__.setdefault("_block_masks", {})
         asked = (queries, keys, str(device), block)
-        found = kept.get(asked)
-        if found is None:
+        if asked not in kept:
             kept.clear()
-            kept[asked] = found = block_mask(self, queries, keys, device, block)
-        return found
+            kept[asked] = block_mask(self, queries, keys, device, block)
+        return kept[asked]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the block mask, whose rule cannot be sent to other processes."""
@@ -365,8 +398,11 @@ class Segments(Mask):
     def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         queries, keys = self.queries.to(i.device), self.keys.to(i.device)
         shift = keys.shape[1] - queries.shape[1]
-        own = queries[_row(queries, b), i - shift]
-        return (own == keys[_row(keys, b), j]) & (own >= 0)
+        segment = queries[_row(queries, b), i - shift]
+        return (segment == keys[_row(keys, b), j]) & (segment >= 0)
+
+    def misfit(self, queries: int, keys: int) -> str | None:
+        return _length("segments", self.queries.shape[1], self.keys.shape[1], queries, keys)
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         shift = self.keys.shape[1] - self.queries.shape[1]
@@ -396,6 +432,10 @@ class Padding(Mask):
     def _at(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return self.valid.to(j.device)[_row(self.valid, b), j]
 
+    def misfit(self, queries: int, keys: int) -> str | None:
+        length = self.valid.shape[1]
+        return None if length == keys else f"its padding is {length} keys long"
+
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         low, high = _extremes(self.valid.cpu().to(torch.int8), j)
         shape = (len(i), len(j))
@@ -420,6 +460,9 @@ class Dense(Mask):
         allowed, shift = self.allowed.to(i.device), self.allowed.shape[-1] - self.allowed.shape[-2]
         heads = h if self.heads > 1 else torch.zeros_like(h)
         return allowed[_row(allowed, b), heads, i - shift, j]
+
+    def misfit(self, queries: int, keys: int) -> str | None:
+        return _length("matrix", self.allowed.shape[-2], self.allowed.shape[-1], queries, keys)
 
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         allowed, shift = self.allowed.to(i.device), self.allowed.shape[-1] - self.allowed.shape[-2]
@@ -472,6 +515,9 @@ class Pair(Mask):
     def join(left: Tensor, right: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def misfit(self, queries: int, keys: int) -> str | None:
+        return self.left.misfit(queries, keys) or self.right.misfit(queries, keys)
+
     @property
     def batch(self) -> int:  # type: ignore[override]
         return max(self.left.batch, self.right.batch)
@@ -521,6 +567,9 @@ class Inverse(Mask):
     def heads(self) -> int:  # type: ignore[override]
         return self.inner.heads
 
+    def misfit(self, queries: int, keys: int) -> str | None:
+        return self.inner.misfit(queries, keys)
+
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         return ~self.inner._cells(i, j, size)
 
@@ -547,12 +596,31 @@ class OfHeads(Mask):
     def heads(self) -> int:  # type: ignore[override]
         return len(self.chosen)
 
+    def misfit(self, queries: int, keys: int) -> str | None:
+        return self.inner.misfit(queries, keys)
+
     def _cells(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> Tensor:
         cells = self.inner._cells(i, j, size)
         return cells if cells.shape[1] == 1 else cells[:, self.chosen]
 
     def _bounds(self, i: Tensor, j: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return self.inner._bounds(i, j, size)
+
+
+def _listed(name: str, ids: Tensor) -> Tensor:
+    """`[positions]` or `[batch, positions]` as the latter."""
+    if ids.dim() not in (1, 2):
+        raise InputError(f"{name} is [positions] or [batch, positions], not {list(ids.shape)}")
+    return torch.atleast_2d(ids)
+
+
+def _length(what: str, held: int, over: int, queries: int, keys: int) -> str | None:
+    """Why what a mask stores of `held` queries `over` so many keys does not fit; queries may be
+    the last of those.
+    """
+    if over == keys and held >= queries:
+        return None
+    return f"its {what} {'are' if what.endswith('s') else 'is'} of {held} queries and {over} keys"
 
 
 def _row(held: Tensor, b: Tensor) -> Tensor:

@@ -56,13 +56,14 @@ def stack(lines: list[list[tuple[int, int]]]) -> list[Range]:
         still: list[list[Any]] = []
         for item in open_:
             _, _, (a, b), step = item
-            found = next(
+            following = next(
                 (r for r in left if (r[0] - a, r[1] - b) in ([step] if step else _KINDS)), None
             )
-            if found is None:
+            if following is None:
                 close(item, q)
             else:
-                left.remove(found)
-                still.append([item[0], item[1], found, (found[0] - a, found[1] - b)])
+                left.remove(following)
+                step = (following[0] - a, following[1] - b)
+                still.append([item[0], item[1], following, step])
         open_ = still + [[q, run, run, None] for run in left]
     return sorted(done)

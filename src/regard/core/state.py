@@ -106,9 +106,8 @@ def reweight(states: Sequence[State], masses: Sequence[Tensor | float]) -> State
     return State(out.to(states[0].out.dtype), merged + total.log())
 
 
-_EMPTY = (
-    -1e30
-)  # stands for -inf inside differentiable code: -inf minus -inf would make NaN gradients
+# stands for -inf inside differentiable code: -inf minus -inf would make NaN gradients
+_EMPTY = -1e30
 
 
 def _lse(x: State | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regard.core.kernels.tiled import Tile
 from regard.core.mask import Mask
+from regard.errors import InputError
 
 Sums = dict[str, Tensor]
 
@@ -45,17 +46,16 @@ class Fact:
     name: ClassVar[str] = ""
     axis: ClassVar[str] = "queries"
     title: ClassVar[str] = ""
-    log_p: ClassVar[bool] = False  # reads `Tile.p_log_p`
-    positional: ClassVar[bool] = (
-        False  # compares query and key positions: only where both count the same tokens
-    )
+    log_p: ClassVar[bool] = False  # reads `Tile.entropy()`
+    # compares query and key positions: only where both count the same tokens
+    positional: ClassVar[bool] = False
 
     def begin(self, view: View) -> Sums:
-        """Sums of a call before its first tile; each fact has its own."""
+        """Sums of a call before its first tile."""
         raise NotImplementedError
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        """Add a tile to the sums, in place; each fact has its own."""
+        """Add a tile to the sums, in place."""
         raise NotImplementedError
 
     def extend(self, old: Sums, new: Sums, view: View) -> Sums:
@@ -99,6 +99,23 @@ class Fact:
     def near(self) -> int | None:
         """Most positions between query and key of the pairs that count; None where all do."""
         return None
+
+
+def span(name: str, given: Any, least: int | None = None) -> tuple[int, int]:
+    """Two whole numbers in order, from `least` on.
+
+    Raises:
+        InputError: anything else.
+    """
+    two = isinstance(given, (tuple, list)) and len(given) == 2
+    if not two or not all(isinstance(n, int) and not isinstance(n, bool) for n in given):
+        raise InputError(f"{name} is two whole numbers such as (0, 10), not {given!r}")
+    low, high = given
+    if low > high:
+        raise InputError(f"{name} goes from the lower to the higher, got {given}")
+    if least is not None and low < least:
+        raise InputError(f"{name} counts from {least} on, got {given}")
+    return low, high
 
 
 def place(x: Tensor, start: int, total: int) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from regard.core.kernels.tiled import Tile
+from regard.errors import InputError
 
-from .base import Fact, Sums, View, place, row_sums
+from .base import Fact, Sums, View, place
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TopKeys(Fact):
 
     def __post_init__(self) -> None:
         if self.k < 1:
-            raise ValueError(f"top takes at least 1 key, got {self.k}")
+            raise InputError(f"top takes at least 1 key, got {self.k}")
         _positions("queries", self.queries or ())
 
     def begin(self, view: View) -> Sums:
@@ -127,7 +128,7 @@ class Thumbnail(Fact):
 
     def __post_init__(self) -> None:
         if self.cells < 1:
-            raise ValueError(f"a thumbnail holds at least 1 cell a side, got {self.cells}")
+            raise InputError(f"a thumbnail holds at least 1 cell a side, got {self.cells}")
 
     def width(self, tokens: int) -> int:
         """Tokens per bin for a map of this many tokens."""
@@ -150,14 +151,18 @@ class Thumbnail(Fact):
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
         width, n = int(sums["width"]), sums["sum"].shape[-1]
-        i, j = (tile.i + view.key_offset) // width, (tile.j + view.key_offset) // width
-        low_i, low_j = int(i[0]), int(j[0])
-        left = torch.nn.functional.one_hot(i - low_i).to(tile.p.dtype)
-        right = torch.nn.functional.one_hot(j - low_j).to(tile.p.dtype)
-        block = left.T @ row_sums(tile.p, right)
-        rows, cols = slice(low_i, low_i + left.shape[1]), slice(low_j, low_j + right.shape[1])
-        sums["sum"][tile.batch, tile.heads, :, rows, cols] += block
-        assert cols.stop <= n
+        i = (tile.i + view.key_offset) // width
+        first, last = int(i[0]), int(i[-1])
+        if first == last:
+            part = tile.p.sum(-2, keepdim=True)
+        else:
+            part = torch.nn.functional.one_hot(i - first).to(tile.p.dtype).T @ tile.p
+        low, lead = divmod(int(tile.j[0]) + view.key_offset, width)
+        part = torch.nn.functional.pad(part, (lead, -(lead + len(tile.j)) % width))
+        part = part.unflatten(-1, (-1, width)).sum(-1)
+        cols = slice(low, low + part.shape[-1])
+        assert max(last + 1, cols.stop) <= n
+        sums["sum"][tile.batch, tile.heads, :, first : last + 1, cols] += part
 
     def complete(self, sums: Sums, lse: Tensor, sinks: Tensor | None, view: View) -> Sums:
         """How many queries of each bin see anything."""
@@ -192,7 +197,7 @@ def _rebin(old: Sums, name: str, width: int, n: int) -> Tensor:
 
 def _positions(name: str, given: Sequence[int]) -> None:
     if not isinstance(given, Sequence) or any(n < 0 for n in given):
-        raise ValueError(f"{name} are absolute positions such as (0, 7), not {given!r}")
+        raise InputError(f"{name} are absolute positions such as (0, 7), not {given!r}")
 
 
 def _within(queries: tuple[int, ...] | None, view: View) -> list[int]:

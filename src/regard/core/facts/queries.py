@@ -12,8 +12,9 @@ from torch import Tensor
 from regard.core import identities
 from regard.core.kernels.tiled import Tile
 from regard.core.mask import Mask
+from regard.errors import InputError
 
-from .base import Fact, Sums, View, row_sums
+from .base import Fact, Sums, View, row_sums, span
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Entropy(Fact):
         return {"sum": view.zeros(view.queries)}
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        sums["sum"][tile.batch, tile.heads, :, tile.rows] -= tile.p_log_p.sum(-1)
+        sums["sum"][tile.batch, tile.heads, :, tile.rows] += tile.entropy()
 
     def fused(
         self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
@@ -47,7 +48,7 @@ class Entropy(Fact):
 
 @dataclass(frozen=True)
 class Distance(Fact):
-    """Expected distance |i - j| of what each query looks at, in tokens: `[batch, heads,
+    """Expected distance |i - j| from each query to what it looks at, in tokens: `[batch, heads,
     queries]`.
     """
 
@@ -63,14 +64,12 @@ class Distance(Fact):
         return "distance"
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        if tile.reach[0] < len(
-            tile.j
-        ):  # short distances one by one: the split below would cancel digits
-            part = tile.times((tile.i[:, None] - tile.j).abs()).sum(-1)
-        else:  # |i - j| = (i - i0) + (i0 - j), both positive
+        if tile.reach[0] < 0:  # keys on both sides
+            away = (tile.i[:, None] - tile.j).to(tile.p.dtype).abs_()
+            part = tile.times(away).sum(-1)
+        else:  # |i - j| = (i - i0) + (i0 - j), neither negative
             d = (tile.i[0] - tile.j).to(tile.p.dtype)
-            part = row_sums(tile.p, torch.stack([d, torch.ones_like(d)], -1))
-            part = part[..., 0] + part[..., 1] * (tile.i - tile.i[0]).to(d.dtype)
+            part = tile.p @ d + tile.p.sum(-1) * (tile.i - tile.i[0]).to(d.dtype)
         sums["sum"][tile.batch, tile.heads, :, tile.rows] += part
 
     def fused(
@@ -94,7 +93,7 @@ class WindowedDistance(Fact):
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"the window of waad holds at least 1 token, got {self.window}")
+            raise InputError(f"the window of waad holds at least 1 token, got {self.window}")
 
     @property
     def near(self) -> int:
@@ -107,7 +106,8 @@ class WindowedDistance(Fact):
         low, high = tile.reach
         if low >= self.window or high <= -self.window:
             return
-        saved = self.window - (tile.i[:, None] - tile.j).abs().clamp_max(self.window)
+        away = (tile.i[:, None] - tile.j).to(tile.p.dtype).abs_()
+        saved = self.window - away.clamp_max_(self.window)
         at = (tile.batch, tile.heads, slice(None), tile.rows)
         sums["sum"][at] -= tile.times(saved).sum(-1)
 
@@ -124,9 +124,8 @@ class WindowedDistance(Fact):
 class Mass(Fact):
     """Share of each query's attention per key segment: `[batch, heads, queries, segments]`.
 
-    `spans` names half-open position ranges, for example `{"system": (0, 20), "question": (20,
-    64)}`: documents, image
-    spans, chat turns. Segments may overlap or leave gaps.
+    `spans` names half-open position ranges (documents, image spans, chat turns), for example
+    `{"system": (0, 20), "question": (20, 64)}`. Segments may overlap or leave gaps.
     """
 
     name: ClassVar[str] = "mass"
@@ -136,13 +135,11 @@ class Mass(Fact):
     def __init__(
         self, spans: dict[str, tuple[int, int]] | Sequence[tuple[str, int, int]] = ()
     ) -> None:
-        rows = [(n, *s) for n, s in spans.items()] if isinstance(spans, dict) else list(spans)
-        if not rows:
-            raise ValueError('mass needs segments: Mass({"question": (20, 64)})')
-        for n, start, stop in rows:
-            if not 0 <= start <= stop:
-                raise ValueError(f"a segment is (start, stop) from 0 on: {n!r} is {start, stop}")
-        object.__setattr__(self, "spans", tuple((str(n), int(a), int(b)) for n, a, b in rows))
+        named = spans.items() if isinstance(spans, dict) else [(n, ends) for n, *ends in spans]
+        if not named:
+            raise InputError('mass needs segments: Mass({"question": (20, 64)})')
+        rows = [(str(n), *span(f"segment {n!r}", ends, least=0)) for n, ends in named]
+        object.__setattr__(self, "spans", tuple(rows))
 
     @property
     def segments(self) -> list[str]:

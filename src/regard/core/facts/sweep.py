@@ -50,9 +50,9 @@ def sweep(
         "distance": "distance" in wanted,
     }
     if width is None:
-        found = triton.sums(q, k, lse, **options)
+        sums = triton.sums(q, k, lse, **options)
     else:
-        found = _by_bins(width, q, k, lse, options)
+        sums = _by_bins(width, q, k, lse, options)
     counts = None
     if any("count" in f.begin(view) for f in facts if f.swept == "received"):
         # of all scores 0 and a lse of 0, every pair that may look adds 1
@@ -65,7 +65,7 @@ def sweep(
             mask=mask,
             scale=1.0,
         )[:, None]
-    return [_sums(f, found, counts, view) for f in facts]
+    return [_sums(f, sums, counts, view) for f in facts]
 
 
 def _width(facts: Sequence[Fact], view: View) -> int | None:
@@ -97,20 +97,20 @@ def _by_bins(
     received: Any = 0
     cells, rows = [], []
     for start in range(0, total, width):
-        own = slice(start, start + width)
-        part = triton.sums(q[:, :, own], k, lse[:, :, own], shift=start, **options)
+        queries = slice(start, start + width)
+        part = triton.sums(q[:, :, queries], k, lse[:, :, queries], shift=start, **options)
         columns = part.pop("received")
         received = received + columns
         cells.append(binned(columns))
         rows.append(part)
-    found = {name: torch.cat([part[name] for part in rows], 2) for name in rows[0]}
-    return {**found, "received": received, "thumbnail": torch.stack(cells, 2)}
+    by_name = {name: torch.cat([part[name] for part in rows], 2) for name in rows[0]}
+    return {**by_name, "received": received, "thumbnail": torch.stack(cells, 2)}
 
 
-def _sums(fact: Fact, found: dict[str, Tensor], counts: Tensor | None, view: View) -> Sums | None:
-    if fact.swept is None or fact.swept not in found:
+def _sums(fact: Fact, sums: dict[str, Tensor], counts: Tensor | None, view: View) -> Sums | None:
+    if fact.swept is None or fact.swept not in sums:
         return None
-    total = found[fact.swept].to(view.dtype).unflatten(1, (view.kv_heads, view.groups))
+    total = sums[fact.swept].to(view.dtype).unflatten(1, (view.kv_heads, view.groups))
     if isinstance(fact, Thumbnail):
         return {"sum": total, "width": fact.begin(view)["width"]}
     if counts is not None and "count" in fact.begin(view):

@@ -10,29 +10,36 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ..mask import Mask
+from .inputs import Inputs
 
 
-def supports(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, softcap: float | None, bias: Tensor | None
-) -> bool:
-    """Whether one fused call computes this exactly."""
-    if (
-        q.device.type != "cuda"
-        or softcap is not None
-        or bias is not None
-        or q.dtype == torch.float64
-    ):
-        return False
+def why_not(inputs: Inputs) -> str | None:
+    """Why one fused call does not compute this exactly."""
+    q, k, v, mask = inputs[:4]
+    if q.device.type != "cuda":
+        return f"it takes CUDA tensors, not {q.device.type}"
+    if inputs.softcap is not None:
+        return "it computes no soft cap"
+    if inputs.bias is not None:
+        return "it adds no bias"
+    if q.dtype == torch.float64:
+        return "it takes no float64"
+    if q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"its heads are a multiple of 8 wide, not {q.shape[-1]} and {v.shape[-1]}"
     size = (q.shape[2], k.shape[2])
-    return (
-        q.shape[-1] % 8 == 0
-        and v.shape[-1] % 8 == 0
-        and (mask is None or mask.is_causal(*size) or mask.is_full(*size))
-    )
+    if mask is None or mask.is_causal(*size) or mask.is_full(*size):
+        return None
+    return "it knows plain causal and full attention, no other mask"
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    scale: float,
+    softcap: None = None,
+    bias: None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`: cuDNN where torch's own attention takes it, else FlashAttention for half
     precision and the memory-efficient kernel for float32.
@@ -59,10 +66,17 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    scale: float,
+    softcap: None = None,
+    bias: None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k and v by the backward of torch's own attention, computed once more."""
-    own, keys, values = given = [t.detach().requires_grad_() for t in (q, k, v)]
+    queries, keys, values = given = [t.detach().requires_grad_() for t in (q, k, v)]
     causal, grouped = _is_causal(q, k, mask), q.shape[1] != k.shape[1]
     with torch.enable_grad():
         if grouped and _choice(q, k, v, causal, scale) == SDPBackend.MATH.value:
@@ -70,7 +84,7 @@ def backward(
             keys, values = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in given[1:])
             grouped = False
         out = F.scaled_dot_product_attention(
-            own, keys, values, is_causal=causal, scale=scale, enable_gqa=grouped
+            queries, keys, values, is_causal=causal, scale=scale, enable_gqa=grouped
         )
         return torch.autograd.grad(out, given, grad_out)
 

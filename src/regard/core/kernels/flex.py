@@ -16,14 +16,21 @@ import torch
 from torch import Tensor
 
 from ..mask import Mask
+from .inputs import Inputs
 
 
-def supports(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, softcap: float | None, bias: Tensor | None
-) -> bool:
-    """Head sizes and dtypes that the compiled kernel takes."""
-    wide = q.dtype != torch.float64 and q.shape[-1] >= 16 and v.shape[-1] >= 16
-    return wide and min(q.shape[2], k.shape[2]) > 0
+def why_not(inputs: Inputs) -> str | None:
+    """Why FlexAttention does not compute this: sizes, and dtypes of the compiled kernel."""
+    q, k, v = inputs[:3]
+    if min(q.shape[2], k.shape[2]) == 0:
+        return "there is nothing to attend from or to"
+    if q.device.type == "cpu":
+        return None
+    if q.dtype == torch.float64:
+        return "compiled, it takes no float64"
+    if min(q.shape[-1], v.shape[-1]) < 16:
+        return "compiled, its heads are at least 16 wide"
+    return None
 
 
 def has_gradients(q: Tensor, bias: Tensor | None) -> bool:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..blocks import EMPTY, FULL
 from ..mask import Band, Mask
+from . import tiled
+from .cpu import not_fused, sound
+from .inputs import Inputs
 from .tiled import MASKED
 
 BLOCK_Q, BLOCK_K = 256, 128
@@ -23,26 +26,26 @@ LEAST = 16
 CACHED = 2**20  # cells of the largest penalty that is kept for the next query block
 
 
-def supports(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, softcap: float | None, bias: Tensor | None
-) -> bool:
-    """Whether the fused CPU kernel computes this exactly, block by block."""
-    return (
-        q.device.type == "cpu"
-        and softcap is None
-        and bias is None
-        and q.dtype != torch.float16
-        and q.shape[-1] == v.shape[-1]
-        and 0 not in q.shape
-        and k.shape[2] > 0
-        and q.shape[2] >= LEAST
-    )
+def why_not(inputs: Inputs) -> str | None:
+    """Why the fused CPU kernel does not compute this exactly, block by block."""
+    if inputs.q.shape[2] < LEAST:
+        return f"it takes {LEAST} queries or more"
+    return not_fused(inputs)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    scale: float,
+    softcap: None = None,
+    bias: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(out, lse)`; grouped keys are read in place through a zero stride, never copied."""
+    """`(out, lse)`; grouped keys are read in place through a zero stride, never copied.
+
+    The penalty of a hidden key adds nothing to NaN, so calls with NaN among the keys go by tiles.
+    """
     mask = mask or Mask.full()
     batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -69,10 +72,12 @@ def forward(
                 part, *wide, 0.0, False, attn_mask=extra, scale=scale
             )
             o, e = o.flatten(0, 1), e.flatten(0, 1)
+            if not sound(e):
+                return tiled.forward(q, k, v, mask, scale)
             if extra is not None:
-                seen = e > MASKED / 2
-                o = o.masked_fill(~seen[..., None], 0.0)
-                e = e.masked_fill(~seen, -torch.inf)
+                empty = e <= MASKED / 2
+                o = o.masked_fill(empty[..., None], 0.0)
+                e = e.masked_fill(empty, -torch.inf)
             out[b, :, rows], lse[b, :, rows] = o, e
     return out, lse
 

@@ -60,7 +60,7 @@ class Tile:
     shift: int  # keys - queries: row r of the call stands at position r + shift
     p: Tensor = field(init=False)  # probabilities, where the tile has been exponentiated
     live: Tensor | None = None  # [batch, rows], false for a query that does not count
-    _p_log_p: Tensor | None = None
+    entropies: Tensor | None = None  # of the rows, where they are known without the scores
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -79,14 +79,13 @@ class Tile:
         if self.allowed is not None:
             self.p.mul_(self.allowed)
 
-    @property
-    def p_log_p(self) -> Tensor:
-        """`p * log p`, written over the scores, which nothing else needs once there is p."""
-        if self.p is self.scores:
-            raise RuntimeError("the scores are gone: a fact that reads p_log_p sets log_p = True")
-        if self._p_log_p is None:
-            self._p_log_p = self.scores.mul_(self.p)
-        return self._p_log_p
+    def entropy(self) -> Tensor:
+        """`-p * log p` summed over the keys of the tile."""
+        if self.entropies is None:
+            if self.p is self.scores:
+                raise RuntimeError("the scores are gone: a fact that reads log p sets log_p = True")
+            self.entropies = -self.times(self.scores).sum(-1)
+        return self.entropies
 
     def times(self, x: Tensor) -> Tensor:
         """`p * x` in a buffer that the next call overwrites: a fresh tensor this large costs
@@ -110,6 +109,7 @@ class Tiles:
         softcap: float | None = None,
         bias: Tensor | None = None,
         lse: Tensor | None = None,
+        size: Size | None = None,
     ) -> None:
         self.work = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.mask, self.softcap, self.bias = mask or Mask.full(), softcap, bias
@@ -124,7 +124,7 @@ class Tiles:
             # a query that sees nothing has probability 0 everywhere, not NaN
             lse = lse.to(self.work).masked_fill(lse == -torch.inf, -MASKED)
             self.lse = lse.unflatten(1, (self.kv_heads, self.groups))
-        self.size = size = SIZES.get(q.device.type, LARGE)
+        self.size = size = size or SIZES.get(q.device.type, LARGE)
         block = min(size.queries, max(self.queries, 1))
         cells = self.groups * block * max(1, min(size.keys, self.keys))  # of one key head
         self.heads_step = max(1, min(self.kv_heads, size.cells // cells))
@@ -144,10 +144,15 @@ class Tiles:
 
     def blocks(self) -> Iterator[tuple[slice, slice, slice, Iterator[Tile]]]:
         """(batch, kv heads, rows, tiles of that query block) for every query block."""
+        for b, h, rows, a in self.places():
+            yield b, h, rows, self._row(b, h, a, rows)
+
+    def places(self) -> Iterator[tuple[slice, slice, slice, int]]:
+        """(batch, kv heads, rows, number of the query block) of every query block."""
         for b in _slices(self.batch, self.batch_step):
             for h in _slices(self.kv_heads, self.heads_step):
                 for a, rows in enumerate(_slices(self.queries, self.size.queries)):
-                    yield b, h, rows, self._row(b, h, a, rows)
+                    yield b, h, rows, a
 
     def __iter__(self) -> Iterator[Tile]:
         for *_, tiles in self.blocks():
@@ -177,8 +182,8 @@ class Tiles:
             s.add_(_grouped(self.bias[..., rows, cols], b, h, self.kv_heads)).clamp_min_(MASKED)
         allowed = None
         if state != FULL:
-            allowed, penalty = self._partial(b, h, rows, cols)
-            s.add_(penalty)
+            allowed, hidden = self._partial(b, h, rows, cols)
+            s.masked_fill_(hidden, MASKED)  # added to NaN it would leave NaN
         if self.lse is not None:
             s.clamp_min_(self.lowest)
         return Tile(
@@ -195,15 +200,15 @@ class Tiles:
         )
 
     def _partial(self, b: slice, h: slice, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Block of the mask as a factor (1 or 0) and as a penalty (0 or MASKED); bands look
-        alike along a diagonal.
+        """Block of the mask as a factor (1 or 0), and which pairs are hidden; bands look alike
+        along a diagonal.
         """
         key = (rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start)
         if key in self._cells:
             return self._cells[key]
         cells = self.mask.cells(self.queries, self.keys, rows, cols, self.q.device)
-        factor = _grouped(cells, b, h, self.kv_heads).to(self.work)
-        pair = (factor, (1 - factor) * MASKED)
+        allowed = _grouped(cells, b, h, self.kv_heads)
+        pair = (allowed.to(self.work), ~allowed)
         if isinstance(self.mask, Band):
             self._cells[key] = pair
         return pair
@@ -238,9 +243,9 @@ def forward(
             most = peak
         if most is None:
             continue
-        seen = most > MASKED / 2
-        out[b, h, :, rows] = torch.where(seen[..., None], mean / total[..., None], 0.0)
-        lse[b, h, :, rows] = torch.where(seen, most + total.log(), -torch.inf)
+        empty = most <= MASKED / 2  # false for NaN, which stays
+        out[b, h, :, rows] = torch.where(empty[..., None], 0.0, mean / total[..., None])
+        lse[b, h, :, rows] = torch.where(empty, -torch.inf, most + total.log())
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 

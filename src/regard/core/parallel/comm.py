@@ -62,17 +62,17 @@ def expect(ranks: int | None = None) -> None:
         InputError: with the command to start.
     """
     if dist.is_initialized():
-        found = dist.get_world_size()
+        running = dist.get_world_size()
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        found = int(os.environ["WORLD_SIZE"])
+        running = int(os.environ["WORLD_SIZE"])
     else:
         raise InputError(
             "context parallelism runs in several processes: start it with "
             f"torchrun --nproc-per-node {ranks or 4} -m regard ..."
         )
-    if ranks is not None and ranks != found:
+    if ranks is not None and ranks != running:
         raise InputError(
-            f"{ranks} ranks were asked for, but {found} run: start with "
+            f"{ranks} ranks were asked for, but {running} run: start with "
             f"torchrun --nproc-per-node {ranks}"
         )
 
@@ -163,12 +163,12 @@ class Comm:
     def gather(self, x: Tensor, label: str) -> list[Tensor]:
         """The `x` of every place of the ring, in order."""
         x = x.contiguous()
-        found = [torch.empty_like(x) for _ in range(self.grid.ring)]
+        blocks = [torch.empty_like(x) for _ in range(self.grid.ring)]
         with self._naming(f"gathering {label}"):
-            work = dist.all_gather(found, x, group=self._groups["ring"], async_op=True)
+            work = dist.all_gather(blocks, x, group=self._groups["ring"], async_op=True)
         self._wait([work], f"gathering {label}")
         self.sent[label] += x.numel() * x.element_size() * (self.grid.ring - 1)
-        return found
+        return blocks
 
     def scatter_sum(self, parts: Tensor, label: str) -> Tensor:
         """`parts` `[ring, ...]`, one for each place; the sum of those meant for this one."""
@@ -217,11 +217,11 @@ class Comm:
         if self.size == 1:
             return [x]
         x = x.contiguous()
-        found = [torch.empty_like(x) for _ in range(self.size)]
+        blocks = [torch.empty_like(x) for _ in range(self.size)]
         with self._naming("gathering results"):
-            work = dist.all_gather(found, x, group=self._groups["all"], async_op=True)
+            work = dist.all_gather(blocks, x, group=self._groups["all"], async_op=True)
         self._wait([work], "gathering results")
-        return found
+        return blocks
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

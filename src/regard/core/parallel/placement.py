@@ -120,12 +120,12 @@ def pieces(mask: Mask, placement: Placement, own: int, other: int) -> list[Piece
     size = (placement.tokens, placement.tokens)
     i, j = (torch.tensor([run[:2] for run in runs]) for runs in (mine, theirs))
     some, _ = mask._bounds(i, j, size)
-    found = []
+    rectangles = []
     for a, b in some.nonzero().tolist():
         part = restrict(mask, mine[a], theirs[b], placement.tokens)
         if part is not None:
-            found.append(Piece(mine[a], theirs[b], part))
-    return found
+            rectangles.append(Piece(mine[a], theirs[b], part))
+    return rectangles
 
 
 def restrict(mask: Mask, queries: Run, keys: Run, tokens: int) -> Mask | None:

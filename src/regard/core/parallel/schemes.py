@@ -88,9 +88,9 @@ def shape(
     if ulysses is not None and name not in ("usp", "loongtrain"):
         raise ValueError(f"only usp and loongtrain take a ulysses degree, {name} has none")
     if name == "ulysses":
-        found = Shape(name, ranks, 1, zigzag=False)
+        shape = Shape(name, ranks, 1, zigzag=False)
     elif name in ("ring", "allgather"):
-        found = Shape(name, 1, ranks, gather=name == "allgather")
+        shape = Shape(name, 1, ranks, gather=name == "allgather")
     else:
         least = 2 if name == "usp" else 4
         degree = ulysses or _degree(ranks, least, heads)
@@ -103,10 +103,10 @@ def shape(
         windows = 1
         if name == "loongtrain":
             windows = max(d for d in divisors(ring) if d * d <= ring)
-        found = Shape(name, degree, ring, windows)
+        shape = Shape(name, degree, ring, windows)
     if heads is not None:
-        found.check_heads(*heads)
-    return found
+        shape.check_heads(*heads)
+    return shape
 
 
 def _degree(ranks: int, least: int, heads: tuple[int, int] | None) -> int:
