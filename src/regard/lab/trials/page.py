@@ -30,8 +30,9 @@ INTRODUCTION = (
     "token is predicted over the cache as the method keeps it.",
     "*Held* is the bytes of keys and values after the prompt, counted from storage; *read* the "
     "keys that a query head reads for a new token, counted at the attention call; both as shares "
-    "of the full cache. A method that reads few keys is not a smaller cache: it holds all keys and values, "
-    "copies some, and reads few of them in most steps. At an equal number of kept rows it reads "
+    "of the full cache. A method that reads few keys is not a smaller cache: it holds all keys and "
+    "values, copies some, and reads few of them in most steps. At an equal number of kept rows it "
+    "reads "
     "about as much as the other methods and holds more than the full cache: it saves time, not "
     "memory.",
     "Intervals show the spread over these texts on one model. They say nothing of other models.",

@@ -13,7 +13,7 @@ from regard.cli.see_speech import check_words, chosen
 
 from .card import CARD, Settings
 
-Model = Annotated[str | None, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
+Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 Language = Annotated[str | None, typer.Option(help="Language that is spoken; en when left out.")]
 Task = Annotated[str | None, typer.Option(help="transcribe, or translate into English.")]
 
