@@ -30,7 +30,7 @@ from regard.core import State, attend
 from regard.core.facts import received
 from regard.errors import InputError, ReachError
 from regard.reach import Call, Handler, Session, Site
-from regard.reach.denoising import columns, denoising, token_spans
+from regard.reach.denoising import Reader, columns, denoising, token_spans
 from regard.reach.expressions import STOP_WORDS, Word, head, places, ramp, words
 from regard.reach.noised import denoise_once, size_of
 from regard.reach.phrases import PARSERS, Parser
@@ -259,7 +259,7 @@ class _Seen(Handler):
     padding: float = field(default=0.0, init=False)
     _sum: Tensor | None = field(default=None, init=False)
     _count: int = field(default=0, init=False)
-    _grid: tuple[int, int] = field(default=(0, 0), init=False)
+    _grid: tuple[int, ...] = field(default=(0, 0), init=False)
     _layout: tuple[Tensor, Tensor, list[tuple[str, bool]]] | None = field(default=None, init=False)
 
     def sites(self, sites: list[Site]) -> list[Site]:
@@ -327,11 +327,11 @@ class _Seen(Handler):
         named: list[tuple[str, bool]] = []
         for start, end in own:
             prompts.columns(0, start, end)  # says so where the encoder cuts a word off
-        for tokenizer, first, room in prompts.tokenizers:
-            spans = token_spans(tokenizer, shown)[:room]
+        for reader in _apart(prompts.readers):
+            spans = token_spans(reader.tokenizer, shown)[: reader.width]
             for n, (a, b) in enumerate(spans):
                 hit = [s for s in own if a < s[1] and b > s[0]]
-                present.append(first + n)
+                present.append(reader.first + n)
                 rows.append([float(s in hit) for s in own])
                 special = "[start]" if n == 0 and len(spans) > 1 else "[end]"
                 name = shown[hit[0][0] : hit[0][1]] if hit else shown[a:b].strip() or special
@@ -372,6 +372,11 @@ class _Seen(Handler):
                 Sink(call.site.name, name, column, content, got, ratio, float(spread[n]), sink)
             )
         return sunk
+
+
+def _apart(readers: Sequence[Reader]) -> list[Reader]:
+    """One reader of those that share their columns."""
+    return list({r.first: r for r in reversed(readers)}.values())[::-1]
 
 
 def _spread(call: Call, keys: Tensor, image: slice) -> Tensor:
