@@ -113,8 +113,9 @@ class Passes:
         """Which rows of the text are the prompt's encoding, and which the other's; None where the
         pipeline made something else of both.
         """
-        if len(text) != count or not self._encoded:
+        if not text or len(text) % count or not self._encoded:
             return None
+        text = text[:: len(text) // count]  # repeated for every frame of a video
         if self._judged is not None and _identical(self._judged[0], text):
             return self._judged[1]
         judged: tuple[Tensor, Tensor] | None = None

@@ -443,7 +443,7 @@ class _Looks(Handler):
         self.clear()
 
     def clear(self) -> None:
-        self._sums: dict[tuple[str, tuple[int, int]], tuple[Tensor, int]] = {}
+        self._sums: dict[tuple[str, tuple[int, ...]], tuple[Tensor, int]] = {}
 
     def after(self, call: Call, state: State) -> None:
         grid, kind = denoising(call).grid, call.site.kind
@@ -453,7 +453,7 @@ class _Looks(Handler):
         total, count = self._sums.get((kind, grid), (0, 0))
         self._sums[kind, grid] = total + share.sum(0), count + len(share)
 
-    def _mean(self, kind: str) -> tuple[tuple[int, int], Tensor]:
+    def _mean(self, kind: str) -> tuple[tuple[int, ...], Tensor]:
         grids = [g for k, g in self._sums if k == kind]
         if not grids:
             raise ReachError(
@@ -469,7 +469,7 @@ class _Looks(Handler):
         grid, mean = self._mean("cross")
         return mean.unflatten(0, grid)
 
-    def selves(self) -> tuple[Tensor, tuple[int, int]]:
+    def selves(self) -> tuple[Tensor, tuple[int, ...]]:
         """`[tokens, tokens]`, and the grid they form."""
         grid, mean = self._mean("self")
         return mean, grid

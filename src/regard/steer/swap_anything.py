@@ -99,7 +99,7 @@ class SwapAnything(Handler):
     soft: bool = True
     style: str | None = "pooled"
     cells: int = 32 * 32
-    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _now: int | None = field(default=None, init=False, repr=False)
     _idle: bool = field(default=False, init=False, repr=False)
 
@@ -119,7 +119,7 @@ class SwapAnything(Handler):
         self._now = None
         return sites
 
-    def inside(self, grid: tuple[int, int]) -> Tensor:
+    def inside(self, grid: tuple[int, ...]) -> Tensor:
         """The mask on a grid: cells of which more than half is inside, boolean `[cells]`."""
         if grid not in self._masks:
             self._masks[grid] = F.adaptive_avg_pool2d(self.mask[None, None], grid)[0, 0] > 0.5
@@ -311,8 +311,8 @@ class WordMap(Handler):
 
     def __init__(self, words: Sequence[int], cells: int = 32 * 32) -> None:
         self.words, self.cells = list(words), cells
-        self.sums: dict[tuple[int, int], Tensor] = {}
-        self.counts: dict[tuple[int, int], int] = {}
+        self.sums: dict[tuple[int, ...], Tensor] = {}
+        self.counts: dict[tuple[int, ...], int] = {}
 
     def sites(self, sites: list[Site]) -> list[Site]:
         return [s for s in sites if s.kind == "cross"]
