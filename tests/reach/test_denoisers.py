@@ -212,17 +212,17 @@ def test_rows_packed_by_their_lengths_share_no_columns() -> None:
     mask = torch.ones(2, TOKENS).bool()
     mask[0, 3:] = False
     inputs["encoder_attention_mask"] = mask
-    with Session(model, [regard.WordMaps(tokens={"a": [1]})]):
-        with pytest.raises(ReachError, match="give one prompt at a time"):
-            forward(model, inputs)
+    maps = regard.WordMaps(tokens={"a": [1]})
+    with Session(model, [maps]), pytest.raises(ReachError, match="give one prompt at a time"):
+        forward(model, inputs)
     inputs["encoder_attention_mask"] = mask[:1].expand(2, -1)
     maps = regard.WordMaps(tokens={"a": [1]})
     with Session(model, [maps]):
         forward(model, inputs)
     assert maps["a"].shape == (2, *GRID)
-    with pytest.raises(InputError, match="there are 3 text tokens"):
-        with Session(model, [regard.WordMaps(tokens={"a": [4]})]):
-            forward(model, inputs)
+    maps = regard.WordMaps(tokens={"a": [4]})
+    with Session(model, [maps]), pytest.raises(InputError, match="there are 3 text tokens"):
+        forward(model, inputs)
 
 
 def test_references_lie_behind_the_image() -> None:

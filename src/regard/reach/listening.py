@@ -233,7 +233,10 @@ def _own(
     read = []
     for n, prompt in enumerate(prompts):
         plain = prompt.strip().lower()
-        holding = [h for h in heard if plain and plain in h.text.lower()]
+        # the shortest, as another prompt may hold this one
+        holding = sorted(
+            (h for h in heard if plain and plain in h.text.lower()), key=lambda h: len(h.text)
+        )
         read.append(holding[0] if holding else heard[min(n, len(heard) - 1)])
     return prompts, read
 

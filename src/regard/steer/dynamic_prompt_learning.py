@@ -443,17 +443,18 @@ class _Looks(Handler):
         self.clear()
 
     def clear(self) -> None:
-        self._sums: dict[tuple[str, tuple[int, ...]], tuple[Tensor, int]] = {}
+        self._sums: dict[tuple[str, tuple[int, int]], tuple[Tensor, int]] = {}
 
     def after(self, call: Call, state: State) -> None:
-        grid, kind = denoising(call).grid, call.site.kind
-        if grid is None or grid[0] * grid[1] > self.limit[kind]:
+        size, kind = denoising(call).grid, call.site.kind
+        if size is None or size[0] * size[1] > self.limit[kind]:
             return
+        grid = size[0], size[1]
         share = columns(call, state, range(call.k.shape[2]))[0].float()
         total, count = self._sums.get((kind, grid), (0, 0))
         self._sums[kind, grid] = total + share.sum(0), count + len(share)
 
-    def _mean(self, kind: str) -> tuple[tuple[int, ...], Tensor]:
+    def _mean(self, kind: str) -> tuple[tuple[int, int], Tensor]:
         grids = [g for k, g in self._sums if k == kind]
         if not grids:
             raise ReachError(
@@ -469,7 +470,7 @@ class _Looks(Handler):
         grid, mean = self._mean("cross")
         return mean.unflatten(0, grid)
 
-    def selves(self) -> tuple[Tensor, tuple[int, ...]]:
+    def selves(self) -> tuple[Tensor, tuple[int, int]]:
         """`[tokens, tokens]`, and the grid they form."""
         grid, mean = self._mean("self")
         return mean, grid
