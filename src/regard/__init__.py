@@ -23,6 +23,7 @@ _LAZY = {
     "StructuredDiffusion": "regard.steer",
     "DynamicPromptLearning": "regard.steer.dynamic_prompt_learning",
     "WordMaps": "regard.see.words",
+    "JointMaps": "regard.see.joint",
     "MMA": "regard.shape",
     "TaskKV": "regard.shrink",
     "Recycled": "regard.shrink",

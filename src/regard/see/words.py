@@ -162,6 +162,10 @@ class WordMaps(Handler):
         if self.by is not None:
             label = place.step if self.by == "step" else call.site.index
             _add(self._each, (label, grid), maps)
+        self._beside(call, state, layout)
+
+    def _beside(self, call: Call, state: State, layout: _Layout) -> None:
+        """What else is to be seen in this call."""
 
     def _some(self, share: Tensor, call: Call) -> Tensor:
         wrong = [h for h in self.heads or [] if not 0 <= h < share.shape[1]]
