@@ -270,7 +270,7 @@ def test_processors_that_compute_something_else_are_refused_by_name() -> None:
         Session(pipe)
     pipe.unet.set_attn_processor({**processors, name: Twice()})
     with pytest.raises(ReachError, match=r"Twice.* asked for 2 attentions"):
-        run(pipe)
+        run(pipe, Log())
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
     pipe.unet.set_attn_processor(

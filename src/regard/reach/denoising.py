@@ -259,7 +259,7 @@ def columns(
     chosen = k.gather(2, wanted[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
     if chosen.shape[1] != q.shape[1]:
         chosen = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1)
-    scores = call.scale * (q.to(dtype) @ chosen.to(dtype).transpose(-1, -2))
+    scores = q.to(dtype) @ (call.scale * chosen.to(dtype)).transpose(-1, -2)
     if call.bias is not None:
         bias = _of_rows(call.bias, rows)[:, :, place.image]
         at = wanted[:, None, None].expand(-1, bias.shape[1], bias.shape[2], -1)

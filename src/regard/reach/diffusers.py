@@ -15,6 +15,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -42,7 +43,7 @@ from regard.errors import ReachError
 
 from .call import Call, Site
 from .denoising import Denoising
-from .dispatch import Hook, run, site_of
+from .dispatch import Hook, run, site_of, wanted
 from .layouts import Layout, family, kind_of, layout, places
 from .listening import listen
 from .passes import TIMES, Passes
@@ -233,6 +234,7 @@ def _other(module: Any) -> bool:
     return "Attention" in type(module).__name__ and "softmax" in _names(type(module), "forward")
 
 
+@lru_cache(maxsize=512)
 def _names(kind: type, method: str) -> set[str]:
     """The names that the class's own method speaks of."""
     code = getattr(inspect.unwrap(vars(kind).get(method, len)), "__code__", None)
@@ -459,6 +461,8 @@ class _Keys(TorchFunctionMode):
 
 @torch.compiler.disable
 def _watch(state: _Open, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not wanted(module):
+        return  # it runs as it is
     watch = _Watch(state, module, args, kwargs)
     watch.__enter__()
     state.watches.append(watch)

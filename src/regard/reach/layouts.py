@@ -6,11 +6,11 @@ exact, but nobody knows which of its tokens are words or pixels, and `unknown` s
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 Size = tuple[int, ...]  # height and width, or frames, height and width
@@ -168,7 +168,7 @@ class Layout:
     @property
     def tokens(self) -> int | None:
         """How many image tokens the forward makes."""
-        return None if self.size is None else _product(self.size)
+        return None if self.size is None else math.prod(self.size)
 
 
 def layout(denoiser: Any, given: dict[str, Any]) -> Layout:
@@ -321,7 +321,7 @@ def _grid(seen: Layout, queries: int, frames: int) -> Size | None:
     size = seen.size
     if size is None:
         return None
-    if _product(size) == queries:
+    if math.prod(size) == queries:
         return size
     height, width = size[-2:]
     while height * width > queries and height * width > 1:
@@ -332,10 +332,6 @@ def _grid(seen: Layout, queries: int, frames: int) -> Size | None:
 
 def _padded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
-
-
-def _product(size: Size) -> int:
-    return int(torch.tensor(size).prod())
 
 
 __all__ = [

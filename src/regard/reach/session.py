@@ -105,6 +105,10 @@ class Session:
         self._visits[sites[0].index] = turn + 1
         return sites[turn % len(sites)]
 
+    def wants(self, site: Site) -> bool:
+        """Whether one of the handlers is to be called for a site."""
+        return any(site.index in wanted for wanted in self._wanted)
+
     def detach(self) -> None:
         """End; does nothing when the session is not attached."""
         while self._undo:
