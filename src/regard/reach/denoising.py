@@ -28,6 +28,7 @@ class Reader:
         prompts: the text of each prompt as a person gave it to this encoder.
         texts: the same as the tokenizer got it, a template around it.
         ids: its tokens of each prompt, cut off where the encoder ends.
+        leads: how many of them are padding in front.
         special: whether it added its special tokens itself.
     """
 
@@ -38,6 +39,7 @@ class Reader:
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...] = field(repr=False)
+    leads: tuple[int, ...]
     special: bool = True
 
     def columns(self, number: int, start: int, end: int) -> list[int] | None:
@@ -47,8 +49,9 @@ class Reader:
         spans, ids = self.spans(number)
         lead = self._lead(number)
         own = [n for n, (a, b) in enumerate(spans) if a < end + lead and b > start + lead]
-        read = self.ids[number]
-        columns = [n - self.skip for n in own]
+        padding = self.leads[number]
+        read = self.ids[number][padding:]
+        columns = [n + padding - self.skip for n in own]
         kept = [0 <= c < self.width and n < len(read) for n, c in zip(own, columns)]
         if not own or not all(kept) or any(read[n] != ids[n] for n in own):
             return None

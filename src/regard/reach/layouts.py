@@ -31,6 +31,7 @@ class Family:
         lead: the attribute that holds learned tokens before the text.
         multiple: image and text are each padded to a multiple of so many tokens.
         packed: rows of the batch are packed without the padding of their text.
+        left: the pipeline pads the text in front.
     """
 
     sample: str = ""
@@ -41,6 +42,7 @@ class Family:
     lead: str = ""
     multiple: int = 1
     packed: bool = False
+    left: bool = False
 
 
 _ONE = (("tokenizer",),)
@@ -85,7 +87,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "AuraFlowTransformer2DModel": Family(_CHW, ".", encoders=_ONE, lead="register_tokens"),
     "CogView3PlusTransformer2DModel": Family(_CHW, ".", encoders=_ONE),
-    "CogView4Transformer2DModel": Family(_CHW, ".", encoders=_ONE),
+    "CogView4Transformer2DModel": Family(_CHW, ".", encoders=_ONE, left=True),
     "Lumina2Transformer2DModel": Family(_CHW, r"^layers", encoders=_ONE, packed=True),
     "HiDreamImageTransformer2DModel": Family(
         _CHW,

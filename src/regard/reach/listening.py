@@ -24,11 +24,12 @@ _READY = ("prompt_embeds", "pooled_prompt_embeds")
 
 @dataclass(frozen=True)
 class Heard:
-    """One text that a tokenizer was given, and its tokens."""
+    """One text that a tokenizer was given, and its tokens; so many of them are padding in front."""
 
     text: str
     ids: tuple[int, ...]
     special: bool
+    lead: int
 
 
 @dataclass(eq=False)
@@ -54,9 +55,13 @@ def listen(pipeline: Any, denoiser: Any, tell: Callable[[Encoding], None]) -> Ca
     signature = inspect.signature(plain)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        # some pipelines write their template into the very list that they are given
+        given = {
+            name: list(value) if isinstance(value, list) else value
+            for name, value in signature.bind(*args, **kwargs).arguments.items()
+        }
         with _hearing(pipeline) as heard:
             out = plain(*args, **kwargs)
-        given = dict(signature.bind(*args, **kwargs).arguments)
         encoding = _encoding(pipeline, denoiser, plain, given, out, heard)
         if encoding is not None:
             tell(encoding)
@@ -94,8 +99,12 @@ def _hearer(plain: type, heard: list[Heard]) -> type:
             rows = rows.tolist() if isinstance(rows, Tensor) else rows
             rows = [rows] if rows and not isinstance(rows[0], (list, tuple)) else rows
             special = bool(kwargs.get("add_special_tokens", True))
-            new = [Heard(t, tuple(ids), special) for t, ids in zip(texts, rows, strict=True)]
-            heard.extend(new)
+            masks = out.get("attention_mask", rows)
+            masks = masks.tolist() if isinstance(masks, Tensor) else masks
+            masks = [masks] if masks and not isinstance(masks[0], (list, tuple)) else masks
+            for own, ids, mask in zip(texts, rows, masks, strict=True):
+                lead = next((n for n, m in enumerate(mask) if m), 0) if masks is not rows else 0
+                heard.append(Heard(own, tuple(ids), special, lead))
         except (TypeError, KeyError, ValueError):
             pass  # no plain texts: nothing that words could be found in
         return out
@@ -147,7 +156,8 @@ def _encoding(
         first = getattr(pipeline, "tokenizer", None)
         if convert is not None and first is not None:
             texts = [convert(text, first) for text in texts]
-        readers = _readers(pipeline, denoiser, given, list(texts), heard, rows)
+        listed = not isinstance(outs[0], Tensor)
+        readers = _readers(pipeline, denoiser, given, list(texts), heard, rows, listed)
         if readers:  # the words that speak through keys: Flux reads those of its second prompt
             texts = list(readers[0].prompts)
     embeds = outs[0] if isinstance(outs[0], Tensor) else rows[0][None]
@@ -180,6 +190,7 @@ def _readers(
     texts: list[str],
     heard: dict[str, list[Heard]],
     rows: list[Tensor],
+    listed: bool,
 ) -> tuple[Reader, ...]:
     """Each tokenizer with the text it read and the key columns that its tokens became."""
     known = family(denoiser)
@@ -199,9 +210,10 @@ def _readers(
         for name in names:
             prompts, read = own[name]
             longest = max(len(h.ids) for h in read)
-            # a template before the words was cut off; padding behind them is none
-            attended = max(_attended(getattr(pipeline, name), h) for h in read)
-            skip = 0 if attended == width else max(0, longest - width)
+            # of a tensor the template before the words was cut off, of a list the padding behind
+            skip = 0 if listed else max(0, longest - width)
+            if known is not None and known.left:  # the pipeline pads in front, by itself
+                skip = longest - width
             tokenizer = getattr(pipeline, name)
             found.append(
                 Reader(
@@ -212,6 +224,7 @@ def _readers(
                     tuple(prompts),
                     tuple(h.text for h in read),
                     tuple(h.ids for h in read),
+                    tuple(h.lead for h in read),
                     read[0].special,
                 )
             )
@@ -239,16 +252,6 @@ def _own(
         )
         read.append(holding[0] if holding else heard[min(n, len(heard) - 1)])
     return prompts, read
-
-
-def _attended(tokenizer: Any, heard: Heard) -> int:
-    """Tokens without the padding behind them."""
-    pad = getattr(tokenizer, "pad_token_id", None)
-    ids = list(heard.ids)
-    while len(ids) > 1 and ids[-1] == pad and ids[-2] == pad:
-        ids.pop()
-    ended = len(ids) > 1 and ids[-1] == pad and pad != getattr(tokenizer, "eos_token_id", None)
-    return len(ids) - ended
 
 
 def same(row: Tensor, other: Tensor) -> bool:
