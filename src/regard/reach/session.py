@@ -34,8 +34,6 @@ class Session:
         # the part whose forwards count: of a diffusion pipeline its denoiser
         self.module = model if self.door is transformers else self.door.body(model)
         self.sites: list[Site] = self.door.sites(model)
-        # what this session does not see of the model, in words
-        self.notes: list[str] = getattr(self.door, "notes", lambda _: [])(model)
         self._wanted = [{s.index for s in h.sites(self.sites)} for h in self.handlers]
         self._undo: list[Any] = []
         self._visits: dict[int, int] = {}
@@ -43,6 +41,11 @@ class Session:
     @property
     def attached(self) -> bool:
         return bool(self._undo)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a session does not see of this model, in words (denoisers alone say so)."""
+        return list(getattr(self.door, "notes", lambda _: [])(self.model))
 
     def attach(self) -> Session:
         """Start; the same as entering the context."""
