@@ -15,7 +15,6 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -234,7 +233,6 @@ def _other(module: Any) -> bool:
     return "Attention" in type(module).__name__ and "softmax" in _names(type(module), "forward")
 
 
-@lru_cache(maxsize=512)
 def _names(kind: type, method: str) -> set[str]:
     """The names that the class's own method speaks of."""
     code = getattr(inspect.unwrap(vars(kind).get(method, len)), "__code__", None)
