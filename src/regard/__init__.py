@@ -20,6 +20,7 @@ _LAZY = {
     "Watch": "regard.watching",
     "facts": "regard.watching",
     "WordMaps": "regard.parts.diffusion.words",
+    "JointMaps": "regard.parts.diffusion.joint",
     "load": "regard.zoo",
     "models": "regard.zoo",
     "methods": "regard.catalog",

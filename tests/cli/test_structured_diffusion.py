@@ -157,6 +157,19 @@ def test_see_of_one_layer_of_joint_attention(
     assert [word["name"] for word in json.loads(text)["words"]] == ["a", "red", "circle"]
 
 
+def test_see_maps_the_words_that_fit_and_names_the_rest(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, text = tmp_path / "out.json", "a red circle and " + "cat dog " * 10 + "near a star"
+    code, _, err = run(
+        capsys, "see", text, "--model", str(folder), "--steps", "1", "--json", str(data)
+    )
+    assert code == 0 and "not read by the text encoder" in err and "'star'" in err
+    made = json.loads(data.read_text())
+    names = [word["name"] for word in made["words"]]
+    assert "circle" in names and "star" not in names and "'star'" in made["notes"][-1]
+
+
 def test_see_refuses_what_is_for_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
         (("see", PROMPT, "--model", str(folder), "--compare"), "are for text models"),

@@ -116,6 +116,40 @@ def test_a_chunk_behind_the_limit_has_no_map(pipe: Any) -> None:
     assert not first["cut"] and len(first["map"]) == 8
 
 
+def test_every_prompt_of_a_batch_is_read_in_its_own_columns(pipe: Any) -> None:
+    """The same characters are other tokens in another prompt; a short prompt lacks them."""
+    prompts = ["a red circle and a star", "zz red circle and a star", "a red"]
+    spans, recipe = [[(2, 5)], [(6, 12)]], Recipe(grid=16)
+    noise = [torch.Generator().manual_seed(n) for n in range(3)]
+    seen = own.ChunkMaps(spans, recipe)
+    with torch.no_grad(), Session(pipe, [seen]):
+        pipe(prompts, generator=noise, num_inference_steps=1, output_type="latent")
+    together = seen.maps()
+    assert torch.isnan(together[2, 1]).all() and seen.cut == [False, False]
+    for n, prompt in enumerate(prompts[:2]):
+        alone = own.ChunkMaps(spans, recipe)
+        with torch.no_grad(), Session(pipe, [alone]):
+            pipe([prompt], generator=[torch.Generator().manual_seed(n)], num_inference_steps=1,
+                 output_type="latent")  # fmt: skip
+        assert torch.allclose(together[n], alone.maps()[0], atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_a_second_run_is_not_added_to_the_first(pipe: Any) -> None:
+    seen, alone = (own.ChunkMaps([[(6, 12)]], Recipe(grid=16)) for _ in range(2))
+
+    def make(prompt: str) -> None:
+        noise = torch.Generator().manual_seed(0)
+        pipe(prompt, generator=noise, num_inference_steps=1, output_type="latent")
+
+    with torch.no_grad(), Session(pipe, [seen]):
+        make("a red square")
+        make("a red circle")
+    with torch.no_grad(), Session(pipe, [alone]):
+        make("a red circle")
+    assert torch.equal(seen.maps(), alone.maps())
+
+
 def test_the_same_chunk_twice_is_two_spans() -> None:
     found = chunks("a red circle and a red circle", "rules")
     assert [c.start for c in found] == [0, 17]

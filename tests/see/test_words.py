@@ -235,6 +235,9 @@ def test_bad_input(sd: Any) -> None:
         run(sd, WordMaps(["square", "square"]))
     with pytest.raises(InputError, match="'star' lies behind the 24 tokens"):
         run(sd, WordMaps(["star"]), prompt="a red circle and " * 6 + "a star")
+    with pytest.raises(InputError, match="the text encoder"):
+        run(sd, some := WordMaps(["star", "red"]), prompt="a red circle and " * 6 + "a star")
+        some["star"]
     with pytest.raises(InputError, match="words is a list"):
         WordMaps("square")
     with pytest.raises(InputError, match="give one"):
@@ -255,3 +258,90 @@ def test_bad_input(sd: Any) -> None:
     session = regard.apply(sd, WordMaps())
     with pytest.raises(InputError, match="prompt_embeds"), session:
         sd(prompt_embeds=embeds, num_inference_steps=1, guidance_scale=1.0)
+
+
+# -- what each encoder reads -----------------------------------------------------------------------
+@pytest.mark.parametrize(("kind", "second"), [("flux", "prompt_2"), ("sd3", "prompt_3")])
+def test_each_tokenizer_reads_its_own_text(kind: str, second: str) -> None:
+    pipe, other = tiny_pipeline(kind), "the cat on a small red circle near a star"
+    t5 = getattr(pipe, second.replace("prompt", "tokenizer"))
+    circle = t5.convert_ids_to_tokens(t5(other).input_ids).index("▁circle")
+    star = t5.convert_ids_to_tokens(t5(other).input_ids).index("▁star")
+    text = "a red circle and a blue square"
+    lead = 24 if kind == "sd3" else 0
+    clip = [pipe.tokenizer.decode([i]).strip() for i in pipe.tokenizer(text).input_ids]
+    first = [clip.index("circle")] if kind == "sd3" else []
+    tokens = {"circle": [*first, lead + circle], "star": [lead + star]}
+    right, maps = WordMaps(tokens=tokens), WordMaps(["circle", "star"])
+    run(pipe, right, maps, every := WordMaps(), prompt=text, **{second: other})
+    for word in tokens:
+        assert torch.equal(maps[word], right[word])
+        assert torch.allclose(every[word], right[word], atol=1e-7)
+    assert ("square" in every) == (kind == "sd3")  # Flux reads its first prompt as a whole
+
+
+def test_both_encoders_of_sdxl_read_their_own_text() -> None:
+    pipe = tiny_pipeline("sdxl")
+    right = WordMaps(tokens={"circle": [3, 2], "square": [3]})
+    maps = WordMaps(["circle", "square"])
+    run(pipe, right, maps, prompt="a red circle", prompt_2="a circle square")
+    for word in ("circle", "square"):
+        assert torch.allclose(maps[word], right[word], atol=1e-7)
+
+
+def test_words_that_fit_have_maps_and_the_rest_is_named(sd: Any) -> None:
+    maps = WordMaps()
+    run(sd, maps, prompt="a red circle and " + "cat dog " * 15)
+    assert maps.names[:4] == ["a", "red", "circle", "and"] and "dog (9)" in maps
+    assert "cat (10)" not in maps and "'cat (10)'" in maps.notes[0]
+    with pytest.raises(InputError, match="behind the 24 tokens"):
+        maps["cat (10)"]
+    run(sd, maps, prompt="a red circle")
+    assert maps.notes == []
+
+
+def test_words_that_one_encoder_cuts_off_have_the_columns_of_the_other() -> None:
+    pipe, maps = tiny_pipeline("sd3"), WordMaps(["circle"])
+    right = WordMaps(tokens={"circle": [24 + 32]})
+    text = "cat dog " * 15 + "a red circle"
+    run(pipe, maps, right, prompt=text, max_sequence_length=64)
+    assert torch.equal(maps["circle"], right["circle"])
+
+
+def test_a_picture_to_edit_is_no_part_of_the_map() -> None:
+    import diffusers
+    from PIL import Image
+
+    pipe = diffusers.FluxKontextPipeline(**tiny_pipeline("flux").components)
+    pipe.set_progress_bar_config(disable=True)
+    maps, right = WordMaps(["circle"]), WordMaps(tokens={"circle": [2]})
+    with torch.no_grad(), regard.apply(pipe, maps, right):
+        pipe(image=Image.new("RGB", (32, 32), "red"), prompt="a red circle", width=32, height=32,
+             num_inference_steps=2, max_area=1024, _auto_resize=False)  # fmt: skip
+    assert maps["circle"].shape == (1, 8, 8) and torch.equal(maps["circle"], right["circle"])
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "UNet3DConditionModel"])
+def test_a_video_has_a_map_for_each_frame(name: str) -> None:
+    """Attended as a whole, or frame by frame."""
+    from ..denoisers import CASES, denoiser, forward
+
+    model, explicit = denoiser(name), Explicit()
+    maps = WordMaps(tokens={"word": [1, 2]}, layers=[0])
+    with torch.no_grad(), regard.apply(model, maps, explicit):
+        forward(model, CASES[name].inputs)
+    assert maps["word"].shape == (2, 2, 4, 6) and maps.grids == [(2, 4, 6)]
+    assert maps.map("word", size=(8, 12)).shape == (2, 2, 8, 12)
+    assert maps.image("word", frame=1, size=(8, 12)).size == (12, 8)
+    grid = (2, 4, 6) if name.startswith("Wan") else (4, 6)
+    first = next(s for s in regard.apply(model).sites if s.text)
+    alone = Explicit()
+    alone.sites = lambda sites: [first]  # type: ignore[method-assign]
+    with torch.no_grad(), regard.apply(model, alone):
+        forward(model, CASES[name].inputs)
+    want = alone.of(grid, [1, 2]).reshape(2, 2, 4, 6)
+    got = WordMaps(tokens={"word": [1, 2]})
+    got.sites = lambda sites: [first]  # type: ignore[method-assign]
+    with torch.no_grad(), regard.apply(model, got):
+        forward(model, CASES[name].inputs)
+    assert torch.allclose(got["word"].double(), want, atol=1e-6)

@@ -220,6 +220,20 @@ def test_inner_phrases_lie_on_top_in_the_conjunction(sd: Any) -> None:
     assert not torch.allclose(outer[2:4], inner[2:4], atol=1e-4)
 
 
+def test_phrases_named_from_the_inside_out_are_as_from_the_outside_in(sd: Any) -> None:
+    text, phrases = "a red cat with a ball and a star", ["red cat", "a red cat with a ball"]
+    images = [
+        run(sd, method(phrases=given, conjunction=True), prompt=text)
+        for given in (phrases, phrases[::-1])
+    ]
+    assert np.array_equal(*images)
+    one = method(phrases=phrases, conjunction=True)
+    run(sd, one, prompt=text)
+    structure = one.used[text]
+    assert [p.text for p in structure.phrases] == phrases[::-1]
+    assert torch.equal(structure.joined[2:4], structure.contexts[2][2:4])
+
+
 def test_phrases_behind_the_limit_are_left_out_by_name(sd: Any) -> None:
     long = "a red circle, " + "very " * 16 + "far behind them all stands a blue square"
     one = method(phrases=["a red circle", "a blue square"])

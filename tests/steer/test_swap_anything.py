@@ -95,6 +95,24 @@ class Explicit(SwapAnything):
         return State(out, state.lse)
 
 
+def test_a_second_run_of_one_session_counts_its_own_steps(pipe: Any) -> None:
+    def run() -> Tensor:
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+        def step_end(p: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": method.after_step(step, given["latents"])}
+
+        out = pipe([SOURCE, TARGET], latents=noise.expand(2, -1, -1, -1), num_inference_steps=3,
+                   output_type="latent", callback_on_step_end=step_end).images  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    method = made(pipe, latents=1, cross=2, maps=2, outputs=1)
+    with torch.no_grad(), regard.apply(pipe, method):
+        first, second = run(), run()
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("steps", [{"maps": 2}, {"outputs": 1}, {"cross": 2},
                                    {"maps": 3, "outputs": 1, "cross": 1}])  # fmt: skip
 def test_swaps_equal_explicit_maps(pipe: Any, steps: dict[str, int]) -> None:

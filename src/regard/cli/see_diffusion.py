@@ -90,6 +90,7 @@ def _run(
         calls = {**keywords, "callback_on_step_end": diffusion.ticking(advance)}
         image = diffusion.image(pipe, prompt, seed, calls)
     seconds = time.perf_counter() - started
+    notes += [*session.notes, *by_step.notes]
     layered = {
         name: {
             f"{s.part} {s.layer}": by_layer.map(name, label=s.index)[0]

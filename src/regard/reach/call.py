@@ -23,6 +23,7 @@ class Site:
         layer: layer number within its part.
         part: the stack it belongs to, for example "model.layers" or "model.decoder.layers cross".
         kind: "self" or "cross"; "joint" where text and image attend to each other in one call.
+        text: whether a denoiser's image reads its prompt here.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Site:
     layer: int
     part: str
     kind: str
+    text: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""The door into diffusers models: UNets with cross-attention, SD3's and Flux's joint attention.
+"""The door into diffusers models: every denoiser whose attention asks for one softmax attention.
 
 Processors stay where they are. While a session is open, a hook on every attention module watches
 for the one `scaled_dot_product_attention` that its processor asks for and answers it through the
 handlers; all else (projections, norms, rotary positions, residuals) is the processor's own code.
 So fused projections, LoRA and a user's own processors keep working, and nothing is to be restored.
 Processors that compute softmax attention by hand or by xFormers give way to the stock one that
-asks for it, and come back at the end.
+asks for it, and come back at the end. Which tokens are text, image, frames or references is told
+by one table (`layouts`); a denoiser that is not in it is watched without words: `notes` says so.
 """
 
 from __future__ import annotations
@@ -14,27 +15,25 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DiffusionPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import (
-    Attention,
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
     AttnProcessor,
     AttnProcessor2_0,
+    SlicedAttnAddedKVProcessor,
     SlicedAttnProcessor,
+    XFormersAttnAddedKVProcessor,
     XFormersAttnProcessor,
     XFormersJointAttnProcessor,
 )
 from diffusers.models.attention_processor import JointAttnProcessor2_0 as JointProcessor
-from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -42,25 +41,26 @@ from regard.core import Mask
 from regard.errors import ReachError
 
 from .call import Call, Site
-from .denoising import Denoising, Prompts
-from .dispatch import Hook, run, site_of
+from .denoising import Denoising
+from .dispatch import Hook, run, site_of, wanted
+from .layouts import Layout, family, kind_of, layout, places
+from .listening import listen
+from .passes import TIMES, Passes
 
-ATTENTION = (Attention, FluxAttention)
-DENOISERS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)
 # the same softmax attention without asking for scaled_dot_product_attention -> who asks for it
 STAND_IN = {
     AttnProcessor: AttnProcessor2_0,
     SlicedAttnProcessor: AttnProcessor2_0,
     XFormersAttnProcessor: AttnProcessor2_0,
+    AttnAddedKVProcessor: AttnAddedKVProcessor2_0,
+    SlicedAttnAddedKVProcessor: AttnAddedKVProcessor2_0,
+    XFormersAttnAddedKVProcessor: AttnAddedKVProcessor2_0,
     XFormersJointAttnProcessor: JointProcessor,
 }
 ASKS = {"scaled_dot_product_attention", "dispatch_attention_fn"}
 # several attentions in one call, or a batch in three parts
-OTHER = ("IPAdapter", "PAG", "AddedKV", "Linear")
-_SUPPORTED = (
-    "Stable Diffusion 1, 2 and XL (UNet2DConditionModel), Stable Diffusion 3 "
-    "(SD3Transformer2DModel) and Flux (FluxTransformer2DModel)"
-)
+OTHER = ("IPAdapter", "PAG")
+_PARTS = ("transformer", "unet", "prior", "decoder", "denoiser")
 
 
 def body(model: Any) -> Any:
@@ -69,79 +69,145 @@ def body(model: Any) -> Any:
     Raises:
         ReachError: a pipeline or model of another class.
     """
-    if isinstance(model, DENOISERS):
+    if _denoises(model):
         return model
     if isinstance(model, DiffusionPipeline):
         name = type(model).__name__
         if "Pix2Pix" in name or "PAG" in name:
             raise ReachError(
                 f"{name} guides its images in three parts, which regard does not tell apart: use "
-                f"a pipeline of {_SUPPORTED} with plain guidance"
+                "a pipeline with plain guidance"
             )
-        for part in ("unet", "transformer"):
+        for part in _PARTS:
             found = getattr(model, part, None)
-            if isinstance(found, DENOISERS):
+            if _denoises(found):
                 return found
-            if found is not None:
+            if found is not None and part in _PARTS[:2]:
                 raise ReachError(_not_reached(f"the {part} of {name}, {type(found).__name__},"))
         raise ReachError(_not_reached(name))
     raise ReachError(_not_reached(type(model).__name__))
 
 
+def _denoises(model: Any) -> bool:
+    """Whether a model takes something at a time, as denoisers do and autoencoders do not."""
+    if not isinstance(model, ModelMixin):
+        return False
+    return any(name in inspect.signature(type(model).forward).parameters for name in TIMES)
+
+
 def _not_reached(name: str) -> str:
     compiled = " (a compiled model: pass the one that was compiled)" if "Optimized" in name else ""
-    return f"{name} is not reached by regard{compiled}: pass a pipeline of {_SUPPORTED}"
+    return (
+        f"{name} is not reached by regard{compiled}: pass a diffusion pipeline, or its denoiser "
+        "(pipe.unet or pipe.transformer)"
+    )
 
 
 def sites(model: Any) -> list[Site]:
-    """Every attention module of the denoiser, in order of definition; layers count as they run.
+    """Every softmax attention of the denoiser, in order of definition; layers count as they run.
 
     Raises:
         ReachError: a model of another class, or a processor that computes something else.
     """
     denoiser = body(model)
-    named = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, ATTENTION)]
-    for name, module in named:
-        _check(name, module)
-    unet = isinstance(denoiser, UNet2DConditionModel)
-    order = sorted(range(len(named)), key=lambda n: _turn(named[n][0]) if unet else n)
+    named = _attention_modules(denoiser)
+    if not named:
+        raise ReachError(
+            f"{type(denoiser).__name__} asks for no softmax attention, so there is none to see"
+        )
+    kinds = {name: kind_of(denoiser, name, module) for name, module in named}
+    joint = any(kind == "joint" for kind, _ in kinds.values())
+    order = sorted(range(len(named)), key=lambda n: _turn(named[n][0]))
     seen: dict[str, int] = {}
     found: dict[int, Site] = {}
     for n in order:
-        name, module = named[n]
-        if unet:
-            kind = "cross" if module.is_cross_attention else "self"
-            part = "blocks cross" if kind == "cross" else "blocks"
-        else:
-            kind = "self" if name.endswith("attn2") else "joint"
-            part = name.split(".")[0] + (" self" if kind == "self" else "")
-        found[n] = Site(n, name, seen.get(part, 0), part, kind)
+        name = named[n][0]
+        kind, over = kinds[name]
+        first = name.split(".")[0]
+        part = "blocks" if first in _UNET else first
+        part += f" {over}" if over and over not in part else ""
+        if kind == "cross":
+            part += " cross"
+        elif kind == "self" and joint and not over:
+            part += " self"
+        text = not over and (kind == "joint" or (kind == "cross" and "time_condition" not in name))
+        found[n] = Site(n, name, seen.get(part, 0), part, kind, text)
         seen[part] = seen.get(part, 0) + 1
-    if unet:
-        _pair(found)
+    _pair(found)
     return [found[n] for n in range(len(named))]
 
 
+def notes(model: Any) -> list[str]:
+    """What a session does not see of this model, and what it does not know."""
+    denoiser = body(model)
+    name = type(denoiser).__name__
+    told = []
+    if family(denoiser) is None:
+        told.append(
+            f"the order of the tokens of {name} is not known to regard: its attention is watched "
+            "without words"
+        )
+    other = [n for n, m in denoiser.named_modules() if _other(m)]
+    if other:
+        told.append(
+            f"{len(other)} attention modules of {name} compute no softmax attention, or compute it "
+            f"by hand, and are not watched: {other[0]}" + (", ..." if other[1:] else "")
+        )
+    if model is not denoiser:
+        beside = [n for n in ("transformer_2", "unet_2") if _denoises(getattr(model, n, None))]
+        told += [
+            f"{type(model).__name__} denoises with its {n} too, which is not watched: pass it by "
+            "itself"
+            for n in beside
+        ]
+    return told
+
+
+_UNET = ("down_blocks", "mid_block", "up_blocks")
+
+
 def _turn(name: str) -> int:
-    return ("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0])
+    first = name.split(".")[0]
+    return _UNET.index(first) if first in _UNET else -1
 
 
 def _pair(found: dict[int, Site]) -> None:
     """Cross-attention carries the layer number of the self-attention before it in its block."""
-    own = {s.name.rsplit(".", 1)[0]: s.layer for s in found.values() if s.kind == "self"}
+    own = {(s.name.rsplit(".", 1)[0], s.part): s.layer for s in found.values() if s.kind == "self"}
     for n, site in found.items():
-        block = site.name.rsplit(".", 1)[0]
+        block = (site.name.rsplit(".", 1)[0], site.part.removesuffix(" cross"))
         if site.kind == "cross" and block in own:
             found[n] = replace(site, layer=own[block])
 
 
+# -- which modules attend --------------------------------------------------------------------------
+def _attention_modules(denoiser: Any) -> list[tuple[str, Any]]:
+    """The modules that ask for a softmax attention, or whose stand-in does.
+
+    Raises:
+        ReachError: a processor that computes something else.
+    """
+    found = []
+    for name, module in denoiser.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is None:
+            if ASKS & _names(type(module), "forward"):
+                found.append((name, module))
+        elif not _linear(processor):
+            _check(name, module)
+            found.append((name, module))
+    return found
+
+
 def _check(name: str, module: Any) -> None:
-    processor = module.processor
+    processor = getattr(module, "processor", None)
+    if processor is None:
+        return
     kind = type(processor)
     if kind in STAND_IN and (kind is not SlicedAttnProcessor or _plain(module)):
         return
     # a user's own may hand on to the stock one that it is made from
-    asks = any(_names(c) & ASKS for c in kind.__mro__)
+    asks = any(_names(c, "__call__") & ASKS for c in kind.__mro__)
     if not asks or any(word in c.__name__ for word in OTHER for c in kind.__mro__):
         raise ReachError(
             f"{name} runs the processor {kind.__name__}, which computes something else than one "
@@ -154,10 +220,28 @@ def _check(name: str, module: Any) -> None:
         )
 
 
-def _names(kind: type) -> set[str]:
-    """The names that the class's own `__call__` speaks of."""
-    code = getattr(inspect.unwrap(vars(kind).get("__call__", len)), "__code__", None)
-    return set() if code is None else set(code.co_names)
+def _linear(processor: Any) -> bool:
+    """Attention without a softmax (Sana): there is no map of weights to see."""
+    return any("Linear" in c.__name__ for c in type(processor).__mro__)
+
+
+def _other(module: Any) -> bool:
+    """Whether a module attends in a way of its own."""
+    processor = getattr(module, "processor", None)
+    if processor is not None:
+        return _linear(processor)
+    return "Attention" in type(module).__name__ and "softmax" in _names(type(module), "forward")
+
+
+def _names(kind: type, method: str) -> set[str]:
+    """The names that the class's own method speaks of."""
+    code = getattr(inspect.unwrap(vars(kind).get(method, len)), "__code__", None)
+    return set() if code is None else _spoken(code)
+
+
+def _spoken(code: CodeType) -> set[str]:
+    inner = [_spoken(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def _plain(module: Any) -> bool:
@@ -169,20 +253,15 @@ class _Open:
     """One denoiser under one or more sessions."""
 
     denoiser: Any
+    passes: Passes = field(default_factory=Passes)
     sessions: int = 0
     undo: list[Callable[[], Any]] = field(default_factory=list)
-    pipeline: Any = None
-    encoded: list[Prompts] = field(default_factory=list)
-    prompts: Prompts | None = None
-    schedule: Any = None
-    run: int = -1
-    step: int = -1
-    timestep: float = 0.0
-    rows: Tensor | None = None
-    index: Tensor | None = None
-    size: tuple[int, int] | None = None
-    text: int = 0
-    sample: Any = None
+    kinds: dict[int, tuple[str, str]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    layout: Layout | None = None
+    # by frames attended one by one: the rows of a call, moved once a forward, since a look at
+    # values would make a GPU wait in every attention
+    rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     watches: list[Any] = field(default_factory=list)
 
 
@@ -207,9 +286,9 @@ def enter(model: Any) -> Callable[[], None]:
             raise
         _open[id(denoiser)] = state
     state.sessions += 1
-    if model is not denoiser and state.pipeline is None:
-        state.pipeline = model
-        _listen(state, model)
+    if model is not denoiser and state.passes.pipeline is None:
+        state.passes.pipeline = model
+        state.undo.append(listen(model, denoiser, state.passes.tell))
 
     def leave() -> None:
         state.sessions -= 1
@@ -236,14 +315,13 @@ def new_cache(model: Any) -> Any:
 
 
 def _hook(state: _Open) -> None:
+    state.names = list(inspect.signature(type(state.denoiser).forward).parameters)[1:]
     first = state.denoiser.register_forward_pre_hook(
         Hook(lambda _, args, kwargs: _begin(state, args, kwargs)), with_kwargs=True
     )
     state.undo.append(first.remove)
-    for name, module in state.denoiser.named_modules():
-        if not isinstance(module, ATTENTION):
-            continue
-        _check(name, module)
+    for name, module in _attention_modules(state.denoiser):
+        state.kinds[id(module)] = kind_of(state.denoiser, name, module)
         _stand_in(state, module)
         before = module.register_forward_pre_hook(
             Hook(lambda m, args, kwargs: _watch(state, m, args, kwargs)), with_kwargs=True
@@ -256,10 +334,13 @@ def _hook(state: _Open) -> None:
 
 def _stand_in(state: _Open, module: Any) -> None:
     """Run the stock processor in place of one that computes the same without asking."""
-    own = module.processor
+    own = getattr(module, "processor", None)
     if type(own) in STAND_IN:
         new = STAND_IN[type(own)]()
-    elif getattr(own, "_attention_backend", None) not in (None, AttentionBackendName.NATIVE):
+    elif own is not None and getattr(own, "_attention_backend", None) not in (
+        None,
+        AttentionBackendName.NATIVE,
+    ):
         # another kernel of the same softmax attention
         new = copy.copy(own)
         new._attention_backend = AttentionBackendName.NATIVE
@@ -283,132 +364,14 @@ def _put(module: Any, processor: Any) -> None:
 
 # -- the forward of the denoiser ------------------------------------------------------------------
 def _begin(state: _Open, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    names = list(inspect.signature(type(state.denoiser).forward).parameters)[1:]
-    given = {**dict(zip(names, args)), **kwargs}
-    flux = isinstance(state.denoiser, FluxTransformer2DModel)
-    unet = isinstance(state.denoiser, UNet2DConditionModel)
     _end_watches(state)
-    sample = given["sample" if unet else "hidden_states"]
-    text = given.get("encoder_hidden_states")
-    schedule = getattr(getattr(state.pipeline, "scheduler", None), "timesteps", None)
-    if state.run < 0 or schedule is not state.schedule:
-        # set_timesteps makes a new tensor: the pipeline begins anew
-        state.schedule, state.sample = schedule, None
-        state.run, state.step, state.prompts = state.run + 1, -1, None
-    # Flux's true guidance runs the same latents again, without the prompt
-    again = flux and state.pipeline is not None and sample is state.sample
-    state.step += not again
-    state.sample = sample if flux else None
-    state.timestep = float(torch.as_tensor(given["timestep"]).flatten()[0])
-    state.text = 0 if text is None else text.shape[1]
-    state.size = _size(state.denoiser, sample, given)
-    rows = _rows(state, sample, again)
-    # moved once a forward: a look at values would make a GPU wait in every attention
-    state.index = None if rows is None else rows.nonzero()[:, 0].to(sample.device)
-    state.rows = None if rows is None else rows.to(sample.device)
-    if not again and state.rows is not None and text is not None:
-        state.prompts = _match(state, text[state.rows.to(text.device)])
-
-
-def _size(denoiser: Any, sample: Tensor, given: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the latents, in image tokens for a transformer."""
-    if isinstance(denoiser, UNet2DConditionModel):
-        return tuple(sample.shape[-2:])  # type: ignore[return-value]
-    if isinstance(denoiser, SD3Transformer2DModel):
-        patch = denoiser.config.patch_size  # type: ignore[attr-defined]
-        return sample.shape[-2] // patch, sample.shape[-1] // patch
-    ids = given["img_ids"]
-    ids = ids[0] if ids.dim() == 3 else ids
-    height, width = int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
-    return (height, width) if height * width == len(ids) else None
-
-
-def _rows(state: _Open, sample: Tensor, again: bool) -> Tensor | None:
-    """Which rows the prompt drives; None where that cannot be told."""
-    batch = sample.shape[0]
-    every = torch.full((batch,), not again, dtype=torch.bool)
-    if isinstance(state.denoiser, FluxTransformer2DModel):
-        return every
-    half = batch // 2
-    if batch % 2 or not torch.equal(sample[:half], sample[half:]):
-        return every
-    try:
-        guided = state.pipeline.do_classifier_free_guidance
-    except AttributeError:  # no pipeline, or one that was not called
-        return None
-    if guided:
-        every[:half] = False
-    return every
-
-
-def _match(state: _Open, text: Tensor) -> Prompts | None:
-    """The prompts whose encoding reached the denoiser, the latest first."""
-    for prompts in reversed(state.encoded):
-        own = prompts.embeds
-        if own.shape == text.shape and torch.equal(own.to(text), text):
-            return prompts
-    return state.prompts
-
-
-def _listen(state: _Open, pipeline: Any) -> None:
-    """Learn the prompts from the pipeline's own `encode_prompt`."""
-    if not hasattr(pipeline, "encode_prompt") or "encode_prompt" in vars(pipeline):
-        return
-    plain = pipeline.encode_prompt
-    signature = inspect.signature(plain)
-
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        out = plain(*args, **kwargs)
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        state.encoded.append(_prompts(pipeline, plain, given, out))
-        del state.encoded[:-4]
-        return out
-
-    pipeline.encode_prompt = encode_prompt
-    state.undo.append(lambda: vars(pipeline).pop("encode_prompt", None))
-
-
-def _prompts(pipeline: Any, plain: Any, given: dict[str, Any], out: Any) -> Prompts:
-    texts = given.get("prompt")
-    if given.get("prompt_embeds") is not None:
-        texts = None
-    texts = [texts] if isinstance(texts, str) else texts
-    readers = _tokenizers(pipeline, out[0].shape[1])
-    convert = getattr(pipeline, "maybe_convert_prompt", None)
-    if texts is not None and convert is not None and readers:
-        texts = [convert(text, readers[0][0]) for text in texts]
-
-    def encode(new: list[str]) -> Tensor:
-        changed: dict[str, Any] = {"prompt": list(new)}
-        for name in ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds"):
-            if name in given:
-                changed[name] = None
-        for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt"):
-            if name in given:
-                changed[name] = None
-        if "do_classifier_free_guidance" in inspect.signature(plain).parameters:
-            changed["do_classifier_free_guidance"] = False
-        changed["num_images_per_prompt"] = 1
-        embeds = plain(**{**given, **changed})[0]
-        assert isinstance(embeds, Tensor)
-        return embeds
-
-    images = int(given.get("num_images_per_prompt") or 1)
-    return Prompts(texts, out[0], images, encode, readers)
-
-
-def _tokenizers(pipeline: Any, length: int) -> tuple[tuple[Any, int, int], ...]:
-    """Tokenizer, first key column and number of columns of every text encoder."""
-    third = getattr(pipeline, "tokenizer_3", None)
-    own = getattr(pipeline, "tokenizer", None) or getattr(pipeline, "tokenizer_2", None)
-    if isinstance(body(pipeline), FluxTransformer2DModel):
-        # only T5 speaks through keys; CLIP gives one pooled vector
-        return ((pipeline.tokenizer_2, 0, length),)
-    if isinstance(body(pipeline), SD3Transformer2DModel) and own is not None:
-        clip = pipeline.tokenizer_max_length
-        first = ((own, 0, clip),)
-        return (*first, (third, clip, length - clip)) if third is not None else first
-    return () if own is None else ((own, 0, length),)
+    all_given = {**dict(zip(state.names, args)), **kwargs}
+    given = {name: all_given[name] for name in state.names if name in all_given}
+    known = family(state.denoiser)
+    text = given.get(known.text[0] if known is not None else "encoder_hidden_states")
+    state.passes.begin(given, given[state.names[0]], text)
+    state.layout = layout(state.denoiser, given)
+    state.rows = {}
 
 
 # -- the forward of one attention module ----------------------------------------------------------
@@ -423,14 +386,63 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.state, self.module, self.args, self.kwargs = state, module, args, kwargs
         self.calls = 0
+        self.answers: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
+        if self.answers:
+            return self.answers.pop(0)
         self.calls += 1
-        return _attention(self, *args, **(kwargs or {}))
+        asked = {**dict(zip(_ASKED, args)), **(kwargs or {})}
+        given = (*self.args, *self.kwargs.values())
+        batch = next((len(x) for x in given if isinstance(x, Tensor)), 1)
+        if len(asked["query"]) == 1 < batch:
+            return self._by_rows(batch, asked)
+        return _attention(self, **asked)
+
+    def _by_rows(self, batch: int, asked: dict[str, Any]) -> Tensor:
+        """A processor that asks for each row of the batch, without the padding (Mochi): the rows
+        are gathered, by running it once before, into one call.
+        """
+        with _Gather() as gather:
+            type(self.module).forward(self.module, *self.args, **self.kwargs)
+        rows = gather.calls
+        if len(rows) != batch or any(r.get("attn_mask") is not None for r in rows):
+            return _attention(self, **asked)
+        live = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones(r["key"].shape[2], dtype=torch.bool) for r in rows], batch_first=True
+        ).to(asked["key"].device)
+        joined: dict[str, Any] = {
+            name: torch.cat(
+                [F.pad(r[name], (0, 0, 0, live.shape[1] - r[name].shape[2])) for r in rows]
+            )
+            for name in _ASKED[:3]
+        }
+        joined |= {"attn_mask": live[:, None, None], "scale": asked.get("scale")}
+        out = _attention(self, **joined, live=None if bool(live.all()) else live)
+        self.answers = [out[n : n + 1, :, : r["query"].shape[2]] for n, r in enumerate(rows)]
+        return self.answers.pop(0)
+
+
+_ASKED = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+
+
+class _Gather(TorchFunctionMode):
+    """Notes what a processor asks for, and lets it have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls.append({**dict(zip(_ASKED, args)), **(kwargs or {})})
+        return func(*args, **(kwargs or {}))
 
 
 class _Keys(TorchFunctionMode):
@@ -447,6 +459,8 @@ class _Keys(TorchFunctionMode):
 
 @torch.compiler.disable
 def _watch(state: _Open, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not wanted(module):
+        return  # it runs as it is
     watch = _Watch(state, module, args, kwargs)
     watch.__enter__()
     state.watches.append(watch)
@@ -461,7 +475,7 @@ def _unwatch(state: _Open, module: Any, out: Any) -> None:
     if out is not None and watch.calls != 1:
         site = site_of(module)
         raise ReachError(
-            f"the processor {type(module.processor).__name__} of "
+            f"the processor {type(getattr(module, 'processor', module)).__name__} of "
             f"{site.name if site else 'an attention module'} asked for {watch.calls} attentions "
             "where regard stands in for one: take it off first (set_attn_processor)"
         )
@@ -485,8 +499,11 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    live: Tensor | None = None,
 ) -> Tensor:
-    """The signature of `scaled_dot_product_attention`, answered through the handlers."""
+    """The signature of `scaled_dot_product_attention`, answered through the handlers; `live` tells
+    queries from padding.
+    """
     site = site_of(watch.module)
     if site is None:
         raise ReachError("an attention module ran that no open session knows: open it anew")
@@ -495,8 +512,9 @@ def _attention(
     mask, bias = (Mask.causal(), None) if is_causal else _mask(attn_mask, query, key)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(
-        site, query, key, value, mask, factor, bias=bias, denoising=_place(watch, site, query, key)
-    )
+        site, query, key, value, mask, factor, bias=bias, live=live,
+        denoising=_place(watch, site, query, key),
+    )  # fmt: skip
     return run(watch.module, call).out.to(query.dtype)
 
 
@@ -507,6 +525,8 @@ def _mask(given: Tensor | None, q: Tensor, k: Tensor) -> tuple[Mask, Tensor | No
         return Mask.full(), None
     while given.dim() < 4:
         given = given[None]
+    if given.dtype == torch.bool and given.shape[1] == given.shape[2] == 1:
+        return Mask.padding(given[:, 0, 0].expand(-1, k.shape[2])), None
     given = given.expand(*given.shape[:2], q.shape[2], k.shape[2])
     if given.dtype != torch.bool and not bool(given.any()):
         return Mask.full(), None
@@ -514,43 +534,42 @@ def _mask(given: Tensor | None, q: Tensor, k: Tensor) -> tuple[Mask, Tensor | No
 
 
 def _place(watch: _Watch, site: Site, q: Tensor, k: Tensor) -> Denoising:
-    state, queries, keys = watch.state, q.shape[2], k.shape[2]
-    image, text = slice(0, queries), None
-    project = None
-    if site.kind == "cross":
-        text = slice(0, keys)
-        project = _projection(watch)
-    elif site.kind == "joint":
-        length = state.text
-        if isinstance(state.denoiser, FluxTransformer2DModel):
-            text, image = slice(0, length), slice(length, queries)
-        else:
-            image, text = slice(0, queries - length), slice(keys - length, keys)
-    grid = _grid(state, image.stop - image.start, site)
-    known = state.rows is not None and len(state.rows) == len(q)
+    state, module = watch.state, watch.module
+    seen, passes = state.layout, state.passes
+    assert seen is not None
+    kind, over = state.kinds[id(module)]
+    own = kind == "cross" and "AddedKV" in type(getattr(module, "processor", None)).__name__
+    own = own and k.shape[2] > q.shape[2] and not getattr(module, "only_cross_attention", False)
+    at = places(seen, kind, over, own, (q.shape[0], q.shape[2], k.shape[2]))
+    rows, index = _rows(state, at.frames, q)
     return Denoising(
-        state.run,
-        state.step,
-        state.timestep,
-        state.rows if known else None,
-        state.index if known else None,
-        grid,
-        image,
-        text,
-        state.prompts,
-        project,
+        passes.run,
+        passes.step,
+        passes.timestep,
+        rows,
+        index,
+        at.grid,
+        at.image,
+        at.text,
+        passes.prompts,
+        _projection(watch) if kind == "cross" and not own else None,
+        at.frames,
+        at.image_keys,
+        at.text_queries,
+        at.reference,
+        seen.unknown,
     )
 
 
-def _grid(state: _Open, tokens: int, site: Site) -> tuple[int, int] | None:
-    """Height and width of so many image tokens; a UNet halves the latents, rounding up."""
-    if state.size is None:
-        return None
-    height, width = state.size
-    if isinstance(state.denoiser, UNet2DConditionModel):
-        while height * width > tokens and height * width > 1:
-            height, width = (height + 1) // 2, (width + 1) // 2
-    return (height, width) if height * width == tokens else None
+def _rows(state: _Open, frames: int, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Which rows of a call the prompt drives, and their numbers."""
+    rows = state.passes.rows
+    if rows is None or len(rows) * frames != len(q):
+        return None, None
+    if frames not in state.rows:
+        every = rows.repeat_interleave(frames)
+        state.rows[frames] = every.to(q.device), every.nonzero()[:, 0].to(q.device)
+    return state.rows[frames]
 
 
 def _projection(watch: _Watch) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

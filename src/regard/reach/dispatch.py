@@ -20,6 +20,8 @@ class Acting(Protocol):
 
     def visit(self, sites: list[Site]) -> Site: ...
 
+    def wants(self, site: Site) -> bool: ...
+
     def before(self, call: Call) -> list[Call]: ...
 
     def after(self, call: Call, state: State) -> State: ...
@@ -54,6 +56,12 @@ def site_of(module: Any) -> Site | None:
     """The site of a module under an open session, None for any other."""
     entries = _active.get(id(module))
     return entries[0][1][0] if entries else None
+
+
+def wanted(module: Any) -> bool:
+    """Whether a handler of some open session is to be called for this module."""
+    entries = _active.get(id(module), [])
+    return id(module) in _capturing or any(s.wants(site) for s, sites in entries for site in sites)
 
 
 class Hook:

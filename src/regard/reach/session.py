@@ -42,6 +42,11 @@ class Session:
     def attached(self) -> bool:
         return bool(self._undo)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a session does not see of this model, in words (denoisers alone say so)."""
+        return list(getattr(self.door, "notes", lambda _: [])(self.model))
+
     def attach(self) -> Session:
         """Start; the same as entering the context."""
         if self.attached:
@@ -102,6 +107,10 @@ class Session:
         turn = self._visits.get(sites[0].index, 0)
         self._visits[sites[0].index] = turn + 1
         return sites[turn % len(sites)]
+
+    def wants(self, site: Site) -> bool:
+        """Whether one of the handlers is to be called for a site."""
+        return any(site.index in wanted for wanted in self._wanted)
 
     def detach(self) -> None:
         """End; does nothing when the session is not attached."""

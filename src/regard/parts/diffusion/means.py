@@ -41,8 +41,9 @@ class MeanMaps(Handler):
         keys = self.keys if kind == "cross" and self.keys is not None else range(call.k.shape[2])
         rows = place.conditional if place.index is not None else None
         share = columns(call, state, keys, rows)[0].float()  # [heads, image tokens, keys]
-        total, count = self._sums.get((kind, place.grid), (0, 0))
-        self._sums[kind, place.grid] = total + share.sum(0), count + len(share)
+        grid = place.grid[0], place.grid[1]
+        total, count = self._sums.get((kind, grid), (0, 0))
+        self._sums[kind, grid] = total + share.sum(0), count + len(share)
 
     def _mean(self, kind: str) -> tuple[Grid, Tensor]:
         grids = [g for k, g in self._sums if k == kind]

@@ -273,7 +273,7 @@ class PromptToPrompt(Handler):
     blend: tuple[Sequence[int], Sequence[int]] | None = None
     threshold: float = 0.3
     blend_cells: int = SELF_CELLS
-    _sums: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _sums: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     mask: Tensor | None = field(default=None, init=False, repr=False)
 
     def sites(self, sites: list[Site]) -> list[Site]:

@@ -10,9 +10,10 @@ text columns of the image queries take the place of cross-attention.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from regard.parts.text.phrases import Phrase, locate
 from regard.reach import Call, Handler, Site
 from regard.reach.denoising import Denoising, Prompts, columns, denoising
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]  # height and width, in a video after the frames
 
 
 @dataclass
 class _Sums:
-    total: Tensor  # [elements, words, height, width], float32
+    total: Tensor  # [elements, words, *grid], float32
     count: int
 
 
@@ -41,6 +42,14 @@ class _Layout:
     keys: Tensor  # [elements, columns]
     weights: Tensor  # [elements, columns, words], 0 where the column is no part of the word
     known: Tensor  # [elements, words], whether the prompt of the row has the word
+    cut: dict[str, str]  # words behind what the text encoder reads, with what is to be said
+
+    def over(self, frames: int, device: Any) -> _Layout:
+        """The same on a device, for rows that hold one frame each."""
+        keys, weights = (
+            x.repeat_interleave(frames, 0).to(device) for x in (self.keys, self.weights)
+        )
+        return replace(self, keys=keys, weights=weights)
 
 
 @dataclass(eq=False)
@@ -48,7 +57,9 @@ class WordMaps(Handler):
     """One map for each word or phrase while a pipeline makes its images.
 
     A run of the pipeline replaces the last. Only rows that the prompt drives are counted, so under
-    classifier-free guidance the empty prompt's half stays out.
+    classifier-free guidance the empty prompt's half stays out, and so does a perturbed pass. Where
+    encoders read different texts (`prompt_2`), a word has the columns of each that reads it. Words
+    behind what the text encoder reads have no map; `notes` names them.
 
     Args:
         words: words or phrases of the prompt; every word of it when None. A word that stands twice
@@ -71,9 +82,9 @@ class WordMaps(Handler):
     (torch.Size([1, 16, 16]), [(16, 16), (8, 8), (4, 4)])
 
     Raises:
-        InputError: a word that is not in the prompt, or cut off by the text encoder; a pipeline
-            that was given embeddings; a denoiser alone without `tokens`.
-        ReachError: a model whose image does not look at text.
+        InputError: a word that is not in the prompt; no word that the text encoder reads; a
+            pipeline that was given embeddings; a denoiser alone without `tokens`.
+        ReachError: a model whose image does not look at text, or whose tokens are not known.
     """
 
     words: Sequence[str] | None = None
@@ -86,6 +97,7 @@ class WordMaps(Handler):
     _sums: dict[Grid, _Sums] = field(default_factory=dict, init=False, repr=False)
     _each: dict[tuple[int, Grid], _Sums] = field(default_factory=dict, init=False, repr=False)
     _layout: _Layout | None = field(default=None, init=False, repr=False)
+    _placed: dict[Any, _Layout] = field(default_factory=dict, init=False, repr=False)
     _of: Any = field(default=None, init=False, repr=False)
     _run: int = field(default=-1, init=False, repr=False)
 
@@ -102,8 +114,7 @@ class WordMaps(Handler):
             raise InputError(f"steps is (first, after the last), not {self.steps}")
 
     def sites(self, sites: list[Site]) -> list[Site]:
-        own = [s for s in sites if s.kind == "joint"]
-        own = own or [s for s in sites if s.kind == "cross" and s.part.startswith("blocks")]
+        own = [s for s in sites if s.text]
         if not own:
             raise ReachError(
                 "word maps need cross-attention or joint attention of an image to text, and this "
@@ -121,25 +132,40 @@ class WordMaps(Handler):
 
     def _clear(self) -> None:
         self._sums, self._each, self._layout, self._of = {}, {}, None, None
+        self._placed = {}
 
     def after(self, call: Call, state: State) -> None:
         place = denoising(call)
         if place.run != self._run:
             self._clear()
             self._run = place.run
+        if place.unknown:
+            raise ReachError(
+                f"{place.unknown}, so words have no columns: regard.watch measures its facts"
+            )
         rows = place.conditional
         if not len(rows) or place.grid is None or not self._wanted(place.step):
             return
         layout = self._columns(place, call)
         with torch.no_grad():
-            share = columns(call, state, layout.keys.to(call.k.device), rows)
+            share = columns(call, state, layout.keys, rows)
             share = share.float() if self.heads is None else self._some(share.float(), call)
-            maps = torch.bmm(share.mean(1), layout.weights.to(share))
+            maps = torch.bmm(share.mean(1), layout.weights)
         maps = maps.transpose(1, 2).unflatten(2, place.grid)
-        _add(self._sums, place.grid, maps)
+        grid = place.grid
+        if place.frames > 1:
+            maps, grid = (
+                maps.unflatten(0, (-1, place.frames)).transpose(1, 2),
+                (place.frames, *grid),
+            )
+        _add(self._sums, grid, maps)
         if self.by is not None:
             label = place.step if self.by == "step" else call.site.index
-            _add(self._each, (label, place.grid), maps)
+            _add(self._each, (label, grid), maps)
+        self._beside(call, state, layout)
+
+    def _beside(self, call: Call, state: State, layout: _Layout) -> None:
+        """What else is to be seen in this call."""
 
     def _some(self, share: Tensor, call: Call) -> Tensor:
         wrong = [h for h in self.heads or [] if not 0 <= h < share.shape[1]]
@@ -155,9 +181,10 @@ class WordMaps(Handler):
 
     # -- words to columns -------------------------------------------------------------------------
     def _columns(self, place: Denoising, call: Call) -> _Layout:
-        key = place.prompts if self.tokens is None else len(place.conditional)
+        elements = len(place.conditional) // place.frames
+        key = place.prompts if self.tokens is None else elements
         if self._layout is None or key != self._of:
-            elements = len(place.conditional)
+            self._placed = {}
             if self.tokens is not None:
                 assert place.text is not None
                 room = place.text.stop - place.text.start
@@ -170,7 +197,10 @@ class WordMaps(Handler):
             else:
                 self._layout = self._read(place.prompts, elements)
             self._of = key
-        return self._layout
+        at = (place.frames, call.k.device)
+        if at not in self._placed:  # moved once: a copy in every layer would hold up a GPU
+            self._placed[at] = self._layout.over(*at)
+        return self._placed[at]
 
     def _given(self, elements: int, room: int) -> _Layout:
         tokens = {name: [int(c) for c in own] for name, own in (self.tokens or {}).items()}
@@ -182,30 +212,40 @@ class WordMaps(Handler):
     def _read(self, prompts: Prompts, elements: int) -> _Layout:
         found: list[dict[str, list[int]]] = []
         missing: dict[str, int] = {}
+        cut: dict[str, str] = {}
         several = len(set(prompts.texts or []))
         for element in range(elements):
-            text = prompts.text(element)
-            phrases: list[tuple[str, Phrase]] = []
-            if self.words is None:
+            own: dict[str, list[int]] = {}
+            reads = prompts.reads(element)
+            places: list[tuple[str, Phrase, str]] = []
+            for text in reads if self.words is None else []:
                 hits = re.finditer(r"[\w'-]+", text)
-                phrases = _named([Phrase(m.group(), m.start(), m.end()) for m in hits])
-                if not phrases:
-                    raise InputError(f"the prompt {text!r} holds no word to map: name some words")
-            else:
-                for name, count in _counted(self.words):
-                    try:
-                        phrases.append((name, locate([_plain(name)] * count, text)[-1]))
-                    except InputError:
-                        missing[name] = missing.get(name, 0) + 1
-                        if several < 2:
-                            raise
-            found.append({n: prompts.columns(element, p.start, p.end) for n, p in phrases})
+                named = _named([Phrase(m.group(), m.start(), m.end()) for m in hits])
+                places += [(n, p, text) for n, p in named if n not in {name for name, *_ in places}]
+            for name, count in _counted(self.words or []):
+                spot = _spot(name, count, reads)
+                if spot is not None:
+                    places.append((name, *spot))
+                elif several < 2:
+                    locate([_plain(name)] * count, reads[0])  # says why not
+                else:
+                    missing[name] = missing.get(name, 0) + 1
+            if not places and self.words is None:
+                raise InputError(f"the prompt {reads[0]!r} holds no word to map: name some words")
+            for name, phrase, text in places:
+                try:
+                    own[name] = prompts.columns(element, phrase.start, phrase.end, text)
+                except InputError as problem:
+                    cut[name] = str(problem)
+            found.append(own)
         for name, count in missing.items():
             if count == elements:
                 raise InputError(f"{name!r} is in none of the prompts: name a word of them")
-        return self._lay(found)
+        if not any(found):
+            raise InputError(next(iter(cut.values())))
+        return self._lay(found, cut)
 
-    def _lay(self, found: list[dict[str, list[int]]]) -> _Layout:
+    def _lay(self, found: list[dict[str, list[int]]], cut: dict[str, str] | None = None) -> _Layout:
         names = list(dict.fromkeys(name for own in found for name in own))
         width = max(sum(map(len, own.values())) for own in found)
         keys = torch.zeros(len(found), width, dtype=torch.long)
@@ -221,7 +261,8 @@ class WordMaps(Handler):
                 )
                 known[row, word] = True
                 at += len(cols)
-        return _Layout(names, keys, weights, known)
+        gone = {n: why for n, why in (cut or {}).items() if n not in names}
+        return _Layout(names, keys, weights, known, gone)
 
     # -- results ----------------------------------------------------------------------------------
     @property
@@ -230,9 +271,17 @@ class WordMaps(Handler):
         return list(self._seen().names)
 
     @property
+    def notes(self) -> list[str]:
+        """What was left out: words behind what the text encoder reads."""
+        cut = list(self._seen().cut)
+        if not cut:
+            return []
+        return [f"not read by the text encoder, so without a map: {', '.join(map(repr, cut))}"]
+
+    @property
     def grids(self) -> list[Grid]:
         """Resolutions at which the image looked at text, finest first."""
-        return sorted(self._sums, key=lambda g: -g[0] * g[1])
+        return sorted(self._sums, key=_cells)
 
     @property
     def labels(self) -> list[int]:
@@ -254,10 +303,11 @@ class WordMaps(Handler):
         word: str,
         *,
         grid: Grid | str = "finest",
-        size: Grid | None = None,
+        size: tuple[int, int] | None = None,
         label: int | None = None,
     ) -> Tensor:
-        """Mean attention on a word, `[elements, height, width]`, float32; one element an image.
+        """Mean attention on a word, `[elements, height, width]`, float32; one element an image. Of
+        a video `[elements, frames, height, width]`.
 
         Rows of a batch whose prompt lacks the word are NaN.
 
@@ -268,6 +318,8 @@ class WordMaps(Handler):
             label: with `by`, the step or the site index; the average over all when None.
         """
         layout = self._seen()
+        if word in layout.cut:
+            raise InputError(layout.cut[word])
         if word not in layout.names:
             raise InputError(f"no map of {word!r} was made.{nearest(word, layout.names)}")
         sums = dict(self._sums)
@@ -275,7 +327,7 @@ class WordMaps(Handler):
             sums = {g: s for (n, g), s in self._each.items() if n == label}
             if not sums:
                 raise InputError(f"no map for {label}: there are {self.labels}")
-        grids = sorted(sums, key=lambda g: -g[0] * g[1])
+        grids = sorted(sums, key=_cells)
         if grid == "finest":
             grids = grids[:1]
         elif grid != "all":
@@ -283,21 +335,29 @@ class WordMaps(Handler):
                 raise InputError(f"no resolution {grid}: there are {grids}")
             grids = [grid]
         at = layout.names.index(word)
-        target = size or grids[0]
+        target = size or grids[0][-2:]
         total = sum(_resize(sums[g].total[:, at], target) for g in grids)
         out = total / sum(sums[g].count for g in grids)
         assert isinstance(out, Tensor)
-        out = torch.where(layout.known[:, at, None, None].to(out.device), out, torch.nan)
-        if not bool(torch.isfinite(out[layout.known[:, at].to(out.device)]).all()):
+        known = layout.known[:, at].to(out.device)
+        out = torch.where(known.view(-1, *[1] * (out.dim() - 1)), out, torch.nan)
+        if not bool(torch.isfinite(out[known]).all()):
             raise InputError("the attention scores are not finite: the weights hold NaN or inf")
         return out
 
     def image(
-        self, word: str, element: int = 0, *, over: Any = None, size: Grid | None = None
+        self,
+        word: str,
+        element: int = 0,
+        *,
+        over: Any = None,
+        size: tuple[int, int] | None = None,
+        frame: int = 0,
     ) -> Any:
         """The map as a PIL image, from its least value (black) to its most (white).
 
         Args:
+            frame: of a video.
             over: a PIL image of the scene, shown dimmed where the word is not looked at.
             size: height and width; the size of `over`, or eight pixels a cell, when None.
         """
@@ -305,9 +365,10 @@ class WordMaps(Handler):
 
         if over is not None:
             size = size or (over.height, over.width)
-        height, width = self.grids[0]
+        height, width = self.grids[0][-2:]
         size = size or (8 * height, 8 * width)
-        grey = scaled(self.map(word, size=size)[element])
+        values = self.map(word, size=size)[element]
+        grey = scaled(values[frame] if values.dim() == 3 else values)
         if over is None:
             return Image.fromarray((255 * grey).round().to(torch.uint8).cpu().numpy(), "L")
         import numpy as np
@@ -340,12 +401,28 @@ def _add(sums: dict[Any, _Sums], key: Any, maps: Tensor) -> None:
         sums[key] = _Sums(maps.clone(), 1)
 
 
-def _resize(maps: Tensor, size: Grid) -> Tensor:
+def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """`[..., height, width]` at another height and width."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    return torch.nn.functional.interpolate(
-        maps[:, None], size=size, mode="bilinear", align_corners=False
-    )[:, 0]
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    fine = torch.nn.functional.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    return fine.view(*maps.shape[:-2], *size)
+
+
+def _cells(grid: Grid) -> int:
+    """What sorts the finest grid first."""
+    return -math.prod(grid)
+
+
+def _spot(name: str, count: int, texts: list[str]) -> tuple[Phrase, str] | None:
+    """Where the `count`-th such phrase stands, in the first text that has it."""
+    for text in texts:
+        try:
+            return locate([_plain(name)] * count, text)[-1], text
+        except InputError:
+            continue
+    return None
 
 
 def _named(phrases: list[Phrase]) -> list[tuple[str, Phrase]]:

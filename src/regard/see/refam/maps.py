@@ -13,7 +13,7 @@ from regard.core.facts import received
 from regard.errors import InputError, ReachError
 from regard.parts.text.expressions import Word, words
 from regard.reach import Call, Handler, Site
-from regard.reach.denoising import columns, denoising, token_spans
+from regard.reach.denoising import Reader, columns, denoising, token_spans
 
 from .card import Settings
 
@@ -137,11 +137,11 @@ class WordShares(Handler):
         present: list[int] = []
         rows: list[list[float]] = []
         named: list[tuple[str, bool]] = []
-        for tokenizer, first, room in prompts.tokenizers:
-            pieces = token_spans(tokenizer, self.prompt)[:room]
+        for reader in _apart(prompts.readers):
+            pieces = token_spans(reader.tokenizer, self.prompt)[: reader.width]
             for n, (a, b) in enumerate(pieces):
                 hit = [s for s in spans if a < s[1] and b > s[0]]
-                present.append(first + n)
+                present.append(reader.first + n)
                 rows.append([float(s in hit) for s in spans])
                 special = "[start]" if n == 0 and len(pieces) > 1 else "[end]"
                 piece = slice(*hit[0]) if hit else slice(a, b)
@@ -191,3 +191,8 @@ def _over_image(call: Call, keys: Tensor, image: slice) -> Tensor:
     lse = attend(q, k, v, scale=call.scale).lse
     scores = call.scale * q.to(lse.dtype) @ k.to(lse.dtype).transpose(-1, -2)
     return (scores - lse[..., None]).exp().transpose(-1, -2)
+
+
+def _apart(readers: Sequence[Reader]) -> list[Reader]:
+    """One reader of those that share their columns."""
+    return list({r.first: r for r in reversed(readers)}.values())[::-1]

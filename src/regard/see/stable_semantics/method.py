@@ -29,7 +29,7 @@ from regard.core import State
 from regard.errors import InputError, ReachError
 from regard.parts.text.expressions import words
 from regard.reach import Call, Handler, Session, Site
-from regard.reach.denoising import columns, denoising
+from regard.reach.denoising import Prompts, columns, denoising
 
 from .card import Settings
 from .prompts import Chunk, seed_of
@@ -42,11 +42,12 @@ class ChunkMaps(Handler):
     """One map for each span of the prompt, exact in the order of DAAM: the sum over steps of each
     layer and head is resized and clamped before layers and heads are averaged.
 
-    Rows that the prompt does not drive stay out. Memory: `[images, heads, spans, height, width]` a
-    layer, whatever the steps.
+    Rows that the prompt does not drive stay out; a run of the pipeline replaces the last. Memory:
+    `[images, heads, spans, height, width]` a layer, whatever the steps.
 
     Args:
-        spans: for each span the groups of characters to average: words, or one group of all.
+        spans: for each span the groups of characters to average: words, or one group of all. In a
+            batch of several prompts each prompt has its own words at these characters.
         recipe: grid, resize, finest.
 
     >>> import regard
@@ -64,55 +65,81 @@ class ChunkMaps(Handler):
     cut: list[bool] = field(default_factory=list, init=False)
     tokens: list[list[int]] = field(default_factory=list, init=False)
     _sums: dict[int, tuple[Tensor, int]] = field(default_factory=dict, init=False, repr=False)
-    _layout: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _layout: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _run: int = field(default=-1, init=False, repr=False)
 
     def sites(self, sites: list[Site]) -> list[Site]:
-        own = [s for s in sites if s.kind == "joint"]
-        own = own or [s for s in sites if s.kind == "cross"]
-        if not own:
+        reading = [s for s in sites if s.text]
+        if not reading:
             raise ReachError("maps of noun chunks need a diffusion pipeline that looks at text")
+        self._clear()
+        self._run = -1
+        return reading
+
+    def _clear(self) -> None:
         self._sums, self._layout, self.cut, self.tokens = {}, None, [], []
-        return own
 
     def after(self, call: Call, state: State) -> None:
         place = denoising(call)
+        if place.run != self._run:
+            self._clear()
+            self._run = place.run
+        if place.unknown or place.frames > 1 or len(place.grid or (0, 0)) > 2:
+            raise ReachError(
+                f"{place.unknown or 'this is a video'}: maps of noun chunks are of pictures"
+            )
         rows = place.conditional
         if not len(rows) or place.grid is None or not self.spans:
             return
-        keys, weights = self._columns(call)
+        keys, weights, _ = self._columns(call, len(rows))
         with torch.no_grad():
             share = columns(call, state, keys.to(call.k.device), rows).float()
-            maps = (share @ weights.to(share)).transpose(2, 3).unflatten(3, place.grid)
+            maps = (share @ weights[:, None].to(share)).transpose(2, 3).unflatten(3, place.grid)
         total, count = self._sums.get(call.site.index, (None, 0))
         self._sums[call.site.index] = (maps if total is None else total + maps, count + 1)
 
-    def _columns(self, call: Call) -> tuple[Tensor, Tensor]:
+    def _columns(self, call: Call, elements: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Key columns of every image, their weights in every span, and which spans have any."""
         if self._layout is None:
             prompts = denoising(call).prompts
             if prompts is None:
                 raise InputError("the prompt is not known: pass the whole pipeline")
-            own: list[dict[int, float]] = []
-            for groups in self.spans:
-                weights: dict[int, float] = {}
-                try:
-                    pieces = [prompts.columns(0, a, b) for a, b in groups]
-                except InputError:
-                    pieces = []  # behind what the text encoder reads
-                self.cut.append(not pieces)
-                if self.recipe.average == "tokens":
-                    pieces = [[c for p in pieces for c in p]] if pieces else []
-                for piece in pieces:
-                    for column in piece:
-                        weights[column] = weights.get(column, 0) + 1 / len(piece) / len(pieces)
-                own.append(weights)
-                self.tokens.append(sorted(weights))
-            keys = sorted({c for w in own for c in w}) or [0]
-            table = torch.tensor([[w.get(c, 0.0) for w in own] for c in keys])
-            self._layout = torch.tensor(keys), table
+            shares = [
+                [self._weights(prompts, element, groups) for groups in self.spans]
+                for element in range(elements)
+            ]
+            known = torch.tensor([[bool(w) for w in row] for row in shares])
+            self.cut = (~known.any(0)).tolist()
+            self.tokens = [sorted(w) for w in shares[0]]
+            used = [sorted({c for w in row for c in w}) for row in shares]
+            width = max(1, *map(len, used))
+            keys = torch.zeros(elements, width, dtype=torch.long)
+            weights = torch.zeros(elements, width, len(self.spans))
+            for row, numbers in enumerate(used):
+                keys[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+                for n, column in enumerate(numbers):
+                    weights[row, n] = torch.tensor([w.get(column, 0.0) for w in shares[row]])
+            self._layout = keys, weights, known
         return self._layout
 
+    def _weights(
+        self, prompts: Prompts, element: int, groups: Sequence[tuple[int, int]]
+    ) -> dict[int, float]:
+        """Column -> its share of a span; none where the text encoder cuts the span off."""
+        try:
+            pieces = [prompts.columns(element, a, b) for a, b in groups]
+        except InputError:
+            return {}
+        if self.recipe.average == "tokens":
+            pieces = [[c for p in pieces for c in p]]
+        weights: dict[int, float] = {}
+        for piece in pieces:
+            for column in piece:
+                weights[column] = weights.get(column, 0) + 1 / len(piece) / len(pieces)
+        return weights
+
     def maps(self) -> Tensor:
-        """`[images, spans, height, width]`, float32 on the CPU; spans that were cut off are NaN.
+        """`[images, spans, height, width]`, float32 on the CPU; spans that are cut off are NaN.
 
         Raises:
             RuntimeError: nothing was seen yet.
@@ -132,7 +159,8 @@ class ChunkMaps(Handler):
             total = total + fine.unflatten(0, summed.shape[:3]).sum(1).cpu() / steps
             count += heads
         mean = total / count
-        mean[:, torch.tensor(self.cut)] = torch.nan
+        assert self._layout is not None
+        mean[~self._layout[2]] = torch.nan
         return mean
 
     def report(self) -> dict[str, Any]:

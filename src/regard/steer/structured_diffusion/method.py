@@ -214,7 +214,9 @@ class StructuredDiffusion(Settings, Handler):
         whole = prompts.embeds[element]
         placed: list[tuple[Phrase, list[int]]] = []
         skipped: list[Phrase] = []
-        for phrase in self.find(text):
+        # whoever names them: an inner phrase lies on top of the outer one that holds it
+        ordered = sorted(self.find(text), key=lambda p: (p.start, -p.end))
+        for phrase in ordered:
             try:
                 placed.append((phrase, prompts.columns(element, phrase.start, phrase.end)))
             except InputError:

@@ -101,8 +101,9 @@ class SwapAnything(Handler):
     soft: bool = True
     style: str | None = "pooled"
     cells: int = 32 * 32
-    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _now: int | None = field(default=None, init=False, repr=False)
+    _run: int = field(default=-1, init=False, repr=False)
     _idle: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,19 +118,22 @@ class SwapAnything(Handler):
                 "SwapAnything acts on cross-attention to text, and this model has none: use a "
                 "Stable Diffusion 1 or 2 pipeline"
             )
-        self._now = None
+        self._now, self._run = None, -1
         return sites
 
-    def inside(self, grid: tuple[int, int]) -> Tensor:
+    def inside(self, grid: tuple[int, ...]) -> Tensor:
         """The mask on a grid: cells of which more than half is inside, boolean `[cells]`."""
         if grid not in self._masks:
-            self._masks[grid] = F.adaptive_avg_pool2d(self.mask[None, None], grid)[0, 0] > 0.5
+            shares = F.adaptive_avg_pool2d(self.mask[None, None], (grid[0], grid[1]))
+            self._masks[grid] = shares[0, 0] > 0.5
         return self._masks[grid].flatten()
 
     def after(self, call: Call, state: State) -> State | None:
         place = denoising(call)
         if place.grid is None or self._idle:
             return None
+        if place.run != self._run:  # a second run counts from its own beginning
+            self._run, self._now = place.run, None
         # looks at the shape between steps are forwards too, so steps are counted here
         step = place.step if self._now is None else self._now
         rows = place.conditional.tolist()
