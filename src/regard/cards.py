@@ -62,6 +62,7 @@ class Card:
         example: settings that suit a tiny model, for the tests.
         examples: commands that a person may type, for the help.
         model: the model that commands take when none is named.
+        command: a command of its own beside the groups: `regard explain`.
         baseline: a published rule to compare with, not one of the catalogue's methods.
     """
 
@@ -79,6 +80,7 @@ class Card:
     example: dict[str, Any] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
     model: str = "smollm2-135m"
+    command: str = ""
     baseline: bool = False
 
 

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from regard.cli.app import build
 
-        build()(args=given, prog_name="regard", standalone_mode=True)
+        build(given)(args=given, prog_name="regard", standalone_mode=True)
     except BrokenPipeError:  # whoever reads has enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(0)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from regard import catalog
-from regard.cli import bench, check, methods, models, reproduce, see, trial, zoo
+from regard.cli import check, methods, models, reproduce, see
 from regard.cli.derive import Commands
 from regard.cli.run import derived, with_examples
 
+GROUPS = {
+    "run": "Run a method on one input, side by side with the plain model.",
+    "trial": "Judge methods on the same texts, side by side with the plain model.",
+    "train": "Train with a new attention and with the old one, all else equal.",
+    "calibrate": "Find on labelled data what a method needs to know of a model.",
+    "build": "Build a data set with a model, shard by shard; a stopped build goes on.",
+    "bench": "Measure what things cost, in one run and one table.",
+    "zoo": "Train the small models that come with regard, and read their cards.",
+}
 
-def build() -> Commands:
-    """The application with every command, those of the methods as the catalogue finds them now."""
+
+def build(words: Sequence[str] | None = None) -> Commands:
+    """The application, with the commands of methods as the catalogue finds them now.
+
+    Args:
+        words: what was typed; the groups that it does not name stay empty. All when None.
+    """
     app = Commands(
         "See, steer, shrink and shape the attention of any Transformer.",
         add_completion=False,
@@ -26,35 +42,35 @@ def build() -> Commands:
     app.command("models")(models.models)
     app.command("methods")(methods.methods)
     app.command("reproduce")(reproduce.reproduce)
-    groups = {
-        "run": Commands("Run a method on one input, side by side with the plain model."),
-        "trial": Commands("Judge methods on the same texts, side by side with the plain model."),
-        "train": Commands("Train with a new attention and with the old one, all else equal."),
-        "calibrate": Commands("Find on labelled data what a method needs to know of a model."),
-        "build": Commands(
-            "Build a data set with a model, shard by shard; a stopped build goes on."
-        ),
-        "bench": Commands("Measure what things cost, in one run and one table."),
-        "zoo": Commands("Train the small models that come with regard, and read their cards."),
-    }
-    for group, known in (("bench", bench.app), ("trial", trial.app), ("zoo", zoo.app)):
-        groups[group].registered_commands += known.registered_commands
-        groups[group].registered_groups += known.registered_groups
+    named = next((w for w in words if not w.startswith("-")), "") if words is not None else None
+    groups = {name: Commands(help) for name, help in GROUPS.items()}
+    for name, group in groups.items():
+        if named in (None, name) and name in ("bench", "trial", "zoo"):
+            known = import_module(f"regard.cli.{name}").app
+            group.registered_commands += known.registered_commands
+            group.registered_groups += known.registered_groups
     for method in catalog.everything():
-        # "build" is `regard build SLUG`; "bench act" and "explain" are taken as they are
-        own = method.load("command").COMMANDS if method.has("command") else {}
-        for place, function in own.items():
-            group, _, name = place.partition(" ")
-            parent = groups.get(group, app)
-            word = name or (group if parent is app else method.slug)
-            typed = f"regard {word} " if parent is app else f"regard {group} {word} "
-            examples = [e for e in method.examples if e.startswith(typed)]
-            parent.command(word, help=with_examples(function, examples))(function)
-        if "run" not in own and (command := derived(method)) is not None:
-            groups["run"].command(method.slug)(command)
-    for name, group_app in groups.items():
-        app.add_typer(group_app, name=name)
+        if method.card.command or named is None or named in groups:
+            _add(method, app, groups)
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
     return app
+
+
+def _add(method: catalog.Method, app: Commands, groups: dict[str, Commands]) -> None:
+    """The commands of one method: "build" in its `COMMANDS` is `regard build SLUG`, "bench act" and
+    "explain" are taken as they are.
+    """
+    commands = method.load("command").COMMANDS if method.has("command") else {}
+    for place, function in commands.items():
+        group, _, name = place.partition(" ")
+        parent = groups.get(group, app)
+        word = name or (group if parent is app else method.slug)
+        typed = f"regard {word} " if parent is app else f"regard {group} {word} "
+        examples = [e for e in method.examples if e.startswith(typed)]
+        parent.command(word, help=with_examples(function, examples))(function)
+    if "run" not in commands and (command := derived(method)) is not None:
+        groups["run"].command(method.slug)(command)
 
 
 def _version(wanted: bool) -> None:

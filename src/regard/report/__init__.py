@@ -6,19 +6,21 @@ notebooks, the page and the studio share the figures.
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from regard.report.figures import (
-    distance_map,
-    entropy_map,
-    received_by_position,
-    rhythm,
-    sink_map,
-    thumbnail,
-    thumbnails,
-    tokens_html,
-)
-from regard.report.page import render_page, write_page
+if TYPE_CHECKING:
+    from regard.report.figures import (
+        distance_map,
+        entropy_map,
+        received_by_position,
+        rhythm,
+        sink_map,
+        thumbnail,
+        thumbnails,
+        tokens_html,
+    )
+    from regard.report.page import render_page, write_page
 
 __all__ = [
     "render_page",
@@ -35,6 +37,13 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        module = "page" if name.endswith("_page") else "figures"
+        return getattr(import_module(f"regard.report.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def show(overview: dict[str, Any]) -> list[Any] | None:
     """In a notebook the coloured text and the figures, elsewhere the summary on the terminal."""
     try:
@@ -48,14 +57,16 @@ def show(overview: dict[str, Any]) -> list[Any] | None:
         return None
     from IPython.display import HTML, display
 
+    from regard.report import figures as drawn
+
     view = (overview.get("views") or {}).get("received")
     if view:
-        display(HTML(tokens_html(overview["tokens"], view, overview.get("marks"))))
+        display(HTML(drawn.tokens_html(overview["tokens"], view, overview.get("marks"))))
     makers: list[tuple[str, Any]] = [
-        ("sinks", sink_map),
-        ("by_position", received_by_position),
-        ("rhythm", rhythm),
-        ("thumbnails", thumbnails),
+        ("sinks", drawn.sink_map),
+        ("by_position", drawn.received_by_position),
+        ("rhythm", drawn.rhythm),
+        ("thumbnails", drawn.thumbnails),
     ]
     figures = [make(overview[name]) for name, make in makers if overview.get(name)]
     for figure in figures:

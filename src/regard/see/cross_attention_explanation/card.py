@@ -24,6 +24,7 @@ CARD = Card(
     method="explain",
     exports=("Explanation",),
     model="whisper-tiny.en",
+    command="explain",
 )
 MARGIN = 100  # frames of padding kept behind the sound when the window is cut: a second
 
