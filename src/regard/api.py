@@ -156,6 +156,7 @@ class Watch(Session):
         before = self.module.register_forward_pre_hook(self._enter_forward, with_kwargs=True)
         after = self.module.register_forward_hook(self._leave_forward)
         self._undo += [before.remove, after.remove]
+        self._keep_hooks()
         return self
 
     def _enter_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

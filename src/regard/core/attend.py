@@ -41,7 +41,8 @@ def attend(
         softcap: scores become `softcap * tanh(score / softcap)` before mask and softmax (Gemma 2).
         bias: additive scores `[batch or 1, heads or 1, queries, keys]` (T5); a matrix that exists
             already.
-        sinks: learned sink logit of each head, `[heads]` (gpt-oss): one more key with value 0.
+        sinks: learned sink logit of each head, `[heads]` (gpt-oss), or of each query too, `[batch,
+            heads, queries]`: one more key with value 0.
         kernel: one of `KERNELS` by name; chosen by device, mask and shape when None.
 
     Raises:
@@ -65,7 +66,8 @@ def attend(
             out, lse = _Attend.apply(q, k, v, bias, mask, scale, softcap, name)
     state = State(out, lse)
     if sinks is not None:
-        learned = sinks.to(lse.dtype)[None, :, None].expand(lse.shape)
+        learned = (sinks if sinks.dim() == 3 else sinks[None, :, None]).to(lse.dtype)
+        learned = learned.expand(lse.shape)
         state = merge(state, State(torch.zeros_like(out), learned))
     return state
 
@@ -172,8 +174,10 @@ def _check(
         raise ValueError(
             f"bias {tuple(bias.shape)} is not [batch, heads, {q.shape[2]}, {k.shape[2]}]"
         )
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks {tuple(sinks.shape)} are not [{q.shape[1]}], one a head")
+    if sinks is not None and sinks.shape not in (q.shape[1:2], q.shape[:3]):
+        raise ValueError(
+            f"sinks {tuple(sinks.shape)} are not [{q.shape[1]}], one a head, or one a query"
+        )
     for name, rows, heads in (
         ("bias", *((1, 1) if bias is None else bias.shape[:2])),
         ("mask", *((1, 1) if mask is None else (mask.batch, mask.heads))),

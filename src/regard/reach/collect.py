@@ -99,7 +99,13 @@ class Collector(Handler):
             q, k, lse = q[:, self.heads], k[:, of_key], lse[:, self.heads]
             mask = mask.of_heads(self.heads)
             bias = bias[:, self.heads] if bias is not None and bias.shape[1] > 1 else bias
-            sinks = None if sinks is None else sinks[self.heads]
+            sinks = (
+                None
+                if sinks is None
+                else sinks[:, self.heads]
+                if sinks.dim() == 3
+                else sinks[self.heads]
+            )
         record = self._running(call)
         offsets = (call.query_offset, call.key_offset)
         if call.site.kind == "cross":

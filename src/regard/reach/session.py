@@ -21,22 +21,23 @@ class Session:
     Sessions nest; the calls pass the handlers of the outer session first. However a session ends,
     the model is as it was: same attention implementation, same hooks, bit-equal outputs.
 
-    A session sees every forward of its model, whichever thread runs it: a generation that streams
-    from a thread of its own is followed, and so is the work of any other thread. What must not mix
-    with it runs on a copy of the model, which has no part in the session.
+    A session belongs to the context that opened it: what other threads run meanwhile on the same
+    model is neither seen nor changed. A thread takes part when it is started with the context:
+    `Thread(target=contextvars.copy_context().run, args=(model.generate, ids))`.
     """
 
     def __init__(self, model: Any, handlers: Sequence[Handler] = ()) -> None:
-        self.model = model
         self.handlers = list(handlers)
         _one_stores(self.handlers)
         self.door = _door(model)
+        self.model = model = transformers.unwrapped(model) if self.door is transformers else model
         # the part whose forwards count: of a diffusion pipeline its denoiser
         self.module = model if self.door is transformers else self.door.body(model)
         self.sites: list[Site] = self.door.sites(model)
         self._wanted = [{s.index for s in h.sites(self.sites)} for h in self.handlers]
         self._undo: list[Any] = []
         self._visits: dict[int, int] = {}
+        self.key: int | None = None  # of the context that it is open in
 
     @property
     def attached(self) -> bool:
@@ -55,6 +56,7 @@ class Session:
         outer = dispatch.acting(modules[s.name] for s in self.sites)
         _one_stores([h for session in (*outer, self) for h in session.handlers])
         try:
+            self._undo.append(dispatch.open_here(self))
             self._undo.append(self.door.enter(self.model))
             for name in dict.fromkeys(s.name for s in self.sites):
                 own = [s for s in self.sites if s.name == name]
@@ -78,7 +80,8 @@ class Session:
         for handle in (getattr(undo, "__self__", None) for undo in self._undo):
             if isinstance(handle, RemovableHandle):
                 hooks: Any = handle.hooks_dict_ref()
-                hooks[handle.id] = dispatch.Hook(hooks[handle.id])
+                if not isinstance(hooks[handle.id], dispatch.Hook):
+                    hooks[handle.id] = dispatch.Hook(hooks[handle.id], self)
 
     def __deepcopy__(self, memo: Any) -> Session:
         # only a hook on a model that is copied leads here, and the copy is no part of the session
