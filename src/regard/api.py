@@ -13,6 +13,7 @@ import torch
 from regard.core import FACTS, Fact
 from regard.errors import InputError, NeedsMatrix, nearest
 from regard.reach import Collector, Handler, Session, Site
+from regard.reach.sites import setting
 
 _MATRIX = {"map", "maps", "attention", "attentions", "weights", "matrix", "probabilities"}
 
@@ -268,7 +269,7 @@ def _fact(fact: str | Fact, model: Any) -> Fact:
         )
     if fact.lower() in _MATRIX:
         text = _text_config(model)
-        heads = getattr(text, "num_attention_heads", 1) * getattr(text, "num_hidden_layers", 1)
+        heads = setting(text, "num_attention_heads", 1) * setting(text, "num_hidden_layers", 1)
         gib = {n: heads * n**2 * 4096 * 4096 * 4 / 2**30 for n in (1, 4)}
         at = {n: f"{size:,.0f} GiB" if size > 1 else f"{size:.2g} GiB" for n, size in gib.items()}
         raise NeedsMatrix(
@@ -306,7 +307,7 @@ def _numbers(name: str, given: Iterable[int] | None) -> list[int] | None:
 
 def _check_heads(model: Any, heads: Sequence[int] | None) -> None:
     text = _text_config(model)
-    count = getattr(text, "num_attention_heads", None)
+    count = setting(text, "num_attention_heads")
     wrong = [h for h in heads or [] if h < 0 or (count is not None and h >= count)]
     if wrong:
         raise InputError(f"head {wrong[0]} is out of range: this model has {count} heads, from 0")

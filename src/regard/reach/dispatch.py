@@ -22,7 +22,9 @@ class Acting(Protocol):
     handlers: list[Handler]
     key: int | None
 
-    def visit(self, sites: list[Site]) -> Site: ...
+    def place(self, sites: list[Site], call: Call) -> Call: ...
+
+    def concerns(self, model: Any) -> bool: ...
 
     def before(self, call: Call) -> list[Call]: ...
 
@@ -98,6 +100,12 @@ def site_of(module: Any) -> Site | None:
     return entries[0][1][0] if entries else None
 
 
+def open_sessions() -> list[Acting]:
+    """The sessions that take part in what this thread does, the outer ones first."""
+    known = dict.fromkeys(s for entries in list(_active.values()) for s, _ in entries)
+    return [s for s in known if is_here(s)]
+
+
 def acts_on(module: Any) -> bool:
     """Whether an attention call of this module is wanted in this thread."""
     return bool(_entries(module)) or captures(module)
@@ -153,21 +161,33 @@ def run(module: Any, call: Call) -> State:
     """One attention call through the handlers of every open session on this module."""
     if id(module) in _capturing:
         raise _Captured(call)
-    entries = [(session, session.visit(sites)) for session, sites in _entries(module)]
+    entries = [(session, session.place(sites, call)) for session, sites in _entries(module)]
     calls = [call]
-    for session, site in entries:
-        calls = [new for old in calls for new in session.before(old.change(site=site))]
+    for session, placed in entries:
+        calls = [new for old in calls for new in session.before(_at(old, placed))]
     states = []
     for part in calls:
         state = part.attend()
-        for session, site in entries:
-            state = session.after(part.change(site=site), state)
+        for session, placed in entries:
+            state = session.after(_at(part, placed), state)
         states.append(state)
     return states[0] if len(calls) == 1 and calls[0].heads is None else _gather(call, calls, states)
 
 
+def _at(call: Call, placed: Call) -> Call:
+    """The call with the place that a session gave it."""
+    return call.change(
+        site=placed.site, chunk=placed.chunk, repeats=placed.repeats, past=placed.past
+    )
+
+
 # rows of a batch whose generation is over: how many tokens of padding each has been given since
 _padding: ContextVar[Tensor | None] = ContextVar("padding after the end", default=None)
+
+
+def set_padding(padding: Tensor | None) -> None:
+    """Say how many tokens of padding every row of a running generation ends in."""
+    _padding.set(padding)
 
 
 def without_ended(live: Tensor | None, batch: int, queries: int) -> Tensor | None:

@@ -13,6 +13,7 @@ from regard.errors import InputError, ReachError
 
 from . import dispatch, transformers
 from .call import Call, Handler, Site
+from .turns import Turns
 
 
 class Session:
@@ -36,7 +37,8 @@ class Session:
         self.sites: list[Site] = self.door.sites(model)
         self._wanted = [{s.index for s in h.sites(self.sites)} for h in self.handlers]
         self._undo: list[Any] = []
-        self._visits: dict[int, int] = {}
+        self._turns = Turns(self.module, self.sites)
+        self._defined = list(self.sites)
         self.key: int | None = None  # of the context that it is open in
 
     @property
@@ -47,23 +49,23 @@ class Session:
         """Start; the same as entering the context."""
         if self.attached:
             raise RuntimeError("this session is attached already: detach it first, or make another")
-        if self.door.sites(self.model) != self.sites:
+        if self.door.sites(self.model) != self._defined:
             raise ReachError(
                 f"the attention modules of this {type(self.module).__name__} have changed since "
                 "the session was made: make the session anew"
             )
-        modules = dict(self.module.named_modules())
+        modules = dict(self.module.named_modules(remove_duplicate=False))
         outer = dispatch.acting(modules[s.name] for s in self.sites)
         _one_stores([h for session in (*outer, self) for h in session.handlers])
         try:
             self._undo.append(dispatch.open_here(self))
             self._undo.append(self.door.enter(self.model))
-            for name in dict.fromkeys(s.name for s in self.sites):
-                own = [s for s in self.sites if s.name == name]
-                self._undo.append(dispatch.join(modules[name], self, own))
-            if len({s.name for s in self.sites}) < len(self.sites):
-                hook = self.module.register_forward_pre_hook(lambda *_: self._visits.clear())
-                self._undo.append(hook.remove)
+            of_module: dict[int, list[Site]] = {}
+            for site in self._defined:
+                of_module.setdefault(id(modules[site.name]), []).append(site)
+            for own in of_module.values():
+                self._undo.append(dispatch.join(modules[own[0].name], self, own))
+            self._undo += [handle.remove for handle in self._turns.attach()]
             if any(type(h).cache is not Handler.cache for h in self.handlers):
                 hook = self.module.register_forward_pre_hook(self._show_cache, with_kwargs=True)
                 self._undo.append(hook.remove)
@@ -98,13 +100,19 @@ class Session:
             handler.cache(cache)
         return args, kwargs
 
-    def visit(self, sites: list[Site]) -> Site:
-        """Which of a module's sites this call is; layers that share a module take it in turn."""
-        if len(sites) == 1:
-            return sites[0]
-        turn = self._visits.get(sites[0].index, 0)
-        self._visits[sites[0].index] = turn + 1
-        return sites[turn % len(sites)]
+    def place(self, sites: list[Site], call: Call) -> Call:
+        """The call at its place; a layer that runs again is a site of its own from then on."""
+        placed = self._turns.place(sites, call)
+        if len(self.sites) < len(self._defined) + len(self._turns.further):
+            self.sites = [*self._defined, *self._turns.further.values()]
+            for wanted in self._wanted:
+                again = [(i, s) for (i, _), s in self._turns.further.items() if i in wanted]
+                wanted.update(s.index for _, s in again)
+        return placed
+
+    def concerns(self, model: Any) -> bool:
+        """Whether this model runs attention modules of the session."""
+        return model is self.module or any(m is self.module for m in model.modules())
 
     def detach(self) -> None:
         """End; does nothing when the session is not attached."""

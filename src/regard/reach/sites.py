@@ -16,7 +16,8 @@ from regard.errors import ReachError
 
 from .call import Site
 
-_CROSS = re.compile(r"cross|enc_?dec|encoder_?attn", re.IGNORECASE)
+_CROSS = re.compile(r"cross|enc_?dec|encoder_?attn|^x_attn", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 
 
@@ -35,40 +36,44 @@ def unwrapped(model: Any) -> Any:
 
 
 def sites(model: Any) -> list[Site]:
-    """Every attention module of the model that asks the `AttentionInterface`, in order of
-    definition.
+    """Every attention module of the model that regard reaches, in order of definition, the stack
+    that writes text last.
 
     Raises:
-        ReachError: the model is not a transformers model, or none of its modules asks the
-            interface.
+        ReachError: the model is not a transformers model, or none of its modules is reached.
     """
     if not isinstance(model, PreTrainedModel):
         raise ReachError(
             f"{type(model).__name__} is not a transformers model: pass the PreTrainedModel itself"
         )
-    found: list[Site] = []
-    for module, names in _attending(model):
-        # ALBERT runs several layers through one module
-        groups = getattr(model.config, "num_hidden_groups", None)
-        turns = model.config.num_hidden_layers // groups if groups else 1
-        for name in names:
-            for turn in range(turns):
-                site = site_like(len(found), name, module)
-                found.append(replace(site, layer=site.layer * turns + turn))
+    found = [
+        replace(site, layer=site.layer * turns + turn)
+        for name, module, turns in _attending(model)
+        for site in [site_like(0, name, module)]
+        for turn in range(turns)
+    ]
     if not found:
         raise ReachError(
             f"{type(model).__name__} computes attention by itself or has none, and never asks "
             "transformers' AttentionInterface, so regard cannot reach it: use a model class of "
             "transformers 5 that does"
         )
-    return found
+    writes = _decoder(model)
+    found.sort(key=lambda site: writes is not None and f"{site.name}.".startswith(f"{writes}."))
+    return [replace(site, index=n) for n, site in enumerate(_numbered(found))]
 
 
-def _attending(model: Any) -> Iterator[tuple[Any, list[str]]]:
-    """The attention modules and the names of each: several where layers share a module."""
-    for name, module in model.named_modules():
-        if _asks_interface(module):
-            yield module, [name]
+def _attending(model: Any) -> Iterator[tuple[str, Any, int]]:
+    """The attention modules by name, and how many layers run through each in turn."""
+    # ALBERT runs several layers through one module; others name a shared module in every layer
+    groups = getattr(model.config, "num_hidden_groups", None)
+    turns = setting(model.config, "num_hidden_layers", 1) // groups if groups else 1
+    layers: set[tuple[int, tuple[str, ...]]] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        layer = (id(module), tuple(_NUMBER.findall(f".{name}.")))
+        if layer not in layers and _asks_interface(module):
+            layers.add(layer)
+            yield name, module, turns
 
 
 def _asks_interface(module: Any) -> bool:
@@ -77,20 +82,58 @@ def _asks_interface(module: Any) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
+def _decoder(model: Any) -> str | None:
+    """The name of the stack that writes text, beside others that read images, sound or text."""
+    try:
+        decoder = model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((name for name, m in model.named_modules() if m is decoder and name), None)
+
+
+def _numbered(found: list[Site]) -> list[Site]:
+    """Sites whose layer numbers tell them apart within their part: by the module's own number, else
+    by that in its name, else counted in the order in which they run.
+    """
+    numbered = found
+    for part in dict.fromkeys(s.part for s in found):
+        own = [s for s in found if s.part == part]
+        named = [s if (n := _number(s.name)) is None else replace(s, layer=n) for s in own]
+        counted = [replace(s, layer=n) for n, s in enumerate(own)]
+        best = next(x for x in (own, named, counted) if _distinct(x) or x is counted)
+        new = {id(old): site for old, site in zip(own, best)}
+        numbered = [new.get(id(s), s) for s in numbered]
+    return numbered
+
+
+def _distinct(sites: list[Site]) -> bool:
+    layers = [s.layer for s in sites]
+    return len(set(layers)) == len(layers) and min(layers) >= 0
+
+
+def _number(name: str) -> int | None:
+    found = _NUMBER.search(f".{name}.")
+    return int(found.group(1)) if found else None
+
+
 def site_like(index: int, name: str, module: Any) -> Site:
     """The site of a module by its name, and by what it says of itself."""
-    numbers = re.search(r"^(.*?)\.?(\d+)(\.|$)", name)
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
-        layer = int(numbers.group(2)) if numbers else index
+        layer = _number(name) or 0
+    own = name.rsplit(".", 2)[-1]
     cross = bool(getattr(module, "is_cross_attention", False)) or bool(
-        _CROSS.search(name.rsplit(".", 2)[-1])
+        _CROSS.search(own) or re.search(r"crossattention|EncDecAttention", name)
     )
-    if not cross and "." in name:
-        cross = bool(_CROSS.search(name.split(".")[-1])) or bool(
-            re.search(r"crossattention|EncDecAttention", name)
-        )
-    part = numbers.group(1) if numbers else name
-    return Site(
-        index, name, layer, part + (" cross" if cross else ""), "cross" if cross else "self"
-    )
+    found = _NUMBER.search(f".{name}.")
+    part = name[: max(0, found.start() - 2)] if found else name
+    kind = "cross" if cross else "self"
+    return Site(index, name, layer, part + (" cross" if cross else ""), kind)
+
+
+def setting(config: Any, name: str, default: Any = None) -> Any:
+    """What a config says, or the default: some configs refuse to answer for all layers at once."""
+    try:
+        return getattr(config, name, default)
+    except Exception:
+        return default

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from regard.core import Mask
 from regard.errors import ReachError
 
-from . import dispatch
+from . import dispatch, generation
 from .call import Call
 from .handed import Handed, origin_of
 from .masks import from_mask_function
@@ -86,9 +86,11 @@ def _count(more: int, configs: dict[int, Any]) -> None:
             AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
             AttentionInterface.__getitem__ = _get_function  # type: ignore[method-assign]
             AttentionMaskInterface.__getitem__ = _get_mask  # type: ignore[method-assign]
+            generation.follow()
         elif not _open:
             AttentionInterface.get_interface = _plain_interface  # type: ignore[method-assign]
             del AttentionInterface.__getitem__, AttentionMaskInterface.__getitem__
+            generation.leave()
 
 
 _plain_interface = AttentionInterface.get_interface
@@ -247,7 +249,9 @@ def _call(
         origin = origin_of(attention_mask, q_length) if site.kind == "self" else None
         # the mask knows how many keys there are
         end = attention_mask.shape[-1] if origin is None else origin.shape[2]
-        mask, extra = _from_tensor(attention_mask[..., : min(end, key.shape[2])])
+        attention_mask = attention_mask[..., : min(end, key.shape[2])]
+        query = _levelled(query, attention_mask)
+        mask, extra = _from_tensor(attention_mask)
         bias = extra if bias is None else bias if extra is None else bias + extra
         key, value = key[:, :, :end], value[:, :, :end]
     else:
@@ -306,11 +310,23 @@ def _refuse(plain: Callable[..., Any], module: Any, name: str, given: dict[str, 
         )
 
 
+def _levelled(query: Tensor, mask: Tensor) -> Tensor:
+    """Queries whose additive mask hides every key by the same finite number: that drowns their
+    scores, and the softmax is level, as for a query of zeros.
+    """
+    if mask.dtype == torch.bool:
+        return query
+    lowest = torch.finfo(mask.dtype).min
+    hidden = ((mask <= lowest / 2) & (mask >= lowest)).all(-1, keepdim=True)
+    return query.masked_fill(hidden, 0) if bool(hidden.any()) else query
+
+
 def _from_tensor(tensor: Tensor) -> tuple[Mask, Tensor | None]:
     """A ready 4-D mask: boolean, or additive with the dtype's lowest value where it hides."""
     if tensor.dtype == torch.bool:
         return Mask.dense(tensor), None
     allowed = tensor > torch.finfo(tensor.dtype).min / 2
-    plain = bool((tensor.masked_fill(~allowed, 0) == 0).all())
+    allowed = allowed | ((tensor > -torch.inf) & ~allowed.any(-1, keepdim=True))  # see `_levelled`
     mask = Mask.full() if bool(allowed.all()) else Mask.dense(allowed)
-    return mask, None if plain else tensor.masked_fill(~allowed, 0)
+    bias = tensor.masked_fill(tensor <= torch.finfo(tensor.dtype).min / 2, 0)
+    return mask, bias if bool(bias.any()) else None

@@ -24,6 +24,7 @@ from regard.core import (
     WindowedDistance,
 )
 from regard.errors import InputError
+from regard.reach.sites import setting
 from regard.versions import versions
 
 from .preplan_anchor import Heads, head_split, peaks
@@ -180,7 +181,7 @@ def overview(
             "model": model_name or seen.model.config._name_or_path or type(seen.model).__name__,
             "num_layers": len(seen[seen.facts[0]]),
             "num_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", heads) or heads,
+            "num_key_value_heads": setting(text, "num_key_value_heads", heads) or heads,
             "num_tokens": len(tokens),
             "device": str(seen.model.device),
             "dtype": str(seen.model.dtype).removeprefix("torch."),

@@ -129,7 +129,9 @@ def _by_tiles(facts: Sequence[Fact], tiles: Tiles, live: Tensor | None, view: Vi
     room = tiles.empty() if any(f.log_p for f in facts) else None
     for tile in tiles:
         tile.exponentiate(room)
-        tile.live = None if live is None else live[tile.batch, tile.rows]
+        if live is not None:
+            tile.live = live[tile.batch, tile.rows]
+            tile.p.mul_(tile.live[:, None, None, :, None])  # exactly 0, not e to a large power
         for fact, total in zip(facts, sums):
             fact.add(total, tile, view)
     return sums
