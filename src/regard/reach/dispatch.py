@@ -21,6 +21,7 @@ class Acting(Protocol):
 
     handlers: list[Handler]
     key: int | None
+    past: int | None
 
     def place(self, sites: list[Site], call: Call) -> Call: ...
 
@@ -98,6 +99,12 @@ def site_of(module: Any) -> Site | None:
     """The site of a module under an open session, None for any other."""
     entries = _entries(module)
     return entries[0][1][0] if entries else None
+
+
+def past_of(module: Any) -> int | None:
+    """Tokens that the cache held as this forward pass began; None where that is not known."""
+    entries = _entries(module)
+    return entries[0][0].past if entries else None
 
 
 def open_sessions() -> list[Acting]:

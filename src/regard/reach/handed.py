@@ -28,6 +28,7 @@ class Origin:
         self, live: Tensor | None, offsets: tuple[int, int], shape: tuple[int, int, int]
     ) -> None:
         self.live, self.offsets, self.shape = live, offsets, shape
+        self.width = shape[2]  # keys of the plain mask: a static cache has room for more
 
 
 class _Touched(threading.local):
@@ -35,6 +36,7 @@ class _Touched(threading.local):
 
     def __init__(self) -> None:
         self.origins: WeakSet[Origin] = WeakSet()
+        self.text: Origin | None = None  # of the last mask of a text that is written
 
 
 _touched = _Touched()
@@ -42,11 +44,24 @@ _touched = _Touched()
 
 def origin_of(mask: Tensor, queries: int) -> Origin | None:
     """What a tensor mask was made of, where a stand-in of its shape was touched in this pass."""
+    near = None
     for origin in _touched.origins:
-        batch, rows, keys = origin.shape
-        if rows == queries and mask.shape[-1] == keys and len(mask) in (1, batch):
-            return origin
-    return None
+        if origin.shape[1] == queries and len(mask) in (1, origin.shape[0]):
+            near = origin
+            if mask.shape[-1] in (origin.shape[2], origin.width):
+                return origin
+    return near
+
+
+def note_text(origin: Origin) -> None:
+    """Remember whose padding the queries of the text have that look across."""
+    _touched.text = origin
+
+
+def padding_of_text(batch: int, queries: int) -> Tensor | None:
+    """Which queries of a cross attention are tokens, by the text that they are of."""
+    text = _touched.text
+    return text.live if text is not None and text.shape[:2] == (batch, queries) else None
 
 
 class Handed(Tensor):
@@ -126,3 +141,24 @@ def _same(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handed | 
         value = func(*args, **kwargs)
         alike = value.shape == handed.shape and value.dtype == handed.dtype
     return handed if alike else None
+
+
+def drowned(mask: Tensor) -> Tensor:
+    """Rows `[..., queries, 1]` of an additive mask that hide every key, some by a finite number:
+    that drowns the scores, and the softmax is level, as for a query of zeros.
+    """
+    if mask.dtype == torch.bool:
+        return mask.new_zeros(())
+    low = mask <= torch.finfo(mask.dtype).min / 2
+    return low.all(-1, keepdim=True) & (mask > -torch.inf).any(-1, keepdim=True)
+
+
+def from_tensor(tensor: Tensor) -> tuple[Mask, Tensor | None]:
+    """A ready 4-D mask: boolean, or additive with the dtype's lowest value where it hides."""
+    if tensor.dtype == torch.bool:
+        return Mask.dense(tensor), None
+    allowed = tensor > torch.finfo(tensor.dtype).min / 2
+    allowed = allowed | ((tensor > -torch.inf) & ~allowed.any(-1, keepdim=True))  # see `drowned`
+    mask = Mask.full() if bool(allowed.all()) else Mask.dense(allowed)
+    bias = tensor.masked_fill(tensor <= torch.finfo(tensor.dtype).min / 2, 0)
+    return mask, bias if bool(bias.any()) else None

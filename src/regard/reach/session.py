@@ -110,6 +110,11 @@ class Session:
                 wanted.update(s.index for _, s in again)
         return placed
 
+    @property
+    def past(self) -> int | None:
+        """Tokens that the cache held as the forward pass began; None outside one."""
+        return self._turns.past
+
     def concerns(self, model: Any) -> bool:
         """Whether this model runs attention modules of the session."""
         return model is self.module or any(m is self.module for m in model.modules())

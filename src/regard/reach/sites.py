@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 from regard.errors import ReachError
 
 from .call import Site
+from .softmax import attends
 
-_CROSS = re.compile(r"cross|enc_?dec|encoder_?attn|^x_attn", re.IGNORECASE)
+_CROSS = re.compile(
+    r"cross_?att|crossatt|enc_?dec|encoder_?attn|encoder_decoder_att|\bx_attn", re.IGNORECASE
+)
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 _WRAPPED = ("_orig_mod", "module", "base_model", "model")
 
@@ -46,12 +49,18 @@ def sites(model: Any) -> list[Site]:
         raise ReachError(
             f"{type(model).__name__} is not a transformers model: pass the PreTrainedModel itself"
         )
-    found = [
-        replace(site, layer=site.layer * turns + turn)
-        for name, module, turns in _attending(model)
-        for site in [site_like(0, name, module)]
-        for turn in range(turns)
-    ]
+    attending = list(_attending(model))
+    asking = {site_like(0, name, m).part for name, m, _ in attending if asks(m)}
+    # kinds of module beside the attention of the same layer, which look at something else
+    beside = {type(m) for n, m, _ in attending if not asks(m) and site_like(0, n, m).part in asking}
+    found: list[Site] = []
+    first: list[str] = []
+    for name, module, turns in attending:
+        site = site_like(0, name, module)
+        if type(module) in beside:
+            site = replace(site, part=f"{site.part} {name.rpartition('.')[2]}", kind="cross")
+            first.append(name)
+        found += [replace(site, layer=site.layer * turns + turn) for turn in range(turns)]
     if not found:
         raise ReachError(
             f"{type(model).__name__} computes attention by itself or has none, and never asks "
@@ -59,6 +68,7 @@ def sites(model: Any) -> list[Site]:
             "transformers 5 that does"
         )
     writes = _decoder(model)
+    found.sort(key=lambda site: site.name not in first)
     found.sort(key=lambda site: writes is not None and f"{site.name}.".startswith(f"{writes}."))
     return [replace(site, index=n) for n, site in enumerate(_numbered(found))]
 
@@ -71,15 +81,19 @@ def _attending(model: Any) -> Iterator[tuple[str, Any, int]]:
     layers: set[tuple[int, tuple[str, ...]]] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         layer = (id(module), tuple(_NUMBER.findall(f".{name}.")))
-        if layer not in layers and _asks_interface(module):
+        if layer not in layers and (asks(module) or attends(module)):
             layers.add(layer)
             yield name, module, turns
 
 
-def _asks_interface(module: Any) -> bool:
+def asks(module: Any) -> bool:
+    """Whether a module asks the `AttentionInterface`."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+        return False
+    # Kosmos-2.5 asks it for an attribute, which it never has
+    return "get_interface" in code.co_names or "getattr" not in code.co_names
 
 
 def _decoder(model: Any) -> str | None:
@@ -121,11 +135,9 @@ def site_like(index: int, name: str, module: Any) -> Site:
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         layer = _number(name) or 0
-    own = name.rsplit(".", 2)[-1]
-    cross = bool(getattr(module, "is_cross_attention", False)) or bool(
-        _CROSS.search(own) or re.search(r"crossattention|EncDecAttention", name)
-    )
     found = _NUMBER.search(f".{name}.")
+    own = re.split(r"(?:^|\.)\d+\.", name)[-1]  # within the layer
+    cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(own))
     part = name[: max(0, found.start() - 2)] if found else name
     kind = "cross" if cross else "self"
     return Site(index, name, layer, part + (" cross" if cross else ""), kind)

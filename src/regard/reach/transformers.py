@@ -24,9 +24,10 @@ from regard.errors import ReachError
 
 from . import dispatch, generation
 from .call import Call
-from .handed import Handed, origin_of
+from .handed import Handed, drowned, from_tensor, note_text, origin_of, padding_of_text
 from .masks import from_mask_function
-from .sites import site_like, sites, unwrapped
+from .sites import asks, site_like, sites, unwrapped
+from .softmax import follow
 from .verify import verify
 
 __all__ = ["Handed", "enter", "makes_cache", "new_cache", "sites", "unwrapped"]
@@ -48,6 +49,7 @@ _PICKS = ("indices", "block_indices")
 _lock = threading.Lock()
 _open = 0  # sessions of all threads
 _configs: Counter[int] = Counter()  # ids of the configs of their models
+_followed: dict[int, tuple[int, Callable[[], None]]] = {}  # modules that attend by themselves
 
 
 def enter(model: PreTrainedModel) -> Callable[[], None]:
@@ -57,10 +59,9 @@ def enter(model: PreTrainedModel) -> Callable[[], None]:
         for m in model.modules()
         if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
-    own = {c._attn_implementation for c in configs.values()}
     foreign = {
         name
-        for name in own
+        for name in {c._attn_implementation for c in configs.values()}
         if name not in SOFTMAX and not str(name).startswith(("paged|", "kernels-community"))
     }
     if foreign:
@@ -69,11 +70,13 @@ def enter(model: PreTrainedModel) -> Callable[[], None]:
             'replace by plain softmax attention: load it with attn_implementation="sdpa", or '
             "watch it without that method"
         )
-    _count(1, configs)
-    return lambda: _count(-1, configs)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    own = list({id(m): m for s in sites(model) if not asks(m := modules[s.name])}.values())
+    _count(1, configs, own)
+    return lambda: _count(-1, configs, own)
 
 
-def _count(more: int, configs: dict[int, Any]) -> None:
+def _count(more: int, configs: dict[int, Any], own: list[Any]) -> None:
     """Stand before the two interfaces from the first session to the last."""
     global _open
     with _lock:
@@ -81,6 +84,13 @@ def _count(more: int, configs: dict[int, Any]) -> None:
             _configs[key] += more
             if not _configs[key]:
                 del _configs[key]
+        for module in own:
+            count, leave = _followed.pop(id(module), (0, None))
+            leave = leave or follow(module)
+            if count + more:
+                _followed[id(module)] = (count + more, leave)
+            else:
+                leave()
         before, _open = _open, _open + more
         if not before:
             AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
@@ -195,7 +205,11 @@ def _mask(
             live = None
     dtype = kwargs.get("dtype", torch.float32) if name == "eager" else torch.bool
     like = torch.empty(0, dtype=dtype, device=device)
-    return Handed.of(mask, live, (first, start), (batch_size, q_length, keys), whole, like)
+    handed = Handed.of(mask, live, (first, start), (batch_size, q_length, keys), whole, like)
+    handed.origin.width = kv_length
+    if _looks_back(mask_function):
+        note_text(handed.origin)
+    return handed
 
 
 def _looks_back(mask_function: Callable[..., Any]) -> bool:
@@ -241,17 +255,27 @@ def _call(
     """What a model hands to its attention function, as a `Call`."""
     site = dispatch.site_of(module) or site_like(0, type(module).__name__, module)
     _refuse(plain, module, site.name, given)
-    q_length, origin = query.shape[2], None
+    q_length, origin, end = query.shape[2], None, key.shape[2]
     mask, bias, live, offsets = Mask.full(), given.get("position_bias"), None, (0, 0)
     if isinstance(attention_mask, Handed):
         mask, origin = attention_mask.mask, attention_mask.origin
+        end = origin.shape[2]
     elif attention_mask is not None:
         origin = origin_of(attention_mask, q_length) if site.kind == "self" else None
         # the mask knows how many keys there are
-        end = attention_mask.shape[-1] if origin is None else origin.shape[2]
+        end = attention_mask.shape[-1]
+        padding = attention_mask.shape[-2] == 1 < q_length == end and site.kind == "self"
+        if origin is not None and origin.width == end:
+            end = origin.shape[2]
         attention_mask = attention_mask[..., : min(end, key.shape[2])]
-        query = _levelled(query, attention_mask)
-        mask, extra = _from_tensor(attention_mask)
+        attention_mask = attention_mask.expand(-1, -1, q_length, -1)
+        lost = drowned(attention_mask)
+        query = query.masked_fill(lost, 0) if bool(lost.any()) else query
+        mask, extra = from_tensor(attention_mask)
+        if padding:  # one row for all queries
+            live = mask.cells(q_length, end)[:, 0, 0]
+        elif site.kind == "self" and bool(lost.any()):
+            live = ~lost[..., 0].all(1)
         bias = extra if bias is None else bias if extra is None else bias + extra
         key, value = key[:, :, :end], value[:, :, :end]
     else:
@@ -262,12 +286,13 @@ def _call(
             # an empty static cache: the keys past the queries are not there yet
             key, value = key[:, :, :q_length], value[:, :, :q_length]
     if origin is not None:
-        offsets = origin.offsets
-        end = origin.shape[2]
+        offsets = (origin.offsets[0], origin.offsets[1] if origin.shape[2] == end else 0)
         key, value = key[:, :, :end], value[:, :, :end]
-        live = origin.live if site.kind == "self" else None
+        live = origin.live
     elif site.kind == "self":
         offsets = (key.shape[2] - q_length, 0)
+    if site.kind == "cross":
+        live = padding_of_text(len(query), q_length)
     live = dispatch.without_ended(live, len(query), q_length)
     if bias is not None:
         bias = bias[..., : key.shape[2]]
@@ -308,25 +333,3 @@ def _refuse(plain: Callable[..., Any], module: Any, name: str, given: dict[str, 
             f"{name} hands {unknown[0]}= to its attention, which regard does not know: load the "
             'model with attn_implementation="sdpa", or report the class of this model'
         )
-
-
-def _levelled(query: Tensor, mask: Tensor) -> Tensor:
-    """Queries whose additive mask hides every key by the same finite number: that drowns their
-    scores, and the softmax is level, as for a query of zeros.
-    """
-    if mask.dtype == torch.bool:
-        return query
-    lowest = torch.finfo(mask.dtype).min
-    hidden = ((mask <= lowest / 2) & (mask >= lowest)).all(-1, keepdim=True)
-    return query.masked_fill(hidden, 0) if bool(hidden.any()) else query
-
-
-def _from_tensor(tensor: Tensor) -> tuple[Mask, Tensor | None]:
-    """A ready 4-D mask: boolean, or additive with the dtype's lowest value where it hides."""
-    if tensor.dtype == torch.bool:
-        return Mask.dense(tensor), None
-    allowed = tensor > torch.finfo(tensor.dtype).min / 2
-    allowed = allowed | ((tensor > -torch.inf) & ~allowed.any(-1, keepdim=True))  # see `_levelled`
-    mask = Mask.full() if bool(allowed.all()) else Mask.dense(allowed)
-    bias = tensor.masked_fill(tensor <= torch.finfo(tensor.dtype).min / 2, 0)
-    return mask, bias if bool(bias.any()) else None

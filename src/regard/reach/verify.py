@@ -41,8 +41,24 @@ def verify(
             return
         attention_mask = attention_mask.plain(True)
     with torch.no_grad():
-        state = call.attend()
         true = plain(module, *qkv, attention_mask, **given)[0].transpose(1, 2)
+    _compare(kind, call, module, true)
+
+
+def agree(call: Call, module: Any, plain: Tensor) -> None:
+    """Compare one call with what the module made of it by itself, once a kind of module.
+
+    Raises:
+        ReachError: as `verify`.
+    """
+    kind = (type(module), call.site.kind, call.bias is None)
+    if kind not in _proven and not dispatch.captures(module):
+        _compare(kind, call, module, plain)
+
+
+def _compare(kind: Any, call: Call, module: Any, true: Tensor) -> None:
+    with torch.no_grad():
+        state = call.attend()
     # a query that sees nothing has no output: functions differ in what they put there
     seen = (state.lse > -torch.inf)[..., None]
     if call.live is not None:
