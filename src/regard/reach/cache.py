@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from regard.errors import InputError, ReachError
 
-from .call import Site
+from .call import Call, Site
 
 GROWTH = 64  # a full store grows by 1/64 of its rows: held bytes stay within 2 % of the used
 
@@ -108,6 +108,7 @@ class MethodLayer(CacheLayerMixin):
         super().__init__()
         self.method = method
         self.length = 0  # tokens seen
+        self.row_shape = (0, 0, 0)  # heads and sizes of the keys and values last given
         self.open = False
 
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +137,7 @@ class MethodLayer(CacheLayerMixin):
                 f"on inside regard.apply(model, {self.method}(...)), or begin with a new cache"
             )
         self.open = False
+        self.row_shape = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[2]
         return self.store(key_states, value_states)
@@ -164,6 +166,23 @@ class MethodLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise ReachError(f"{self.method} keeps its rows on the device: use a cache that stays")
+
+
+def check_rows(cache: Any, call: Call) -> None:
+    """Refuse a layer that caches something else than the keys and values it looks at.
+
+    Raises:
+        ReachError: multi-head latent attention, whose heads share one latent.
+    """
+    held = getattr(cache, "layers", [])
+    layer = held[call.site.layer] if call.site.layer < len(held) else None
+    rows = (call.k.shape[1], call.k.shape[-1], call.v.shape[-1])
+    if isinstance(layer, MethodLayer) and layer.length and layer.row_shape != rows:
+        raise ReachError(
+            f"{call.site.name} caches latents that all heads share (multi-head latent attention), "
+            f"so {layer.method} cannot keep other tokens for other heads and would hold more "
+            "bytes than the plain cache: apply it to a model that caches keys and values"
+        )
 
 
 def layers(

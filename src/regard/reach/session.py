@@ -6,13 +6,16 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from regard.core import State
 from regard.errors import InputError, ReachError
 
 from . import dispatch, transformers
+from .cache import check_rows
 from .call import Call, Handler, Site
+from .compiled import eagerly, is_compiled
 from .turns import Turns
 
 
@@ -31,6 +34,7 @@ class Session:
         self.handlers = list(handlers)
         _one_stores(self.handlers)
         self.door = _door(model)
+        self._given = model
         self.model = model = transformers.unwrapped(model) if self.door is transformers else model
         # the part whose forwards count: of a diffusion pipeline its denoiser
         self.module = model if self.door is transformers else self.door.body(model)
@@ -39,6 +43,7 @@ class Session:
         self._undo: list[Any] = []
         self._turns = Turns(self.module, self.sites)
         self._defined = list(self.sites)
+        self._cache: Any = None  # of the forward pass at hand, where a handler asks for it
         self.key: int | None = None  # of the context that it is open in
 
     @property
@@ -59,6 +64,8 @@ class Session:
         _one_stores([h for session in (*outer, self) for h in session.handlers])
         try:
             self._undo.append(dispatch.open_here(self))
+            if isinstance(self._given, Module) and is_compiled(self._given):
+                self._undo.append(eagerly())
             self._undo.append(self.door.enter(self.model))
             of_module: dict[int, list[Site]] = {}
             for site in self._defined:
@@ -96,6 +103,7 @@ class Session:
         cache = kwargs.get("past_key_values")
         if cache is None and self.door.makes_cache(module, args, kwargs):
             cache = kwargs["past_key_values"] = self.door.new_cache(module)
+        self._cache = cache
         for handler in self.handlers:
             handler.cache(cache)
         return args, kwargs
@@ -121,6 +129,7 @@ class Session:
 
     def detach(self) -> None:
         """End; does nothing when the session is not attached."""
+        self._cache = None
         while self._undo:
             self._undo.pop()()
 
@@ -133,6 +142,8 @@ class Session:
     def before(self, call: Call) -> list[Call]:
         """The call as its handlers change it, in order: one, or one per group of heads."""
         calls = [call]
+        if self._cache is not None and call.site.kind == "self":
+            check_rows(self._cache, call)
         for handler, wanted in zip(self.handlers, self._wanted):
             if call.site.index in wanted:
                 calls = [new for old in calls for new in _listed(handler.before(old), old)]
