@@ -30,6 +30,8 @@ from .sites import asks, site_like, sites, unwrapped
 from .softmax import follow
 from .verify import verify
 
+_from_tensor = from_tensor  # the diffusers door reads masks alike
+
 __all__ = ["Handed", "enter", "makes_cache", "new_cache", "sites", "unwrapped"]
 
 # attention functions that compute the softmax attention which regard computes too
@@ -48,20 +50,17 @@ _PICKS = ("indices", "block_indices")
 
 _lock = threading.Lock()
 _open = 0  # sessions of all threads
-_configs: Counter[int] = Counter()  # ids of the configs of their models
+_configs: Counter[type] = Counter()  # classes of the configs of their models
 _followed: dict[int, tuple[int, Callable[[], None]]] = {}  # modules that attend by themselves
 
 
 def enter(model: PreTrainedModel) -> Callable[[], None]:
     """Route the attention of the model through regard; returns what undoes it."""
-    configs: dict[int, Any] = {
-        id(m.config): m.config
-        for m in model.modules()
-        if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
+    found = [m.config for m in model.modules() if hasattr(m, "config")]
+    found = [c for c in found if hasattr(c, "_attn_implementation")]
     foreign = {
         name
-        for name in {c._attn_implementation for c in configs.values()}
+        for name in {c._attn_implementation for c in found}
         if name not in SOFTMAX and not str(name).startswith(("paged|", "kernels-community"))
     }
     if foreign:
@@ -72,11 +71,12 @@ def enter(model: PreTrainedModel) -> Callable[[], None]:
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     own = list({id(m): m for s in sites(model) if not asks(m := modules[s.name])}.values())
+    configs = {type(c) for c in found}  # some models keep a config for every layer
     _count(1, configs, own)
     return lambda: _count(-1, configs, own)
 
 
-def _count(more: int, configs: dict[int, Any], own: list[Any]) -> None:
+def _count(more: int, configs: set[type], own: list[Any]) -> None:
     """Stand before the two interfaces from the first session to the last."""
     global _open
     with _lock:
@@ -177,7 +177,7 @@ def _mask(
             **given,
         )
 
-    if id(kwargs.get("config")) not in _configs or mask_function is None:
+    if type(kwargs.get("config")) not in _configs or mask_function is None:
         return whole(True)  # of a model that nobody watches
     first, start = int(q_offset), int(kv_offset)
     # a static cache is longer than what it holds: the call sees the keys up to its last query
