@@ -79,10 +79,15 @@ def _attending(model: Any) -> Iterator[tuple[str, Any, int]]:
     groups = getattr(model.config, "num_hidden_groups", None)
     turns = setting(model.config, "num_hidden_layers", 1) // groups if groups else 1
     layers: set[tuple[int, tuple[str, ...]]] = set()
+    found: list[tuple[str, Any, int]] = []
     for name, module in model.named_modules(remove_duplicate=False):
         layer = (id(module), tuple(_NUMBER.findall(f".{name}.")))
         if layer not in layers and (asks(module) or attends(module)):
             layers.add(layer)
+            found.append((name, module, turns))
+    names = [name for name, *_ in found]
+    for name, module, turns in found:  # a layer around an attention module is none
+        if asks(module) or not any(n.startswith(f"{name}.") for n in names):
             yield name, module, turns
 
 
