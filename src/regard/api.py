@@ -14,6 +14,7 @@ from regard.core import FACTS, Fact
 from regard.errors import InputError, NeedsMatrix, nearest
 from regard.reach import Collector, Handler, Session, Site
 from regard.reach.sites import setting
+from regard.reach.verify import difference
 
 _MATRIX = {"map", "maps", "attention", "attentions", "weights", "matrix", "probabilities"}
 
@@ -193,6 +194,14 @@ class Watch(Session):
     def causal(self) -> bool:
         """Whether no token of the main part looks ahead."""
         return all(r.causal for r in self._records() if r.site.part == self.main)
+
+    @property
+    def difference(self) -> float | None:
+        """How far the attention of this kind of model was from its own function, relative, where
+        the first call of each kind of module is computed both ways; None before that.
+        """
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        return difference(modules[s.name] for s in self.sites)
 
     def __getitem__(self, fact: str | Fact) -> Layers:
         wanted = next((f for f in self.facts if fact in (f, f.name)), None)

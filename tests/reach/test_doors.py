@@ -113,6 +113,18 @@ def test_a_function_that_computes_something_else_is_refused(
         model(IDS, picked=IDS)
 
 
+def test_a_page_of_an_encoder_hides_no_token() -> None:
+    from regard.see.overview import overview
+
+    model: Any = tiny("bert")
+    with regard.watch(model, ["mean_received"]) as seen, torch.no_grad():
+        model(torch.randint(3, 126, (1, 48)))
+    page = overview(seen)
+    assert None not in page["views"]["received"]["values"]
+    assert page["views"]["received"]["help"].startswith("share of all tokens'")
+    assert page["meta"]["difference"] == seen.difference < 1e-4
+
+
 def test_rows_that_end_early_agree_with_each_row_alone() -> None:
     model: Any = tiny("llama")
     ids = torch.randint(3, 127, (2, 8), generator=torch.Generator().manual_seed(1))

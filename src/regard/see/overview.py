@@ -188,6 +188,7 @@ def overview(
             "dtype": str(seen.model.dtype).removeprefix("torch."),
             "seconds": seen.seconds,
             "plain_seconds": None,
+            "difference": seen.difference,
             "peak_mib": None,
             "facts": [f.name for f in seen.facts],
             "all_heads": seen.whole,
