@@ -21,7 +21,9 @@ class Acting(Protocol):
 
     handlers: list[Handler]
     key: int | None
-    past: int | None
+
+    @property
+    def past(self) -> int | None: ...
 
     def place(self, sites: list[Site], call: Call) -> Call: ...
 

@@ -102,7 +102,7 @@ class Handed(Tensor):
         handed.origin = Origin(live, offsets, shape)
         return handed
 
-    def real(self) -> Any:
+    def dense(self) -> Any:
         """The mask as a tensor: that of the plain model, where it is known."""
         _touched.origins.add(self.origin)
         if self.plain is not None:
@@ -126,7 +126,7 @@ class Handed(Tensor):
                 kept = _same(func, args, kwargs)
                 if kept is not None:
                     return kept
-        args, kwargs = tree_map_only(Handed, Handed.real, (args, kwargs))
+        args, kwargs = tree_map_only(Handed, Handed.dense, (args, kwargs))
         return func(*args, **kwargs)
 
 

@@ -205,7 +205,7 @@ class Tape(TorchFunctionMode):
         if isinstance(other, Tensor):
             other = other.item() if other.numel() == 1 and id(other) not in self.scores else None
         if isinstance(other, int | float) and args[0] is whole:
-            return replace(scores, factor=scores.factor * float(other) ** sign)
+            return replace(scores, factor=scores.factor * float(other) ** (sign or 1))
         return scores
 
     def _softmax(
@@ -228,6 +228,7 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         """The product of an attention map and values: here the call is whole."""
         map_, known = shares
+        given: Tensor | None
         plain = func(*args, **kwargs)
         if name == "einsum":
             given = einsum_operands(args, map_)
@@ -237,7 +238,7 @@ class Tape(TorchFunctionMode):
         if given is None:
             self._refuse("multiplies its attention map by something else than values")
         layout = Layout.of(known.scores, self.module)
-        if layout is None or given.shape[-2] != known.scores.shape[-1]:
+        if layout is None or given is None or given.shape[-2] != known.scores.shape[-1]:
             self._refuse("arranges its attention map in a way")
         assert given is not None and layout is not None
         v = layout.take(given.expand(*map_.shape[:-2], *given.shape[-2:]))

@@ -56,7 +56,7 @@ _followed: dict[int, tuple[int, Callable[[], None]]] = {}  # modules that attend
 
 def enter(model: PreTrainedModel) -> Callable[[], None]:
     """Route the attention of the model through regard; returns what undoes it."""
-    found = [m.config for m in model.modules() if hasattr(m, "config")]
+    found: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
     found = [c for c in found if hasattr(c, "_attn_implementation")]
     foreign = {
         name
@@ -93,7 +93,7 @@ def _count(more: int, configs: set[type], own: list[Any]) -> None:
                 leave()
         before, _open = _open, _open + more
         if not before:
-            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign,assignment]
             AttentionInterface.__getitem__ = _get_function  # type: ignore[method-assign]
             AttentionMaskInterface.__getitem__ = _get_mask  # type: ignore[method-assign]
             generation.follow()
