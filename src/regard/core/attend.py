@@ -41,7 +41,8 @@ def attend(
         softcap: scores become `softcap * tanh(score / softcap)` before mask and softmax (Gemma 2).
         bias: additive scores `[batch or 1, heads or 1, queries, keys]` (T5); a matrix that exists
             already.
-        sinks: learned sink logit of each head, `[heads]` (gpt-oss): one more key with value 0.
+        sinks: learned sink logit of each head, `[heads]` (gpt-oss), or of each query too, `[batch,
+            heads, queries]`: one more key with value 0.
         kernel: one of `regard.core.KERNELS` by name; the first that can compute this call on this
             device when None.
 
@@ -56,8 +57,10 @@ def attend(
     """
     inputs = Inputs(q, k, v, mask, scale_of(q, scale), softcap, bias)
     inputs.check()
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise InputError(f"sinks {tuple(sinks.shape)} are not [{q.shape[1]}], one a head")
+    if sinks is not None and sinks.shape not in (q.shape[1:2], q.shape[:3]):
+        raise InputError(
+            f"sinks {tuple(sinks.shape)} are not [{q.shape[1]}], one a head, nor one a query"
+        )
     chosen = pick(inputs, kernel)
     with as_given(q):
         if chosen.differentiable(inputs):
@@ -66,7 +69,8 @@ def attend(
             out, lse = _Attend.apply(*inputs, chosen)
     state = State(out, lse)
     if sinks is not None:
-        learned = sinks.to(lse.dtype)[None, :, None].expand(lse.shape)
+        learned = (sinks if sinks.dim() == 3 else sinks[None, :, None]).to(lse.dtype)
+        learned = learned.expand(lse.shape)
         state = merge(state, State(torch.zeros_like(out), learned))
     return state
 

@@ -201,7 +201,8 @@ def _facts(recorder: _Recorder) -> tuple[str, str]:
     for call, state in recorder.calls:
         p = probabilities(call.q, call.k, call.mask, call.scale, call.softcap, call.bias)
         if call.sinks is not None:  # one more key without a column
-            p = p * (1 - (call.sinks[None, :, None] - state.lse).exp().double())[..., None]
+            sinks = call.sinks if call.sinks.dim() == 3 else call.sinks[None, :, None]
+            p = p * (1 - (sinks - state.lse).exp().double())[..., None]
         if call.live is not None:
             p = p * call.live[:, None, :, None]
         facts = _true_facts(p)

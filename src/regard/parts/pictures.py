@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regard.core import State
 from regard.errors import InputError, ReachError
-from regard.parts.vision import Images, decoder, locate
+from regard.parts.vision import Encoded, decoder, locate
 from regard.reach import Call, Handler, Site
 
 
@@ -49,7 +49,7 @@ class PictureLooks(Handler):
     heads: dict[int, Tensor] = field(default_factory=dict, init=False)
     tokens: list[int] = field(default_factory=list, init=False)
     grid: tuple[int, int] = field(default=(0, 0), init=False)
-    _images: Images | None = field(default=None, init=False, repr=False)
+    _encoded: Encoded = field(init=False, repr=False)
     _sites: list[Site] = field(default_factory=list, init=False, repr=False)
     _acting: set[int] = field(default_factory=set, init=False, repr=False)
     _patches: Tensor | None = field(default=None, init=False, repr=False)
@@ -66,11 +66,13 @@ class PictureLooks(Handler):
         own = tuple(names[id(layer)] + "." for layer in body.layers)
         self._acting = {s.index for s in self._sites if s.name.startswith(own)}
         self.words, self.heads, self.tokens, self._sums = {}, {}, [], {}
-        return [model.register_forward_pre_hook(self._enter, with_kwargs=True).remove]
+        self._encoded = Encoded(model)
+        enter = model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        return [enter.remove, self._encoded.remove]
 
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
-        images = locate(module, {**kwargs, "input_ids": ids})
+        images = locate(module, self._encoded.complete({**kwargs, "input_ids": ids}))
         if images.count or self._patches is None:
             if len(ids) > 1 or not images.count:
                 raise InputError("the look at a picture takes one conversation with a picture")

@@ -147,6 +147,30 @@ def locate(model: Any, inputs: Mapping[str, Any]) -> Images:
     return Images(number, patch, live, grids)
 
 
+class Encoded:
+    """The grids that a vision encoder was called with: `generate` runs it ahead of the first pass
+    and leaves them out of what it passes on.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._grids: list[Tensor] = []
+        encoder = model.get_encoder(modality="image")
+        hook = encoder.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.remove = hook.remove
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for given in (*args, *kwargs.values()):
+            if torch.is_tensor(given) and given.shape[1:] == (3,) and not given.is_floating_point():
+                self._grids.append(given)
+
+    def complete(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a pass with the grids that belong to its encoded images and videos."""
+        kinds = [kind for kind in inputs.get("mm_encoder_outputs") or {} if kind in _SIZES]
+        given = {_SIZES[kind]: grid for kind, grid in zip(kinds, self._grids)}
+        self._grids = []
+        return {**given, **{n: x for n, x in inputs.items() if n not in given or x is not None}}
+
+
 _PIXELS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 _SIZES = {"image": "image_grid_thw", "video": "video_grid_thw", "tiles": "image_sizes"}
 

@@ -48,6 +48,11 @@ class Call:
             where every row of the batch has its own; None means all, in order.
         positions: `[batch, kv_heads, keys]`, absolute position of every key where they do not
             simply count up from `key_offset`: a method that keeps other keys for other heads.
+        chunk: which part of a sequence this is, where one module is called several times in a
+            forward pass, once an image or window; counted from 0.
+        repeats: whether the last call of this module had the same queries and keys (DiffLlama: the
+            same map for two halves of the values).
+        past: tokens that the cache held as the forward pass began; None where that is not known.
         denoising: step, guidance and segments, when the call comes from a diffusion model.
         phase: "prefill" when the first query is the first token, else "decode".
     """
@@ -66,6 +71,9 @@ class Call:
     key_offset: int = 0
     heads: Tensor | None = None
     positions: Tensor | None = None
+    chunk: int = 0
+    repeats: bool = False
+    past: int | None = None
     denoising: Denoising | None = None
 
     @property
@@ -109,6 +117,11 @@ class Handler:
         shows (its inputs, hidden states); returns what removes each. Raise here what cannot work.
         """
         return ()
+
+    def generation(self, config: Any) -> None:
+        """A generation begins, with these settings (a `GenerationConfig`). Raise here what cannot
+        work, before the first token.
+        """
 
     def cache(self, cache: Any) -> None:
         """A forward pass of the model begins, with this key-value cache (None: without one).

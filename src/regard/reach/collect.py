@@ -24,6 +24,7 @@ class Record:
     sums: list[Sums]
     rows: int  # queries seen
     end: int  # position after the last query
+    keys: int  # keys seen
     trace: Tensor  # one number of every cached key: tells when a cache was reordered
     causal: bool  # no query of the first call sees a later key
     live: Tensor | None = None  # [batch, rows], false for padding; None where all are tokens
@@ -51,8 +52,8 @@ class Collector(Handler):
         self.heads = None if heads is None else list(heads)
         self.part = part
         self.records: dict[int, Record] = {}
-        self._followed: set[int] = set()
-        self._beside: dict[int, Record] = {}  # only followed: where a cross attention goes on
+        self._chosen: list[Site] = []
+        self._main = ""
 
     def sites(self, sites: list[Site]) -> list[Site]:
         parts = sorted({s.part for s in sites})
@@ -70,10 +71,28 @@ class Collector(Handler):
                     f"{min(known)} to {max(known)}"
                 )
             chosen = [s for s in chosen if s.layer in self.layers]
-        wanted = {(_stack(s), s.layer) for s in chosen if s.kind == "cross"}
-        beside = [s for s in sites if s.kind == "self" and (s.part, s.layer) in wanted]
-        self._followed = {s.index for s in beside} - {s.index for s in chosen}
-        return chosen + [s for s in beside if s.index in self._followed]
+        self._chosen = chosen
+        self._main = ([s for s in sites if s.kind == "self"] or sites)[-1].part
+        return chosen
+
+    def generation(self, config: Any) -> None:
+        if self._main not in {s.part.removesuffix(" cross") for s in self._chosen}:
+            return
+        beams = getattr(config, "num_beams", None) or 1
+        held = getattr(config, "cache_implementation", None)
+        for cause, asked, remedy in (
+            ("beam search changes the places of the rows in the cache", beams > 1, "num_beams=1"),
+            ("prompt lookup takes tokens back from the cache",
+             getattr(config, "prompt_lookup_num_tokens", None), "no prompt lookup"),
+            ("assisted decoding takes tokens back from the cache",
+             getattr(config, "assistant_early_exit", None), "no assistant"),
+            ("a quantized cache changes the keys it holds", held == "quantized", "a plain cache"),
+        ):  # fmt: skip
+            if asked:
+                raise ReachError(
+                    f"{cause}, so sums over a generation cannot go on: watch with {remedy}, or "
+                    "watch one forward over the finished text"
+                )
 
     def after(self, call: Call, state: State) -> State | None:
         total = call.q.sum(dtype=torch.float32) + call.k.sum(dtype=torch.float32)
@@ -84,8 +103,9 @@ class Collector(Handler):
                 f"the heads of {call.site.name} look at different keys under another method, and "
                 "facts of such calls are not measured yet: watch without that method"
             )
+        if call.repeats:
+            return None
         facts = self._facts(call.site)
-        records = self._beside if call.site.index in self._followed else self.records
         q, k, lse = call.q, call.k, state.lse
         mask, bias, sinks = call.mask, call.bias, call.sinks
         if self.heads is not None:
@@ -99,10 +119,18 @@ class Collector(Handler):
             q, k, lse = q[:, self.heads], k[:, of_key], lse[:, self.heads]
             mask = mask.of_heads(self.heads)
             bias = bias[:, self.heads] if bias is not None and bias.shape[1] > 1 else bias
-            sinks = None if sinks is None else sinks[self.heads]
+            sinks = (
+                None
+                if sinks is None
+                else sinks[:, self.heads]
+                if sinks.dim() == 3
+                else sinks[self.heads]
+            )
         record = self._running(call)
         offsets = (call.query_offset, call.key_offset)
-        if call.site.kind == "cross":
+        if record is not None and call.chunk:
+            offsets = (record.rows, record.keys)
+        elif call.site.kind == "cross":
             offsets = (record.rows if record else 0, 0)
         sums = measure(
             q,
@@ -119,12 +147,13 @@ class Collector(Handler):
         )
         trace = call.k[:, 0, :, 0].detach().clone()
         queries = q.shape[2]
+        end = (offsets[0] if call.site.kind == "self" else call.past or 0) + queries
+        keys = offsets[1] + k.shape[2]
         if record is None:
-            end = call.query_offset + queries
             causal = call.site.kind == "self" and not _looks_ahead(call)
             unread = total if total.is_cuda else None
-            records[call.site.index] = Record(
-                call.site, sums, queries, end, trace, causal, call.live, unread
+            self.records[call.site.index] = Record(
+                call.site, sums, queries, end, keys, trace, causal, call.live, unread
             )
             return None
         view = View(
@@ -139,32 +168,22 @@ class Collector(Handler):
         )
         record.sums = [f.extend(old, new, view) for f, old, new in zip(facts, record.sums, sums)]
         record.live = _appended(record.live, record.rows, call.live, queries)
-        record.rows, record.end, record.trace = (
-            record.rows + queries,
-            call.query_offset + queries,
-            trace,
-        )
+        record.rows, record.end, record.trace = record.rows + queries, end, trace
+        record.keys = max(record.keys, keys)
         record.total = None if record.total is None else record.total + total
         return None
 
     def _facts(self, site: Site) -> list[Fact]:
-        if site.index in self._followed:
-            return []
         return [f for f in self.facts if site.kind == "self" or not f.positional]
 
     def _running(self, call: Call) -> Record | None:
         """The record that this call goes on with, None when it begins a run."""
-        known = {**self._beside, **self.records}
-        record = known.get(call.site.index)
-        if record is None:
-            return None
+        record = self.records.get(call.site.index)
+        if record is None or call.chunk:
+            return record
         if call.site.kind == "cross":
-            # a cross attention sees no position; it goes on as long as the self attention beside
-            # it does
-            place = (_stack(call.site), call.site.layer)
-            same = [r for r in known.values() if (r.site.part, r.site.layer) == place]
-            goes_on = bool(same) and same[0].rows == record.rows + call.q.shape[2]
-            return record if goes_on else None
+            # it sees no position: it goes on where the forward pass goes on with a cache
+            return record if call.past and call.past == record.end else None
         if call.query_offset == 0:
             return None
         if call.query_offset != record.end:
@@ -196,11 +215,6 @@ class Collector(Handler):
             must_be_finite(record.total, record.site)
         facts = self._facts(record.site)
         return fact.finish(record.sums[facts.index(fact)]) if fact in facts else None
-
-
-def _stack(site: Site) -> str:
-    """The part in which a cross attention has its self attention."""
-    return site.part.removesuffix(" cross")
 
 
 def must_be_finite(total: Tensor, site: Site) -> None:

@@ -519,7 +519,7 @@ def _attention(
 
 
 def _mask(given: Tensor | None, q: Tensor, k: Tensor) -> tuple[Mask, Tensor | None]:
-    from .transformers import _from_tensor
+    from .handed import from_tensor
 
     if given is None:
         return Mask.full(), None
@@ -530,7 +530,7 @@ def _mask(given: Tensor | None, q: Tensor, k: Tensor) -> tuple[Mask, Tensor | No
     given = given.expand(*given.shape[:2], q.shape[2], k.shape[2])
     if given.dtype != torch.bool and not bool(given.any()):
         return Mask.full(), None
-    return _from_tensor(given)
+    return from_tensor(given)
 
 
 def _place(watch: _Watch, site: Site, q: Tensor, k: Tensor) -> Denoising:

@@ -102,7 +102,9 @@ class SharedCollector(Collector):
         assert isinstance(call.whole, Band)
         causal = call.whole.after is not None and call.whole.after <= 0
         trace = call.k[:, :0, 0, 0]  # there is no cache to follow
-        self.records[call.site.index] = Record(call.site, sums, tokens, tokens, trace, causal)
+        self.records[call.site.index] = Record(
+            call.site, sums, tokens, tokens, tokens, trace, causal
+        )
         return None
 
     def value(self, record: Record, fact: Fact) -> Any:

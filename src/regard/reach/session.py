@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from regard.core import State
@@ -13,6 +14,8 @@ from regard.errors import InputError, ReachError
 
 from . import dispatch, transformers
 from .call import Call, Handler, Site
+from .compiled import eagerly, is_compiled
+from .turns import Turns
 
 
 class Session:
@@ -21,22 +24,26 @@ class Session:
     Sessions nest; the calls pass the handlers of the outer session first. However a session ends,
     the model is as it was: same attention implementation, same hooks, bit-equal outputs.
 
-    A session sees every forward of its model, whichever thread runs it: a generation that streams
-    from a thread of its own is followed, and so is the work of any other thread. What must not mix
-    with it runs on a copy of the model, which has no part in the session.
+    A session belongs to the context that opened it: what other threads run meanwhile on the same
+    model is neither seen nor changed. A thread takes part when it is started with the context:
+    `Thread(target=contextvars.copy_context().run, args=(model.generate, ids))`.
     """
 
     def __init__(self, model: Any, handlers: Sequence[Handler] = ()) -> None:
-        self.model = model
         self.handlers = list(handlers)
         _one_stores(self.handlers)
         self.door = _door(model)
+        self._given = model
+        self.model = model = transformers.unwrapped(model) if self.door is transformers else model
         # the part whose forwards count: of a diffusion pipeline its denoiser
         self.module = model if self.door is transformers else self.door.body(model)
         self.sites: list[Site] = self.door.sites(model)
         self._wanted = [{s.index for s in h.sites(self.sites)} for h in self.handlers]
         self._undo: list[Any] = []
-        self._visits: dict[int, int] = {}
+        self._turns = Turns(self.module, self.sites)
+        self._defined = list(self.sites)
+        self._cache: Any = None  # of the forward pass at hand, where a handler asks for it
+        self.key: int | None = None  # of the context that it is open in
 
     @property
     def attached(self) -> bool:
@@ -51,22 +58,25 @@ class Session:
         """Start; the same as entering the context."""
         if self.attached:
             raise RuntimeError("this session is attached already: detach it first, or make another")
-        if self.door.sites(self.model) != self.sites:
+        if self.door.sites(self.model) != self._defined:
             raise ReachError(
                 f"the attention modules of this {type(self.module).__name__} have changed since "
                 "the session was made: make the session anew"
             )
-        modules = dict(self.module.named_modules())
+        modules = dict(self.module.named_modules(remove_duplicate=False))
         outer = dispatch.acting(modules[s.name] for s in self.sites)
         _one_stores([h for session in (*outer, self) for h in session.handlers])
         try:
+            self._undo.append(dispatch.open_here(self))
+            if isinstance(self._given, Module) and is_compiled(self._given):
+                self._undo.append(eagerly())
             self._undo.append(self.door.enter(self.model))
-            for name in dict.fromkeys(s.name for s in self.sites):
-                own = [s for s in self.sites if s.name == name]
-                self._undo.append(dispatch.join(modules[name], self, own))
-            if len({s.name for s in self.sites}) < len(self.sites):
-                hook = self.module.register_forward_pre_hook(lambda *_: self._visits.clear())
-                self._undo.append(hook.remove)
+            of_module: dict[int, list[Site]] = {}
+            for site in self._defined:
+                of_module.setdefault(id(modules[site.name]), []).append(site)
+            for own in of_module.values():
+                self._undo.append(dispatch.join(modules[own[0].name], self, own))
+            self._undo += [handle.remove for handle in self._turns.attach()]
             if any(type(h).cache is not Handler.cache for h in self.handlers):
                 hook = self.module.register_forward_pre_hook(self._show_cache, with_kwargs=True)
                 self._undo.append(hook.remove)
@@ -83,7 +93,8 @@ class Session:
         for handle in (getattr(undo, "__self__", None) for undo in self._undo):
             if isinstance(handle, RemovableHandle):
                 hooks: Any = handle.hooks_dict_ref()
-                hooks[handle.id] = dispatch.Hook(hooks[handle.id])
+                if not isinstance(hooks[handle.id], dispatch.Hook):
+                    hooks[handle.id] = dispatch.Hook(hooks[handle.id], self)
 
     def __deepcopy__(self, memo: Any) -> Session:
         # only a hook on a model that is copied leads here, and the copy is no part of the session
@@ -96,17 +107,29 @@ class Session:
         cache = kwargs.get("past_key_values")
         if cache is None and self.door.makes_cache(module, args, kwargs):
             cache = kwargs["past_key_values"] = self.door.new_cache(module)
+        self._cache = cache
         for handler in self.handlers:
             handler.cache(cache)
         return args, kwargs
 
-    def visit(self, sites: list[Site]) -> Site:
-        """Which of a module's sites this call is; layers that share a module take it in turn."""
-        if len(sites) == 1:
-            return sites[0]
-        turn = self._visits.get(sites[0].index, 0)
-        self._visits[sites[0].index] = turn + 1
-        return sites[turn % len(sites)]
+    def place(self, sites: list[Site], call: Call) -> Call:
+        """The call at its place; a layer that runs again is a site of its own from then on."""
+        placed = self._turns.place(sites, call)
+        if len(self.sites) < len(self._defined) + len(self._turns.further):
+            self.sites = [*self._defined, *self._turns.further.values()]
+            for wanted in self._wanted:
+                again = [(i, s) for (i, _), s in self._turns.further.items() if i in wanted]
+                wanted.update(s.index for _, s in again)
+        return placed
+
+    @property
+    def past(self) -> int | None:
+        """Tokens that the cache held as the forward pass began; None outside one."""
+        return self._turns.past
+
+    def concerns(self, model: Any) -> bool:
+        """Whether this model runs attention modules of the session."""
+        return model is self.module or any(m is self.module for m in model.modules())
 
     def wants(self, site: Site) -> bool:
         """Whether one of the handlers is to be called for a site."""
@@ -114,6 +137,7 @@ class Session:
 
     def detach(self) -> None:
         """End; does nothing when the session is not attached."""
+        self._cache = None
         while self._undo:
             self._undo.pop()()
 
@@ -126,6 +150,8 @@ class Session:
     def before(self, call: Call) -> list[Call]:
         """The call as its handlers change it, in order: one, or one per group of heads."""
         calls = [call]
+        if self._cache is not None and call.site.kind == "self":
+            _check_layer(self._cache, call)
         for handler, wanted in zip(self.handlers, self._wanted):
             if call.site.index in wanted:
                 calls = [new for old in calls for new in _listed(handler.before(old), old)]
@@ -137,6 +163,15 @@ class Session:
             if call.site.index in wanted:
                 state = handler.after(call, state) or state
         return state
+
+
+def _check_layer(cache: Any, call: Call) -> None:
+    """Let a layer of the cache that belongs to a method refuse calls that it does not fit."""
+    held = getattr(cache, "layers", [])
+    layer = held[call.site.layer] if call.site.layer < len(held) else None
+    check = getattr(layer, "check_call", None)
+    if check is not None:
+        check(call)
 
 
 def _one_stores(handlers: Sequence[Handler]) -> None:

@@ -1,13 +1,18 @@
-"""The door into transformers models: one attention function and one mask function under the name
-"regard".
+"""The door into transformers models: while a session is open, `AttentionInterface` and
+`AttentionMaskInterface` hand out functions of ours around those that the model asks for.
+
+The model's own settings stay as they are, so that a model that looks at the name of its attention
+meets the name it expects, and everybody else - other threads, other models - gets the function
+asked for.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-import re
+import threading
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,97 +22,43 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from regard.core import Mask
 from regard.errors import ReachError
 
-from .call import Call, Site
-from .dispatch import run, site_of
+from . import dispatch, generation
+from .call import Call
+from .handed import Handed, drowned, from_tensor, note_text, origin_of, padding_of_text
 from .masks import from_mask_function
+from .sites import asks, site_like, sites, unwrapped
+from .softmax import follow
+from .verify import verify
 
-NAME = "regard"
+__all__ = ["Handed", "enter", "makes_cache", "new_cache", "sites", "unwrapped"]
+
 # attention functions that compute the softmax attention which regard computes too
-SOFTMAX = {"eager", "sdpa", "flex_attention", NAME, None} | {
-    f"flash_attention_{n}" for n in (2, 3, 4)
-}
-# id of a config -> what it named before each of its open sessions; not kept in the config, which is
-# saved and copied with the model
-_before: dict[int, list[str | None]] = {}
-_CROSS = re.compile(r"cross|enc_?dec|encoder_?attn", re.IGNORECASE)
+SOFTMAX = {"eager", "sdpa", "flex_attention", None} | {f"flash_attention_{n}" for n in (2, 3, 4)}
+# keywords of attention functions that change nothing which regard does not know by other means
+_KNOWN = frozenset(
+    (
+        *("module", "query", "key", "value", "query_states", "key_states", "value_states"),
+        *("attention_mask", "scaling", "dropout", "is_causal", "sliding_window", "softcap"),
+        *("s_aux", "sinks", "position_bias", "cache", "output_attentions", "kwargs"),
+    )
+)
+# what kernels of sparse attention read, where the model leaves it out of the mask
+_PICKS = ("indices", "block_indices")
 
 
-class Handed(Tensor):
-    """What our mask function hands to our attention function in place of a dense mask.
-
-    transformers passes masks on as 4-D tensors, so this is one: a single stored number seen as
-    `[batch, 1, queries, keys]`, that carries the description and survives being moved or made
-    contiguous.
-    """
-
-    mask: Mask
-    live: Tensor | None
-    query_offset: int
-    key_offset: int
-
-    @staticmethod
-    def of(
-        mask: Mask, live: Tensor | None, offsets: tuple[int, int], shape: tuple[int, int, int]
-    ) -> Handed:
-        batch, queries, keys = shape
-        plain = torch.zeros((), dtype=torch.bool).expand(batch, 1, queries, keys)
-        handed = plain.as_subclass(Handed)
-        handed.mask, handed.live = mask, live
-        handed.query_offset, handed.key_offset = offsets
-        return handed
-
-    def contiguous(self, *args: Any, **kwargs: Any) -> Handed:
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Handed:
-        return self
-
-
-def sites(model: Any) -> list[Site]:
-    """Every attention module of the model that asks the `AttentionInterface`, in order of
-    definition.
-
-    Raises:
-        ReachError: the model is not a transformers model, or none of its modules asks the
-            interface.
-    """
-    if not isinstance(model, PreTrainedModel):
-        held = [n for n in ("_orig_mod", "module", "model") if hasattr(model, n)]
-        raise ReachError(
-            f"{type(model).__name__} is not a transformers model: pass the PreTrainedModel itself "
-            f"(of a wrapper, its .{held[0] if held else 'model'})"
-        )
-    found: list[Site] = []
-    asking = [(name, m) for name, m in model.named_modules() if _asks_interface(m)]
-    for name, module in asking:
-        # ALBERT runs several layers through one module
-        groups = getattr(model.config, "num_hidden_groups", None)
-        turns = model.config.num_hidden_layers // groups if groups else 1
-        for turn in range(turns):
-            site = _site(len(found), name, module)
-            found.append(replace(site, layer=site.layer * turns + turn))
-    if not found:
-        raise ReachError(
-            f"{type(model).__name__} computes attention by itself or has none, and never asks "
-            "transformers' AttentionInterface, so regard cannot reach it: use a model class of "
-            "transformers 5 that does"
-        )
-    return found
+_lock = threading.Lock()
+_open = 0  # sessions of all threads
+_configs: Counter[type] = Counter()  # classes of the configs of their models
+_followed: dict[int, tuple[int, Callable[[], None]]] = {}  # modules that attend by themselves
 
 
 def enter(model: PreTrainedModel) -> Callable[[], None]:
     """Route the attention of the model through regard; returns what undoes it."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    configs: dict[int, Any] = {
-        id(m.config): m.config
-        for m in model.modules()
-        if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
-    own = {c._attn_implementation for c in configs.values()}
+    found: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+    found = [c for c in found if hasattr(c, "_attn_implementation")]
     foreign = {
         name
-        for name in own
+        for name in {c._attn_implementation for c in found}
         if name not in SOFTMAX and not str(name).startswith(("paged|", "kernels-community"))
     }
     if foreign:
@@ -116,21 +67,62 @@ def enter(model: PreTrainedModel) -> Callable[[], None]:
             'replace by plain softmax attention: load it with attn_implementation="sdpa", or '
             "watch it without that method"
         )
-    for key, config in configs.items():
-        _before.setdefault(key, []).append(config._attn_implementation)
-        config._attn_implementation_internal = NAME
+    modules = dict(model.named_modules(remove_duplicate=False))
+    own = list({id(m): m for s in sites(model) if not asks(m := modules[s.name])}.values())
+    configs = {type(c) for c in found}  # some models keep a config for every layer
+    _count(1, configs, own)
+    return lambda: _count(-1, configs, own)
 
-    def leave() -> None:
-        # sessions may end in any order: the implementation returns when the last one leaves
-        for key, config in configs.items():
-            first = _before[key][0]
-            _before[key].pop()
-            if not _before[key]:
-                del _before[key]
-                if config._attn_implementation == NAME:  # else somebody chose anew in between
-                    config._attn_implementation_internal = first
 
-    return leave
+def _count(more: int, configs: set[type], own: list[Any]) -> None:
+    """Stand before the two interfaces from the first session to the last."""
+    global _open
+    with _lock:
+        for key in configs:
+            _configs[key] += more
+            if not _configs[key]:
+                del _configs[key]
+        for module in own:
+            count, leave = _followed.pop(id(module), (0, None))
+            leave = leave or follow(module)
+            if count + more:
+                _followed[id(module)] = (count + more, leave)
+            else:
+                leave()
+        before, _open = _open, _open + more
+        if not before:
+            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign,assignment]
+            AttentionInterface.__getitem__ = _get_function  # type: ignore[method-assign]
+            AttentionMaskInterface.__getitem__ = _get_mask  # type: ignore[method-assign]
+            generation.follow()
+        elif not _open:
+            AttentionInterface.get_interface = _plain_interface  # type: ignore[method-assign]
+            del AttentionInterface.__getitem__, AttentionMaskInterface.__getitem__
+            generation.leave()
+
+
+_plain_interface = AttentionInterface.get_interface
+
+
+def _get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    return _around(_plain_interface(self, name, default))
+
+
+def _get_function(self: Any, name: str) -> Callable[..., Any]:
+    return _around(super(AttentionInterface, self).__getitem__(name))
+
+
+def _get_mask(self: Any, name: str) -> Callable[..., Any]:
+    plain: Callable[..., Any] = super(AttentionMaskInterface, self).__getitem__(name)
+    return functools.partial(_mask, plain, name) if dispatch.watched() else plain
+
+
+@torch.compiler.disable
+def _around(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Our attention function around the one that was asked for, where this thread watches."""
+    if not dispatch.watched() or getattr(plain, "func", None) is _attention:
+        return plain
+    return functools.partial(_attention, plain)
 
 
 def makes_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -151,31 +143,10 @@ def new_cache(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
-def _asks_interface(module: Any) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
-def _site(index: int, name: str, module: Any) -> Site:
-    numbers = re.search(r"^(.*?)\.?(\d+)(\.|$)", name)
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int):
-        layer = int(numbers.group(2)) if numbers else index
-    cross = bool(getattr(module, "is_cross_attention", False)) or bool(
-        _CROSS.search(name.rsplit(".", 2)[-1])
-    )
-    if not cross and "." in name:
-        cross = bool(_CROSS.search(name.split(".")[-1])) or bool(
-            re.search(r"crossattention|EncDecAttention", name)
-        )
-    part = numbers.group(1) if numbers else name
-    return Site(
-        index, name, layer, part + (" cross" if cross else ""), "cross" if cross else "self"
-    )
-
-
+@torch.compiler.disable
 def _mask(
+    plain: Callable[..., Any],
+    name: str,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -185,9 +156,27 @@ def _mask(
     attention_mask: Tensor | None = None,
     device: Any = None,
     **kwargs: Any,
-) -> Handed:
+) -> Any:
     """transformers' mask factories call this with a rule and a padding mask; no matrix is built."""
-    assert mask_function is not None
+
+    def whole(skip: bool) -> Any:
+        given = dict(kwargs)
+        if not skip:
+            given |= {n: False for n in given if n.startswith("allow_is_")}
+        return plain(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **given,
+        )
+
+    if type(kwargs.get("config")) not in _configs or mask_function is None:
+        return whole(True)  # of a model that nobody watches
     first, start = int(q_offset), int(kv_offset)
     # a static cache is longer than what it holds: the call sees the keys up to its last query
     keys = min(kv_length, first + q_length - start) if _looks_back(mask_function) else kv_length
@@ -212,7 +201,13 @@ def _mask(
         live = padded[:, first : first + q_length]
         if live.shape[1] != q_length or bool(live.all()):
             live = None
-    return Handed.of(mask, live, (first, start), (batch_size, q_length, keys))
+    dtype = kwargs.get("dtype", torch.float32) if name == "eager" else torch.bool
+    like = torch.empty(0, dtype=dtype, device=device)
+    handed = Handed.of(mask, live, (first, start), (batch_size, q_length, keys), whole, like)
+    handed.origin.width = kv_length
+    if _looks_back(mask_function):
+        note_text(handed.origin)
+    return handed
 
 
 def _looks_back(mask_function: Callable[..., Any]) -> bool:
@@ -223,80 +218,116 @@ def _looks_back(mask_function: Callable[..., Any]) -> bool:
 
 @torch.compiler.disable
 def _attention(
+    plain: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """transformers' attention signature; the output is `[batch, queries, heads, head_dim]`."""
+    handed = attention_mask if isinstance(attention_mask, Handed) else None
+    if not dispatch.acts_on(module):
+        real = attention_mask if handed is None or handed.plain is None else handed.plain(True)
+        result: tuple[Tensor, Any] = plain(module, query, key, value, real, *args, **kwargs)
+        return result
+    names = list(inspect.signature(plain).parameters)[5:]
+    given = {**dict(zip(names, args)), **kwargs}
+    call = _call(plain, module, query, key, value, attention_mask, given)
+    verify(call, module, plain, (query, key, value), attention_mask, given)
+    state = dispatch.run(module, call)
+    return state.out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _call(
+    plain: Callable[..., Any],
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention signature; the output is `[batch, queries, heads, head_dim]`."""
-    if dropout:
+    given: dict[str, Any],
+) -> Call:
+    """What a model hands to its attention function, as a `Call`."""
+    site = dispatch.site_of(module) or site_like(0, type(module).__name__, module)
+    _refuse(plain, module, site.name, given)
+    q_length, origin, end = query.shape[2], None, key.shape[2]
+    mask, bias, live, offsets = Mask.full(), given.get("position_bias"), None, (0, 0)
+    if isinstance(attention_mask, Handed):
+        mask, origin = attention_mask.mask, attention_mask.origin
+        end = origin.shape[2]
+    elif attention_mask is not None:
+        origin = origin_of(attention_mask, q_length) if site.kind == "self" else None
+        # the mask knows how many keys there are
+        end = attention_mask.shape[-1]
+        padding = attention_mask.shape[-2] == 1 < q_length == end and site.kind == "self"
+        if origin is not None and origin.width == end:
+            end = origin.shape[2]
+        attention_mask = attention_mask[..., : min(end, key.shape[2])]
+        attention_mask = attention_mask.expand(-1, -1, q_length, -1)
+        lost = drowned(attention_mask)
+        query = query.masked_fill(lost, 0) if bool(lost.any()) else query
+        mask, extra = from_tensor(attention_mask)
+        if padding:  # one row for all queries
+            live = mask.cells(q_length, end)[:, 0, 0]
+        elif site.kind == "self" and bool(lost.any()):
+            live = ~lost[..., 0].all(1)
+        bias = extra if bias is None else bias if extra is None else bias + extra
+        key, value = key[:, :, :end], value[:, :, :end]
+    else:
+        causal = given.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if causal and q_length > 1:
+            mask = Mask.causal()
+            # an empty static cache: the keys past the queries are not there yet
+            key, value = key[:, :, :q_length], value[:, :, :q_length]
+    if origin is not None:
+        offsets = (origin.offsets[0], origin.offsets[1] if origin.shape[2] == end else 0)
+        key, value = key[:, :, :end], value[:, :, :end]
+        live = origin.live
+    elif site.kind == "self":
+        offsets = (key.shape[2] - q_length, 0)
+    if site.kind == "cross":
+        live = padding_of_text(len(query), q_length)
+    live = dispatch.without_ended(live, len(query), q_length)
+    if bias is not None:
+        bias = bias[..., : key.shape[2]]
+        bias = bias.expand(*bias.shape[:2], q_length, key.shape[2])
+    scale = given.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    sinks = given.get("s_aux")
+    if given.get("sinks") is not None:  # of every query: [batch, heads, queries, 1]
+        sinks = given["sinks"][..., 0].expand(query.shape[:3])
+    return Call(
+        site, query, key, value, mask, scale, given.get("softcap"), bias, sinks, live, *offsets
+    )
+
+
+def _refuse(plain: Callable[..., Any], module: Any, name: str, given: dict[str, Any]) -> None:
+    """Refuse what no `Call` can say."""
+    if given.get("dropout"):
         raise ReachError(
             "attention dropout is on: call model.eval(), or set attention_dropout to 0"
         )
-    if kwargs.get("cache") is not None:
+    if given.get("cache") is not None:
         raise ReachError(
             "paged attention caches are not supported under regard: use model.generate without them"
         )
-    if kwargs.get("output_attentions"):
+    if given.get("output_attentions"):
         raise ReachError(
             "output_attentions=True asks for the whole attention matrix: drop it and name facts "
             'instead, for example regard.watch(model, facts=["received", "thumbnail"])'
         )
-    site = site_of(module) or _site(0, type(module).__name__, module)
-    q_length = query.shape[2]
-    mask, bias, live, offsets = Mask.full(), position_bias, None, (0, 0)
-    if isinstance(attention_mask, Handed):
-        if not hasattr(attention_mask, "mask"):
-            raise ReachError(
-                f"{site.name} cuts or changes its attention mask on the way, which regard cannot "
-                "follow"
-            )
-        mask, offsets = (
-            attention_mask.mask,
-            (attention_mask.query_offset, attention_mask.key_offset),
+    # a keyword that the model's own function reads and we do not, or that picks keys where the
+    # model leaves them out of the mask
+    asked = set(inspect.signature(plain).parameters) - _KNOWN
+    if module.config._attn_implementation not in ("eager", "sdpa"):
+        asked |= set(_PICKS)
+    unknown = sorted(n for n in asked if given.get(n) is not None)
+    if unknown:
+        raise ReachError(
+            f"{name} hands {unknown[0]}= to its attention, which regard does not know: load the "
+            'model with attn_implementation="sdpa", or report the class of this model'
         )
-        if site.kind == "self":
-            live = attention_mask.live
-        # the mask knows how many keys there are; a module outside the session does not know whether
-        # it looks across
-        end = attention_mask.shape[-1]
-        if end < key.shape[2]:
-            key, value = key[:, :, :end], value[:, :, :end]
-            bias = None if bias is None else bias[..., :end]
-    elif attention_mask is not None:
-        mask, extra = _from_tensor(attention_mask[..., : key.shape[2]])
-        bias = extra if bias is None else bias if extra is None else bias + extra
-        offsets = (key.shape[2] - q_length if site.kind == "self" else 0, 0)
-    else:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if causal and q_length > 1 and site.kind == "self":
-            mask = Mask.causal()
-            if (
-                key.shape[2] > q_length
-            ):  # an empty static cache: the keys past the queries are not there yet
-                key, value = key[:, :, :q_length], value[:, :, :q_length]
-        offsets = (key.shape[2] - q_length if site.kind == "self" else 0, 0)
-    if bias is not None:
-        bias = bias.expand(*bias.shape[:2], q_length, key.shape[2])
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    call = Call(site, query, key, value, mask, scale, softcap, bias, s_aux, live, *offsets)
-    state = run(module, call)
-    return state.out.to(query.dtype).transpose(1, 2).contiguous(), None
-
-
-def _from_tensor(tensor: Tensor) -> tuple[Mask, Tensor | None]:
-    """A ready 4-D mask: boolean, or additive with the dtype's lowest value where it hides."""
-    if tensor.dtype == torch.bool:
-        return Mask.dense(tensor), None
-    allowed = tensor > torch.finfo(tensor.dtype).min / 2
-    plain = bool((tensor.masked_fill(~allowed, 0) == 0).all())
-    mask = Mask.full() if bool(allowed.all()) else Mask.dense(allowed)
-    return mask, None if plain else tensor.masked_fill(~allowed, 0)

@@ -24,6 +24,7 @@ from regard.core import (
     WindowedDistance,
 )
 from regard.errors import InputError
+from regard.reach.sites import setting
 from regard.versions import versions
 
 from .heads import Heads, head_split, peaks
@@ -34,6 +35,7 @@ BINS = 512
 LISTED = 20_000  # values of a fact that JSON lists one by one
 LINES = 8  # views of one fact that has several: rows, columns, segments
 TAIL = 16  # the last tokens are seen by few queries, so what they receive on average says little
+_BOTH_WAYS = "share of all tokens' attention that lands here, mean over layers and heads"
 _HELP = {
     "received": (
         "attention received",
@@ -180,12 +182,13 @@ def overview(
             "model": model_name or seen.model.config._name_or_path or type(seen.model).__name__,
             "num_layers": len(seen[seen.facts[0]]),
             "num_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", heads) or heads,
+            "num_key_value_heads": setting(text, "num_key_value_heads", heads) or heads,
             "num_tokens": len(tokens),
             "device": str(seen.model.device),
             "dtype": str(seen.model.dtype).removeprefix("torch."),
             "seconds": seen.seconds,
             "plain_seconds": None,
+            "difference": seen.difference,
             "peak_mib": None,
             "facts": [f.name for f in seen.facts],
             "all_heads": seen.whole,
@@ -201,9 +204,12 @@ def overview(
     alpha = stack(seen, "mean_received", row)
     if alpha is not None and alpha[1].shape[-1] > 1:
         page["views"]["received"] = _view("received", alpha[1].mean((0, 1)), len(tokens))
-        if len(tokens) > 2 * TAIL:
-            page["views"]["received"]["values"][-TAIL:] = [None] * TAIL
-        page["sinks"] = _sinks(*alpha, tokens)
+        tail = TAIL if seen.causal else 0  # where all tokens look both ways, none are few
+        if not seen.causal:
+            page["views"]["received"]["help"] = _BOTH_WAYS
+        if tail and len(tokens) > 2 * tail:
+            page["views"]["received"]["values"][-tail:] = [None] * tail
+        page["sinks"] = _sinks(*alpha, tokens, tail=tail)
         page["by_position"] = _by_position(alpha[1])
     for fact in seen.facts:
         for name, values in _series(seen, fact, row).items():
@@ -282,11 +288,11 @@ def _view(name: str, values: Tensor, tokens: int) -> dict[str, Any]:
 
 
 def _sinks(
-    layers: list[int], alpha: Tensor, tokens: list[str], position: int = 0
+    layers: list[int], alpha: Tensor, tokens: list[str], position: int = 0, tail: int = TAIL
 ) -> dict[str, Any]:
     """Sink map of the first position, and the later tokens that are sinks of some heads."""
     batch = alpha[None]
-    found = hidden_sinks(batch, after=position, tail=TAIL)[:12]
+    found = hidden_sinks(batch, after=position, tail=tail)[:12]
     hidden = [
         {**{n: f[n] for n in ("position", "heads", "alpha")}, "token": tokens[f["position"]]}
         for f in found

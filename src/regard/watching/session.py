@@ -13,6 +13,8 @@ import torch
 from regard.core import FACTS, Fact
 from regard.errors import InputError, NeedsMatrix, nearest
 from regard.reach import Collector, Handler, Session, Site
+from regard.reach.sites import setting
+from regard.reach.verify import difference
 
 _MATRIX = {"map", "maps", "attention", "attentions", "weights", "matrix", "probabilities"}
 
@@ -170,6 +172,7 @@ class Watch(Session):
         before = self.module.register_forward_pre_hook(self._enter_forward, with_kwargs=True)
         after = self.module.register_forward_hook(self._leave_forward)
         self._undo += [before.remove, after.remove]
+        self._keep_hooks()
         return self
 
     def _enter_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -205,6 +208,14 @@ class Watch(Session):
     def causal(self) -> bool:
         """Whether no token of the main part looks ahead."""
         return all(r.causal for r in self._records() if r.site.part == self.main)
+
+    @property
+    def difference(self) -> float | None:
+        """How far the attention of this kind of model was from its own function, relative, where
+        the first call of each kind of module is computed both ways; None before that.
+        """
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        return difference(modules[s.name] for s in self.sites)
 
     def __getitem__(self, fact: str | Fact) -> Layers:
         wanted = next((f for f in self.facts if fact in (f, f.name)), None)
@@ -283,7 +294,7 @@ def _fact(fact: str | Fact, model: Any) -> Fact:
         )
     if fact.lower() in _MATRIX:
         text = _text_config(model)
-        heads = getattr(text, "num_attention_heads", 1) * getattr(text, "num_hidden_layers", 1)
+        heads = setting(text, "num_attention_heads", 1) * setting(text, "num_hidden_layers", 1)
         gib = {n: heads * n**2 * 4096 * 4096 * 4 / 2**30 for n in (1, 4)}
         at = {n: f"{size:,.0f} GiB" if size > 1 else f"{size:.2g} GiB" for n, size in gib.items()}
         raise NeedsMatrix(
@@ -321,7 +332,7 @@ def _numbers(name: str, given: Iterable[int] | None) -> list[int] | None:
 
 def _check_heads(model: Any, heads: Sequence[int] | None) -> None:
     text = _text_config(model)
-    count = getattr(text, "num_attention_heads", None)
+    count = setting(text, "num_attention_heads")
     wrong = [h for h in heads or [] if h < 0 or (count is not None and h >= count)]
     if wrong:
         raise InputError(f"head {wrong[0]} is out of range: this model has {count} heads, from 0")

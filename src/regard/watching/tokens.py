@@ -23,11 +23,10 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     the others say nothing.
     """
     said: list[str] = []
-    before: list[int] = []  # the last tokens that make whole characters
+    before, start = list[int](), ""  # the last tokens that make whole characters, and their text
     held: list[int] = []
     for n in ids:
         held.append(n)
-        start = tokenizer.decode(before) if before else ""
         text = tokenizer.decode([*before, *held])
         text = text[len(start) :] if text.startswith(start) else tokenizer.decode(held)
         cut = text.endswith("\ufffd")
@@ -35,7 +34,9 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         if not cut or len(held) == _LONGEST:
             if cut:  # bytes that make no character
                 said[-_LONGEST:] = [tokenizer.decode([m]) for m in held]
-            before, held = held, []
+            before = [] if cut else held
+            start = tokenizer.decode(before) if before else ""
+            held = []
     if held:  # the text ends within a character
         said[-len(held) :] = [tokenizer.decode([m]) for m in held]
     return said

@@ -123,7 +123,8 @@ def attend_and_measure(
     """
     inputs = Inputs(q, k, v, mask, scale_of(q, scale), softcap, bias)
     asked = _asks(*(t for t in (q, k, v, bias, sinks) if t is not None))
-    if asked or rows.why_not(inputs):
+    by_query = sinks is not None and sinks.dim() == 3
+    if asked or by_query or rows.why_not(inputs):
         call: Any = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
         state = attend(q, k, v, sinks=sinks, **call)
         return state, measure(
@@ -177,8 +178,10 @@ def _check(inputs: Inputs, lse: Tensor | None, sinks: Tensor | None, live: Tenso
     batch, heads, queries, _ = inputs.q.shape
     if lse is not None and lse.shape != (batch, heads, queries):
         raise InputError(f"lse {tuple(lse.shape)} is not {(batch, heads, queries)}, one a query")
-    if sinks is not None and sinks.shape != (heads,):
-        raise InputError(f"sinks {tuple(sinks.shape)} are not [{heads}], one a head")
+    if sinks is not None and sinks.shape not in ((heads,), inputs.q.shape[:3]):
+        raise InputError(
+            f"sinks {tuple(sinks.shape)} are not [{heads}], one a head, nor one a query"
+        )
     if live is not None and (live.dtype != torch.bool or live.shape != (batch, queries)):
         raise InputError(
             f"live is boolean {(batch, queries)}, false for queries that do not count, not "
@@ -214,7 +217,9 @@ def _by_tiles(facts: Sequence[Fact], tiles: Tiles, live: Tensor | None, view: Vi
     room = tiles.empty() if any(f.log_p for f in facts) else None
     for tile in tiles:
         tile.exponentiate(room)
-        tile.live = None if live is None else live[tile.batch, tile.rows]
+        if live is not None:
+            tile.live = live[tile.batch, tile.rows]
+            tile.p.mul_(tile.live[:, None, None, :, None])  # exactly 0, not e to a large power
         for fact, total in zip(facts, sums):
             fact.add(total, tile, view)
     return sums

@@ -115,7 +115,8 @@ class WindowedDistance(Fact):
         """The whole window for all that is looked at, less what is nearer."""
         looks = (lse != -torch.inf).to(view.dtype)
         if sinks is not None:  # what a sink takes is looked at nowhere
-            looks = looks * -torch.expm1(sinks.to(lse.dtype)[:, None] - lse).clamp_max(0.0)
+            learned = sinks if sinks.dim() == 3 else sinks[:, None]
+            looks = looks * -torch.expm1(learned.to(lse.dtype) - lse).clamp_max(0.0)
         looks = looks.unflatten(1, (view.kv_heads, view.groups))
         return {"sum": (sums["sum"] + self.window * looks).clamp_min(0.0)}
 

@@ -8,7 +8,7 @@ tests do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -67,7 +67,7 @@ def forward(
     if not has_gradients(q, bias):  # they are the caller's
         q, k, v = (t.detach() for t in (q, k, v))
         bias = None if bias is None else bias.detach()
-    with many_graphs():
+    with many_graphs(), _compiling(q.device.type):
         out, aux = _call(q.device.type)(
             q,
             k,
@@ -79,6 +79,14 @@ def forward(
             return_aux=AuxRequest(lse=True),
         )
     return out, aux.lse
+
+
+def _compiling(device: str) -> Any:
+    """Compile this kernel even where compiled models are left alone; eager it is a whole matrix."""
+    stance = torch._dynamo.eval_frame._stance.stance
+    return (
+        torch.compiler.set_stance() if device == "cuda" and stance != "default" else nullcontext()
+    )
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from regard.errors import InputError, ReachError
-from regard.reach.call import Site
+from regard.reach.call import Call, Site
 
 GROWTH = 64  # a full store grows by 1/64 of its rows: held bytes stay within 2 % of the used
 
@@ -107,6 +107,7 @@ class MethodLayer(CacheLayerMixin):
         super().__init__()
         self.method = method
         self.length = 0  # tokens seen
+        self.row_shape = (0, 0, 0)  # heads and sizes of the keys and values last given
         self.open = False
 
     def store(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +123,21 @@ class MethodLayer(CacheLayerMixin):
         """Bytes of keys and values held, counted from storage."""
         return sum(rows.nbytes for rows in self.stores())
 
+    def check_call(self, call: Call) -> None:
+        """Refuse a call that looks at something else than the keys and values that it caches.
+
+        Raises:
+            ReachError: multi-head latent attention, whose heads share one latent.
+        """
+        rows = (call.k.shape[1], call.k.shape[-1], call.v.shape[-1])
+        if self.length and self.row_shape != rows:
+            raise ReachError(
+                f"{call.site.name} caches latents that all heads share (multi-head latent "
+                f"attention), so {self.method} cannot keep other tokens for other heads and would "
+                "hold more bytes than the plain cache: apply it to a model that caches keys and "
+                "values"
+            )
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -135,6 +151,7 @@ class MethodLayer(CacheLayerMixin):
                 f"on inside regard.apply(model, {self.method}(...)), or begin with a new cache"
             )
         self.open = False
+        self.row_shape = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[2]
         return self.store(key_states, value_states)

@@ -178,6 +178,13 @@ class Evicting(Handler):
             )
         return ()
 
+    def generation(self, config: Any) -> None:
+        if getattr(config, "prefill_chunk_size", None):
+            raise InputError(
+                f"{self.name} cuts the prompt once it has been read, and would take the first of "
+                "several chunks for all of it: leave prefill_chunk_size out"
+            )
+
     def cache(self, cache: Any) -> None:
         self._found = {}
         if cache is None:
