@@ -26,7 +26,7 @@ class Words:
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = deep(6, steep=30)
-    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (model, Words()))
+    monkeypatch.setattr("regard.zoo.load", lambda name, **_: (model, Words()))
     monkeypatch.setattr(act, "_apart", lambda: {"bytes": 90_000_000, "how": "x", "sinks": 5})
 
 

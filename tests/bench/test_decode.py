@@ -25,7 +25,7 @@ class Words:
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny("llama"), Words()))
+    monkeypatch.setattr("regard.zoo.load", lambda name, **_: (tiny("llama"), Words()))
     plain = decode._method
 
     def method(name: str) -> Any:
@@ -133,6 +133,6 @@ def test_what_cannot_be(settings: dict[str, int], message: str) -> None:
 
 @pytest.mark.parametrize("family", ["whisper", "t5"])
 def test_an_encoder_decoder_is_refused(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny(family), Words()))
+    monkeypatch.setattr("regard.zoo.load", lambda name, **_: (tiny(family), Words()))
     with pytest.raises(InputError, match=f"{family} is an encoder-decoder: name a decoder"):
         decode.run(family)

@@ -41,15 +41,17 @@ def test_calibrate_then_run(capsys: Any, tmp_path: Path) -> None:
     assert code == 0, err
     said = json.loads(out)
     assert said["kl"] > 0 and said["prompt_tokens"] == 30
-    assert [r["layer"] for r in said["layers"]] == [2] and said["layers"][0]["heads"] == kept
-    a, b = said["plain"].split(), said["steered"].split()
+    layers = said["report"]["layers"]
+    assert [r["layer"] for r in layers] == [2] and layers[0]["heads"] == kept
+    assert all(s["token"] for s in layers[0]["sinks"])
+    a, b = said["plain"]["answer"].split(), said["changed"]["answer"].split()
     assert len(a) == len(b) == 12
     apart = said["first_difference"]
     if apart is None:
         assert a == b
     else:
         at = apart["token"]
-        assert a[:at] == b[:at] and (a[at], b[at]) == (apart["plain"], apart["steered"])
+        assert a[:at] == b[:at] and (a[at], b[at]) == (apart["plain"], apart["changed"])
 
 
 def test_neutral_beta_changes_nothing(capsys: Any) -> None:
@@ -75,7 +77,10 @@ def test_pooled_tasks(capsys: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "act", "--prompt", TEXT, "--alpha", "3", "--threshold", "0.1"], "give one"),
+        (
+            ["run", "act", "--prompt", TEXT, "--alpha", "3", "--threshold", "0.1"],
+            "mutually exclusive",
+        ),
         (["run", "act", "--prompt", TEXT, "--beta", "3"], "beta"),
         (["run", "act", "--prompt", TEXT, "--heads", "none.json"], "no head file"),
         (["run", "act", "--prompt", TEXT, "-n", "99999"], "positions"),

@@ -27,33 +27,36 @@ def test_both_answers_and_what_was_read(capsys: Any) -> None:
     said = json.loads(out)
     assert said["prompt_tokens"] == 63 and said["settings"]["query_check"] is None
     # 11 steps, of which the 4th and the 8th read all 67 and 71 keys
-    assert said["entries_per_token"] == (9 * 7 + 67 + 71) / 11
-    assert said["full_entries_per_token"] == sum(range(64, 75)) / 11
-    assert [r["full_steps"] for r in said["layers"]] == [2, 2, 2]
-    assert 0 < said["recovered"] < 1 and all(len(r["recovered"]) == 2 for r in said["layers"])
-    assert said["speed_ratio"] > 0 and said["recycled"]["end_bytes"] > said["full"]["end_bytes"]
-    a, b = said["full"]["answer"].split(), said["recycled"]["answer"].split()
+    assert said["report"]["entries_per_token"] == (9 * 7 + 67 + 71) / 11
+    assert said["report"]["full_entries_per_token"] == sum(range(64, 75)) / 11
+    assert [r["full_steps"] for r in said["report"]["layers"]] == [2, 2, 2]
+    assert 0 < said["report"]["recovered"] < 1 and all(
+        len(r["recovered"]) == 2 for r in said["report"]["layers"]
+    )
+    assert said["speed_ratio"] > 0 and said["changed"]["end_bytes"] > said["plain"]["end_bytes"]
+    a, b = said["plain"]["answer"].split(), said["changed"]["answer"].split()
     assert len(a) == len(b) == 12
     apart = said["first_difference"]
     if apart is None:
         assert a == b
     else:
         at = apart["token"]
-        assert a[:at] == b[:at] and (a[at], b[at]) == (apart["full"], apart["recycled"])
+        assert a[:at] == b[:at] and (a[at], b[at]) == (apart["plain"], apart["changed"])
 
 
 def test_what_a_person_sees(capsys: Any) -> None:
     common = ["run", "recycled-attention", "--prompt", TEXT, "--model", "llama", "-n", "9"]
     code, out, err = run(capsys, *common, "--words", "30")
     shown = " ".join(out.split())
-    assert code == 0 and "The answers are the same. The prompt has 30 tokens." in shown
+    assert code == 0 and "The answers are the same." in shown and "has 30 tokens;" in shown
     assert "Every layer read all keys at 0 of 8 tokens." in shown
-    assert "every key was read: give a smaller --budget" in " ".join(err.split())
+    assert "Every key was read: give a smaller --budget" in shown
     code, out, err = run(capsys, *common, "--budget", "5", "--stride", "3")
     shown = " ".join(out.split())
     assert code == 0 and "Every layer read all keys at 2 of 8 tokens." in shown and not err
     assert (
-        "keys read a token 64 21 0.3" in shown and "the kept keys and the token's own held" in shown
+        "Keys read a token: 21 of 64." in shown
+        and "the kept keys and the token's own held" in shown
     )
     code, out, err = run(
         capsys, *common, "--budget", "5", "--query-check", "2", "--threshold", "0.3"
@@ -68,8 +71,8 @@ def test_what_a_person_sees(capsys: Any) -> None:
     [
         (["--budget", "0"], "budget"),
         (["--stride", "0"], "stride"),
-        (["--stride", "4", "--query-check", "2"], "give one"),
-        (["--threshold", "0.5"], "--threshold goes with --query-check"),
+        (["--stride", "4", "--query-check", "2"], "mutually exclusive"),
+        (["--threshold", "0.5"], "--threshold needs --query-check"),
         (["--query-check", "5", "--threshold", "2"], "threshold"),
         (["--pool", "4"], "pool"),
         (["--evict", "all"], "evict"),

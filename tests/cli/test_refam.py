@@ -50,7 +50,7 @@ def test_an_image(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"column {x}, row {y}" in text
     html = page.read_text()
     assert html.count("<img") == 3 + len(TEXT.split()) + 3
-    assert not re.search(r"(src|href)=\"(?!data:)", html)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", html)
     bare = tmp_path / "bare.json"
     assert run(capsys, *RUN, TEXT, *args, "--magnets", "", "--json", str(bare))[0] == 0
     assert json.loads(bare.read_text())["settings"]["magnets"] == []

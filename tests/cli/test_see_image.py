@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from regard.lab.trials.vqa import items
 
@@ -39,7 +40,6 @@ def test_see_answers_and_writes_a_page(capsys: Any, picture: Path, tmp_path: Pat
     ("words", "says"),
     [
         (["see", "nothing.png", "what?"], "there is no picture"),
-        (["see", "nothing.png"], "ask something"),
         (["see", "some text", "more"], "question about a picture"),
         (["trial", "vqa", "--with", "varr"], "Did you mean 'var'"),
         (["trial", "vqa", "--kinds", "smell"], "kinds are"),
@@ -55,6 +55,12 @@ def test_see_answers_and_writes_a_page(capsys: Any, picture: Path, tmp_path: Pat
 def test_bad_input(capsys: Any, words: list[str], says: str) -> None:
     code, _, err = run(capsys, *words)
     assert code == 2 and says in " ".join(err.split()), err
+
+
+def test_a_picture_needs_a_question(capsys: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "white.png")
+    code, _, err = run(capsys, "see", str(tmp_path / "white.png"))
+    assert code == 2 and "ask something" in " ".join(err.split())
 
 
 def test_trial_vqa_prints_and_writes(capsys: Any, tmp_path: Path) -> None:

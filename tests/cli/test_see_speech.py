@@ -74,18 +74,18 @@ def test_every_slip_gets_one_line(
     tiny("llama").save_pretrained(text_model)
     at = str(tmp_path)
     cases: list[tuple[list[str], str]] = [
-        ([f"{at}/text.wav"], "audio|WAV"),
+        ([f"{at}/text.wav"], "is a text file"),
         ([f"{at}/none.wav"], "empty file"),
         ([f"{at}/quiet.wav"], "is silent"),
         ([f"{at}/long.wav"], "lasts 30.5 s"),
-        ([f"{at}/missing.wav"], "there is no file"),
+        ([f"{at}/missing.wav"], "there is no sound"),
         ([good, "--transcript", " "], "--transcript is empty"),
         ([good, "--transcript", "abc " * 30], "room for"),
         ([good, "--task", "sing"], "transcribe or translate"),
         ([good, "--language", "de"], "many languages"),
-        ([good, "--layers", "0"], "are for text"),
+        ([good, "--layers", "0"], "--layers is for a text or the prompt of an image"),
         ([good, "--html", f"{at}/no/x.html"], "does not exist"),
-        (["some words", "--language", "de"], "are for sound"),
+        (["some words", "--language", "de"], "--language is for a sound"),
     ]
     import re
 

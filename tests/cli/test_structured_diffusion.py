@@ -46,7 +46,7 @@ def test_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert images["plain-0.png"].tobytes() != images["plain-3.png"].tobytes()
     page = (out / "index.html").read_text()
     assert page.count("<img") == 4 and "default-src 'none'" in page
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert not list(out.glob("*.part*"))
 
 
@@ -142,7 +142,7 @@ def test_see_shows_every_word_and_phrase(
     page = html.read_text()
     # the image, a map a word, then three steps and seven layers for each
     assert page.count("<img") == 1 + len(names) * (1 + 3 + 7)
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
 
 
 def test_see_of_one_layer_of_joint_attention(
@@ -172,10 +172,13 @@ def test_see_maps_the_words_that_fit_and_names_the_rest(
 
 def test_see_refuses_what_is_for_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
-        (("see", PROMPT, "--model", str(folder), "--compare"), "are for text models"),
+        (
+            ("see", PROMPT, "--model", str(folder), "--compare"),
+            "--compare is for a text or a sound",
+        ),
         (("see", "...", "--model", str(folder)), "holds no word"),
         (("see", PROMPT, "--model", str(folder), "--layers", "77"), "layer 77 does not look"),
-        (("see", PROMPT, "--steps", "3"), "are for diffusion"),
+        (("see", PROMPT, "--steps", "3"), "--steps is for the prompt of an image"),
     ):
         code, _, err = run(capsys, *args)
         assert code == 2 and message in err and err.count("\n") == 1, err

@@ -28,19 +28,21 @@ def test_both_answers_bytes_and_heads(capsys: Any) -> None:
     said = json.loads(out)
     assert said["prompt_tokens"] == 93  # 90 words and the question
     # two key heads of 93 tokens, 16 wide, in float32: keys and values of three layers
-    assert said["full"]["prompt_bytes"] == 2 * 2 * 93 * 16 * 4 * 3
+    assert said["plain"]["prompt_bytes"] == 2 * 2 * 93 * 16 * 4 * 3
     entries = int(0.7 * 2 * 93)
-    assert said["task_kv"]["prompt_bytes"] == 2 * entries * 16 * 4 * 3
+    assert said["changed"]["prompt_bytes"] == 2 * entries * 16 * 4 * 3
     assert said["bytes_ratio"] == pytest.approx(entries / (2 * 93))
-    assert said["speed_ratio"] > 0 and said["full"]["tokens"] == said["task_kv"]["tokens"] == 12
-    assert [r["layer"] for r in said["layers"]] == [0, 1, 2]
-    for row in said["layers"]:
+    assert said["speed_ratio"] > 0 and said["plain"]["tokens"] == said["changed"]["tokens"] == 12
+    assert [r["layer"] for r in said["report"]["layers"]] == [0, 1, 2]
+    for row in said["report"]["layers"]:
         assert len(row["full"]) == 1 and len(row["distances"]) == 2
         kept = row["sinks"] + row["middle"] + row["recent"]
         assert (row["sinks"], row["recent"]) == (2, 5) and kept == entries - 93
-    a, b = (said[name]["answer"].split() for name in ("full", "task_kv"))
+    a, b = (said[name]["answer"].split() for name in ("plain", "changed"))
     apart = said["first_difference"]
-    assert apart is None or (a[:apart] == b[:apart] and a[apart] != b[apart] and apart > 0)
+    if apart is not None:
+        at = apart["token"]
+        assert a[:at] == b[:at] and (a[at], b[at]) == (apart["plain"], apart["changed"])
     assert said["notes"] == []
 
 
@@ -51,7 +53,7 @@ def test_what_is_shown(capsys: Any) -> None:
     )  # fmt: skip
     assert code == 0, err
     shown = " ".join(out.split())
-    assert "The prompt has 60 tokens." in shown and "bytes after the prompt" in shown
+    assert "The prompt has 60 tokens;" in shown and "keys and values after the prompt" in shown
     assert shown.count("●") == 4, "one full head a layer, and the title"
     assert "tokens/s after the first" in shown and "2 + 17 + 5" in shown
 

@@ -24,7 +24,7 @@ class Stop(BaseException):
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny("llama"), Words()))
+    monkeypatch.setattr("regard.zoo.load", lambda name, **_: (tiny("llama"), Words()))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_all_configurations_are_checked_before_the_first_runs(
     line = ("--with", f"act:skip_layers=0/0,act:heads={heads}")
     processor = Words()
     processor.image_processor = object()  # type: ignore[attr-defined]
-    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (tiny("llama"), processor))
+    monkeypatch.setattr("regard.zoo.load", lambda name, **_: (tiny("llama"), processor))
     monkeypatch.setattr(frame, "_measure", lambda *_: pytest.fail("work was begun"))
     monkeypatch.setattr(vqa, "score", lambda *_, **__: pytest.fail("work was begun"))
     for trial in (("perplexity", "--text", TEXT, "--context", "40", "--documents", "2"), ("vqa",)):

@@ -65,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_a_local_task(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny("llama"), _tokenizer()
-    monkeypatch.setattr("regard.zoo.loading.load", lambda name, **_: (model, tokenizer))
+    monkeypatch.setattr("regard.zoo.load", lambda name, **_: (model, tokenizer))
     before = [p.clone() for p in model.parameters()]
     out = folder.parent / "out.json"
     code, shown, err = run(

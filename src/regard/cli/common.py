@@ -79,7 +79,7 @@ def write_json(data: Any, path: Path | None) -> None:
     """JSON to a file (written whole or not at all), or to stdout for "-"; nothing for None."""
     if path is None:
         return
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, default=os.fspath) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
         return

@@ -89,6 +89,8 @@ def _content(path: Path, text: bool = False) -> str:
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file in it")
     start = path.open("rb").read(4096) if path.is_file() else b""
+    if not start:
+        raise InputError(f"{path} is an empty file: name another one")
     if audio.sounds(path, start):
         return "sound"
     try:

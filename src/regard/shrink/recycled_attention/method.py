@@ -42,6 +42,7 @@ class Steps:
     Attributes:
         tokens: decoding steps of one token each; full: how many of them read every key.
         entries: keys read in all those steps, the mean over batch rows and key heads.
+        visible: keys that there were to read in them.
         recovered: at every full step, the share of its attention that the kept keys and its own
             hold: what a recycled step would have had (mean over batch rows and heads).
     """
@@ -49,6 +50,7 @@ class Steps:
     tokens: int = 0
     full: int = 0
     entries: float = 0.0
+    visible: float = 0.0
     recovered: list[float] = field(default_factory=list)
 
 
@@ -110,9 +112,11 @@ class Recycled(Settings, Handler):
             }
             for number, log in self.steps().items()
         ]
-        wrote = any(row["tokens"] for row in layers)
+        tokens = sum(log.tokens for log in self._steps.values())
+        visible = sum(log.visible for log in self._steps.values())
         return {
-            "entries_per_token": self.entries_per_token if wrote else None,
+            "entries_per_token": self.entries_per_token if tokens else None,
+            "full_entries_per_token": visible / tokens if tokens else None,
             "recovered": self.recovered,
             "layers": layers,
         }
@@ -169,7 +173,7 @@ class Recycled(Settings, Handler):
             return None
         layer.take(call, self.budget)
         if layer.length <= self.budget + (self.evict == "last_full"):  # every key is there
-            layer.note(_visible(call), False)
+            layer.note(_visible(call), _visible(call), False)
             return None
         return layer.shown(call)
 
@@ -182,7 +186,7 @@ class Recycled(Settings, Handler):
                 layer.lowest = _lowest(call, state.lse)
             return
         if layer.count:
-            layer.note(_visible(call), True)
+            layer.note(_visible(call), _visible(call), True)
         if self.query_check is None and self.stride == 1:
             return
         last, lse, allowed = _last(call, state.lse)
@@ -304,7 +308,7 @@ class _Layer(MethodLayer):
         if bias is not None:
             at = positions.repeat_interleave(groups, 1)[:, :, None]
             bias = bias.expand(len(at), at.shape[1], 1, -1).gather(-1, at)
-        self.note(entries, False)
+        self.note(entries, _visible(call), False)
         k, v = (rows.data for rows in self.kept)
         return call.change(k=k, v=v, mask=mask, bias=bias, positions=positions)
 
@@ -337,11 +341,12 @@ class _Layer(MethodLayer):
                 share = share - held[..., self.slot(budget)]
         return min(float(share.mean()), 1.0)
 
-    def note(self, entries: float, full: bool) -> None:
+    def note(self, entries: float, visible: float, full: bool) -> None:
         """Write down a step."""
         self.log.tokens += 1
         self.log.full += full
         self.log.entries += entries
+        self.log.visible += visible
 
 
 def _open(call: Call) -> bool:

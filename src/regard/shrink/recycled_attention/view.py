@@ -16,7 +16,10 @@ def tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         rows = [[row["layer"], row["full_steps"], row["tokens"]] for row in layers]
     if report["entries_per_token"] is not None:
-        said.append(f"Keys read a token: {report['entries_per_token']:.0f}.")
+        read, there = report["entries_per_token"], report["full_entries_per_token"]
+        said.append(f"Keys read a token: {read:.0f} of {there:.0f}.")
+        if read == there:
+            said.append("Every key was read: give a smaller --budget or a longer text.")
     if report["recovered"] is not None:
         means = {
             r["layer"]: sum(r["recovered"]) / len(r["recovered"]) for r in layers if r["recovered"]
