@@ -2,22 +2,7 @@
 
 __version__: str
 
-from regard import bench as bench
-from regard import core as core
-from regard import errors as errors
-from regard import lab as lab
-from regard import parts as parts
-from regard import reach as reach
-from regard import report as report
-from regard import see as see
-from regard import shape as shape
-from regard import shrink as shrink
-from regard import steer as steer
-from regard import watching as watching
-from regard import zoo as zoo
 from regard.catalog import methods as methods
-from regard.lab import reproduce as reproduce
-from regard.lab import trials as trials
 from regard.lab.check import check as check
 from regard.parts.diffusion.joint import JointMaps as JointMaps
 from regard.parts.diffusion.words import WordMaps as WordMaps
@@ -43,9 +28,7 @@ from regard.shrink.task_kv.method import TaskKV as TaskKV
 from regard.shrink.visiondrop.method import VisionDrop as VisionDrop
 from regard.steer.act.heads import HeadFilter as HeadFilter
 from regard.steer.act.method import ACT as ACT
-from regard.steer.dynamic_prompt_learning.method import (
-    DynamicPromptLearning as DynamicPromptLearning,
-)
+from regard.steer.dynamic_prompt_learning.method import DynamicPromptLearning as DynamicPromptLearning
 from regard.steer.steer.method import ContrastiveExpertGuidance as ContrastiveExpertGuidance
 from regard.steer.structured_diffusion.method import StructuredDiffusion as StructuredDiffusion
 from regard.steer.swap_anything.method import SwapAnything as SwapAnything
@@ -59,3 +42,18 @@ from regard.watching import facts as facts
 from regard.watching import watch as watch
 from regard.zoo import load as load
 from regard.zoo import models as models
+from regard import bench as bench
+from regard import core as core
+from regard import errors as errors
+from regard import lab as lab
+from regard import parts as parts
+from regard import reach as reach
+from regard import report as report
+from regard.lab import reproduce as reproduce
+from regard import see as see
+from regard import shape as shape
+from regard import shrink as shrink
+from regard import steer as steer
+from regard.lab import trials as trials
+from regard import watching as watching
+from regard import zoo as zoo

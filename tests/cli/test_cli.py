@@ -156,14 +156,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 def test_samples_with_odd_line_ends_are_gone_on_with(tmp_path: Path) -> None:
-    from regard.steer.steer import command as steer
+    from regard.steer.steer.kept import KeptSamples
 
     rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
-    settings = {"batch": 1}
-    part = tmp_path / "part"
-    part.write_text("".join(map(steer._row, [settings, *rows])), encoding="utf-8")
-    pool: list[str] = []
-    assert steer._resume(part, settings, pool) == rows and pool == [r["text"] for r in rows]
+    kept = KeptSamples(tmp_path / "samples.jsonl", {"batch": 1, "count": 2})
+    for row in rows:
+        kept.add(row)
+    assert KeptSamples(tmp_path / "samples.jsonl", {"batch": 1, "count": 2}).rows == rows
 
 
 def test_negatives_without_an_example(capsys: Any, tmp_path: Path) -> None:

@@ -104,4 +104,4 @@ def test_helpers_are_followed() -> None:
     used = sources(["regard.steer.act.claims", "regard.shrink.snapkv.method"])
     assert {"regard.steer.act.heads", "regard.parts.decoding.kept"} <= set(used)
     used = sources(["regard.lab.bench.see", "regard.lab.bench.worker"])
-    assert {"regard.watching.watch", "regard.lab.bench.peers"} <= set(used)
+    assert {"regard.watching.session", "regard.lab.bench.peers"} <= set(used)

@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..mask import Band, Both, Mask, Padding
+from ..compound import Both
+from ..mask import Band, Mask, Padding
 
 CACHE = 2**25  # bytes of queries that stay in a GPU's cache
 

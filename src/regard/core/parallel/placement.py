@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..mask import Band, Both, Mask
+from ..compound import Both
+from ..mask import Band, Mask
 from .schemes import Shape
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from regard.core import Mask, patterns
-from regard.core.mask import Band, Inverse, Pair, Predicate, Prefix, Segments
+from regard.core.compound import Inverse, Pair
+from regard.core.mask import Band, Predicate, Prefix, Segments
 from regard.errors import InputError, nearest
 
 MOST = 2**62  # of a mask's parameter: positions are added to it in 64 bits
