@@ -108,7 +108,10 @@ class Turns:
         repeats = bool(before) and before[-1].query() is call.q and first.part == self._main
         seen.append(_Seen(key, ref(call.q), call.k.data_ptr()))
         repeats = repeats and before[-1].keys == call.k.data_ptr()
-        site = sites[turn % len(sites)] if len(sites) > 1 else self._turn(first, turn)
+        if len(sites) > 1:
+            site = sites[turn % len(sites)]
+        else:  # a layer that somebody runs by itself, outside of a pass, is that layer each time
+            site = self._turn(first, 0 if self.past is None else turn)
         return call.change(site=site, chunk=len(before), repeats=repeats, past=self.past)
 
     def _turn(self, site: Site, turn: int) -> Site:
