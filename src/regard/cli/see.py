@@ -106,7 +106,7 @@ def see(
     refuse_unused(ctx, wanted.kind)
     if question is not None and wanted.kind != "picture":
         raise InputError("a second text is a question about a picture: name a picture first")
-    if wanted.note and wanted.kind != "text":
+    if wanted.note and wanted.kind in ("sound", "picture"):
         err().print(f"note: {wanted.note}", markup=False, highlight=False)
     if wanted.kind == "sound":
         return see_speech.see_speech(
