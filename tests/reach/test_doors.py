@@ -360,3 +360,23 @@ def test_a_prompt_in_chunks_is_no_prompt() -> None:
     told = pytest.raises(InputError, match="prefill_chunk_size")
     with told, regard.apply(model, regard.shrink.SnapKV(budget=6, window=2)), torch.no_grad():
         model.generate(IDS[:1], **kw)
+
+
+def test_a_bidirectional_model_with_a_cache_writes_the_same() -> None:
+    """Its mask is as wide as the new tokens alone, and it looks at every cached key."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = BertLMHeadModel(config).eval()
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+           "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
+    ids = torch.randint(5, 100, (1, 12))
+    with torch.no_grad():
+        plain = torch.stack(model.generate(ids, **how).logits)
+        with regard.watch(model, ["received", "entropy"]):
+            watched = torch.stack(model.generate(ids, **how).logits)
+    torch.testing.assert_close(watched, plain, rtol=1e-4, atol=1e-6)

@@ -257,7 +257,9 @@ def _call(
     mask, bias, live, offsets = Mask.full(), given.get("position_bias"), None, (0, 0)
     if isinstance(attention_mask, Handed):
         mask, origin = attention_mask.mask, attention_mask.origin
-        end = origin.shape[2]
+        # a mask narrower than the keys fits no attention: the plain model has none there, and a
+        # bidirectional one that reads a cache looks at all of it
+        end = origin.shape[2] if key.shape[2] <= origin.width else key.shape[2]
     elif attention_mask is not None:
         origin = origin_of(attention_mask, q_length) if site.kind == "self" else None
         # the mask knows how many keys there are
@@ -284,7 +286,8 @@ def _call(
             # an empty static cache: the keys past the queries are not there yet
             key, value = key[:, :, :q_length], value[:, :, :q_length]
     if origin is not None:
-        offsets = (origin.offsets[0], origin.offsets[1] if origin.shape[2] == end else 0)
+        first = end - q_length if end > origin.width else origin.offsets[0]
+        offsets = (first, origin.offsets[1] if origin.shape[2] == end else 0)
         key, value = key[:, :, :end], value[:, :, :end]
         live = origin.live
     elif site.kind == "self":
