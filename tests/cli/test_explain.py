@@ -34,7 +34,7 @@ def test_a_clip_gives_correlations_page_and_json(
     assert len(found["pieces"]) == 6 and len(found["maps"]["attention"][0]) == 50
     assert f"{found['input']['pearson']['all']:.3f}" in shown and "split-half" in shown
     assert found["deletion"]["percent"] == [0, 50, 100]
-    assert "How much attention explains" in html.read_text()
+    assert "Cross-attention and saliency" in html.read_text()
     code, shown, err = run(capsys, *args, "--json", "-")
     assert code == 0 and json.loads(shown)["input"] == found["input"]
     assert "the window was cut" in " ".join(err.split())

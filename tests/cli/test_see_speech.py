@@ -30,7 +30,7 @@ def test_a_clip_gives_transcript_words_page_and_json(
     assert [len(row) for row in page["maps"]["layer 1"]] == [50] * len(page["words"])
     assert "word" in shown and "1.00 s, 50 of 1500 encoder steps" in shown
     assert any("was given" in note for note in page["meta"]["notes"])
-    assert "Where each word listens" in html.read_text()
+    assert "Cross-attention of a transcript" in html.read_text()
     code, shown, err = run(capsys, *args, "--json", "-")
     assert code == 0 and json.loads(shown)["transcript"] == page["transcript"]
 

@@ -121,7 +121,7 @@ def test_a_page_of_an_encoder_hides_no_token() -> None:
         model(torch.randint(3, 126, (1, 48)))
     page = overview(seen)
     assert None not in page["views"]["received"]["values"]
-    assert page["views"]["received"]["help"].startswith("share of all tokens'")
+    assert page["views"]["received"]["help"].startswith("mean attention of all queries")
     assert page["meta"]["difference"] == seen.difference < 1e-4
 
 

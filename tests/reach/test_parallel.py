@@ -79,7 +79,7 @@ def test_facts_of_every_family_equal_one_process(results: dict[str, Any]) -> Non
         ("head", "out of range"),
         ("positions", "depend on the length"),
         ("mixing", "mixes tokens outside its attention"),
-        ("not finite", "not finite"),
+        ("not finite", "produced NaN or inf"),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused(results: dict[str, Any], what: str, says: str) -> None:

@@ -293,7 +293,7 @@ def test_the_overview_is_plain_and_the_page_holds_it() -> None:
     assert all(max(map(max, rows)) == 1 for rows in view["maps"].values())
     page = render_page(view)
     assert page == render_page(view) and "<b>" not in page.split("<main")[0].split("<h1>")[1]
-    for words in ("Attention beside saliency", "Taking out what ranks highest", badge(view)[0]):
+    for words in ("Cross-attention and saliency maps", "Deletion test", badge(view)[0]):
         assert words in page
     bare = render_page({**view, "deletion": None, "cells": None, "maps": None})
     assert "Taking out" not in bare

@@ -139,7 +139,7 @@ def test_mistakes_in_the_line(line: str, message: str) -> None:
 
 def test_mistakes_in_values() -> None:
     for ratios, budget, message in (([0.0], None, "not 0"), ([1.5], None, "not 1.5"),
-                                    ([], 0, "from 1 on"), ([0.5], 3, "one of them")):  # fmt: skip
+                                    ([], 0, "from 1 on"), ([0.5], 3, "exclusive")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             read("h2o", ratios=ratios, budget=budget)
     for line in ("act:beta=3", "act:beta=word", "h2o:ratio=0.5,recent=2", "snapkv:budget=none"):

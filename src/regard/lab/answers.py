@@ -99,11 +99,11 @@ def compared(tokenizer: Any, plain: Answer, changed: Answer) -> dict[str, Any]:
     apart = first_difference(plain.tokens, changed.tokens)
     both = {"plain": plain, "changed": changed}
     where = slice(0) if apart is None else slice(apart, apart + 1)
-    said = {n: tokenizer.decode(a.tokens[where]) for n, a in both.items()}
+    tokens = {n: tokenizer.decode(a.tokens[where]) for n, a in both.items()}
     rates = plain.tokens_per_second, changed.tokens_per_second
     return {
         **{n: a.as_dict(tokenizer) for n, a in both.items()},
-        "first_difference": None if apart is None else {"token": apart, **said},
+        "first_difference": None if apart is None else {"token": apart, **tokens},
         "kl": divergence(plain.first, changed.first),
         "bytes_ratio": changed.prompt_bytes / max(plain.prompt_bytes, 1),
         "speed_ratio": rates[1] / rates[0] if rates[0] and rates[1] else None,
@@ -117,5 +117,5 @@ def noted(method: str) -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield notes
-    said = dict.fromkeys(str(w.message) for w in caught)
-    notes += [text for text in said if text.startswith(f"{method}: ")]
+    texts = dict.fromkeys(str(w.message) for w in caught)
+    notes += [text for text in texts if text.startswith(f"{method}: ")]

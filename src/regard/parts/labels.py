@@ -36,10 +36,10 @@ def label_tokens(tokenizer: Any, labels: Sequence[str]) -> Tensor:
         if after[: len(before)] != before or len(after) == len(before):
             raise InputError(f"the tokenizer joins the label {label!r} to the word before it")
         ids.append(after[len(before)])
-    for n, one in enumerate(ids):
-        if one in ids[:n]:
+    for n, token in enumerate(ids):
+        if token in ids[:n]:
             raise InputError(
-                f"the labels {labels[ids.index(one)]!r} and {labels[n]!r} begin with the same "
+                f"the labels {labels[ids.index(token)]!r} and {labels[n]!r} begin with the same "
                 "token, so one position cannot tell them apart: rename one"
             )
     return torch.tensor(ids)

@@ -63,8 +63,8 @@ class PictureLooks(Handler):
     def attach(self, model: Any) -> Sequence[Callable[[], None]]:
         body = decoder(model, "the look at a picture")
         names = {id(m): n for n, m in model.named_modules()}
-        own = tuple(names[id(layer)] + "." for layer in body.layers)
-        self._acting = {s.index for s in self._sites if s.name.startswith(own)}
+        prefixes = tuple(names[id(layer)] + "." for layer in body.layers)
+        self._acting = {s.index for s in self._sites if s.name.startswith(prefixes)}
         self.words, self.heads, self.tokens, self._sums = {}, {}, [], {}
         self._encoded = Encoded(model)
         enter = model.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -81,8 +81,8 @@ class PictureLooks(Handler):
                 raise InputError("the patches of this picture form no grid that is known")
             self.words, self.heads, self.tokens, self._sums = {}, {}, [], {}
             count = grid[0] * grid[1]
-            own = (images.number[0] == 0) & (images.patch[0] >= 0) & (images.patch[0] < count)
-            at = own.nonzero()[:, 0]
+            patches = (images.number[0] == 0) & (images.patch[0] >= 0) & (images.patch[0] < count)
+            at = patches.nonzero()[:, 0]
             self._patches = at[images.patch[0][at].argsort()]
             self.grid = (int(grid[0]), int(grid[1]))
             first = images.spans(0)[-1][1]
@@ -104,8 +104,8 @@ class PictureLooks(Handler):
         scores = call.scale * (q.to(lse.dtype) @ k.to(lse.dtype).transpose(-1, -2))
         p = (scores - lse[..., None]).exp()[0]
         layer = call.site.layer
-        old, own = self.words.get(layer), p.mean(0).cpu()
-        self.words[layer] = own if old is None else torch.cat([old, own])
+        earlier, shares = self.words.get(layer), p.mean(0).cpu()
+        self.words[layer] = shares if earlier is None else torch.cat([earlier, shares])
         total = p.sum(1).cpu() + self._sums.get(layer, torch.zeros(()))
         self._sums[layer] = total
         self.heads[layer] = total / len(self.words[layer])

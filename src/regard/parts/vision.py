@@ -41,12 +41,12 @@ class Images:
 
     def spans(self, row: int) -> list[tuple[int, int]]:
         """First and last + 1 token of every image of one row, in order."""
-        own = self.number[row]
-        found = []
-        for n in range(int(own.max()) + 1 if own.numel() else 0):
-            at = (own == n).nonzero()[:, 0]
-            found.append((int(at[0]), int(at[-1]) + 1))
-        return found
+        numbers = self.number[row]
+        spans = []
+        for n in range(int(numbers.max()) + 1 if numbers.numel() else 0):
+            at = (numbers == n).nonzero()[:, 0]
+            spans.append((int(at[0]), int(at[-1]) + 1))
+        return spans
 
     @property
     def count(self) -> int:
@@ -180,10 +180,10 @@ def _ids(config: Any) -> dict[str, int]:
     image = getattr(config, "image_token_id", None)
     image = getattr(config, "image_token_index", None) if image is None else image
     video = getattr(config, "video_token_id", None)
-    found = {"image": image, "video": video}
+    ids = {"image": image, "video": video}
     if image is None or getattr(config, "vision_config", None) is None:
         return {}
-    return {name: int(n) for name, n in found.items() if n is not None}
+    return {name: int(n) for name, n in ids.items() if n is not None}
 
 
 def _list(value: Any) -> list[Any]:
@@ -262,19 +262,17 @@ def _tiles(config: Any, image_size: list[int], side: int, first: int) -> Tensor:
 
 
 def has_class_token(model: Any) -> bool:
-    """Whether the vision tower puts a class token before the patches (CLIP does, SigLIP does
-    not).
-    """
+    """Whether the vision tower puts a class token before the patches, as that of CLIP does."""
     return any(name.endswith("class_embedding") for name, _ in model.named_parameters())
 
 
 def layer_sites(model: Any, body: Any, sites: Iterable[Site]) -> dict[int, Site]:
     """The site of attention in each layer of the language model, by the layer's number."""
     names = {id(m): n for n, m in model.named_modules()}
-    found: dict[int, Site] = {}
+    by_layer: dict[int, Site] = {}
     for n, layer in enumerate(body.layers):
         prefix = names[id(layer)] + "."
         for site in sites:
             if site.name.startswith(prefix):
-                found.setdefault(n, site)
-    return found
+                by_layer.setdefault(n, site)
+    return by_layer

@@ -170,11 +170,11 @@ class Handler:
 
         sites = [Site(n, "attention", n, "attention", "self") for n in range(layer + 1)]
         site = sites[-1]
-        wanted = self.sites(sites)
+        handled = self.sites(sites)
         call = Call(
             site, q, k, v, mask or Mask.causal(), q.shape[-1] ** -0.5 if scale is None else scale
         )
-        if site not in wanted:
+        if site not in handled:
             return call.attend()
         given = self.before(call)
         calls = [call] if given is None else [given] if isinstance(given, Call) else list(given)

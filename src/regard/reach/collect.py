@@ -35,8 +35,7 @@ class Collector(Handler):
     """Facts of the chosen layers and heads.
 
     A run begins with a call that starts at position 0; later calls with a cache add to it, so that
-    a
-    generation gives, token by token, what one forward over the whole text gives. A new run
+    a generation gives, token by token, what one forward over the whole text gives. A new run
     replaces the last.
     """
 

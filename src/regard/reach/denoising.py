@@ -48,12 +48,12 @@ class Reader:
         """
         spans, ids = self.spans(number)
         lead = self._lead(number)
-        own = [n for n, (a, b) in enumerate(spans) if a < end + lead and b > start + lead]
+        tokens = [n for n, (a, b) in enumerate(spans) if a < end + lead and b > start + lead]
         padding = self.leads[number]
         read = self.ids[number][padding:]
-        columns = [n + padding - self.skip for n in own]
-        kept = [0 <= c < self.width and n < len(read) for n, c in zip(own, columns)]
-        if not own or not all(kept) or any(read[n] != ids[n] for n in own):
+        columns = [n + padding - self.skip for n in tokens]
+        kept = [0 <= c < self.width and n < len(read) for n, c in zip(tokens, columns)]
+        if not tokens or not all(kept) or any(read[n] != ids[n] for n in tokens):
             return None
         return [self.first + c for c in columns]
 
@@ -123,23 +123,23 @@ class Prompts:
         number = element // self.images_per_prompt
         phrase = text[start:end]
         turn = len(re.findall(rf"(?={re.escape(phrase)})", text[:start]))
-        found: list[int] = []
+        key_columns: list[int] = []
         room = 0
         for reader in self.readers:
-            at, own = start, reader.prompts[number]
-            if own != text:
-                hits = [m.start() for m in re.finditer(rf"\b{re.escape(phrase)}\b", own)]
+            at, prompt = start, reader.prompts[number]
+            if prompt != text:
+                hits = [m.start() for m in re.finditer(rf"\b{re.escape(phrase)}\b", prompt)]
                 if not hits:
                     continue
                 at = hits[min(turn, len(hits) - 1)]
             room = max(room, reader.width)
-            found += reader.columns(number, at, at + end - start) or []
-        if not found:
+            key_columns += reader.columns(number, at, at + end - start) or []
+        if not key_columns:
             raise InputError(
                 f"{phrase!r} lies behind the {room} tokens that the text encoder "
                 "reads: shorten the prompt, or bring it forward"
             )
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(key_columns))
 
 
 def _tokens(
@@ -255,24 +255,24 @@ def columns(
     q, k, lse = call.q[:, :, place.image], call.k, state.lse[:, :, place.image]
     if rows is not None:
         q, k, lse = q[rows], k[rows], lse[rows]
-    wanted = torch.as_tensor(keys, device=k.device) + first
-    if wanted.dim() == 1:
-        wanted = wanted.expand(len(k), -1)
+    indices = torch.as_tensor(keys, device=k.device) + first
+    if indices.dim() == 1:
+        indices = indices.expand(len(k), -1)
     dtype = lse.dtype
-    chosen = k.gather(2, wanted[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+    chosen = k.gather(2, indices[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
     if chosen.shape[1] != q.shape[1]:
         chosen = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1)
     scores = q.to(dtype) @ (call.scale * chosen.to(dtype)).transpose(-1, -2)
     if call.bias is not None:
         bias = _of_rows(call.bias, rows)[:, :, place.image]
-        at = wanted[:, None, None].expand(-1, bias.shape[1], bias.shape[2], -1)
+        at = indices[:, None, None].expand(-1, bias.shape[1], bias.shape[2], -1)
         scores = scores + bias.expand(len(k), -1, -1, -1).gather(-1, at)
     weights = (scores - lse[..., None]).exp()
     size = (call.q.shape[2], call.k.shape[2])
     if not call.mask.is_full(*size):
-        picked = wanted if rows is None else wanted.new_zeros(len(call.k), wanted.shape[1])
+        picked = indices if rows is None else indices.new_zeros(len(call.k), indices.shape[1])
         if rows is not None:
-            picked[rows] = wanted
+            picked[rows] = indices
         picked = picked[:, None].expand(-1, call.mask.heads, -1)
         seen = _of_rows(call.mask.columns(*size, picked), rows)[:, :, place.image]
         weights = torch.where(seen, weights, 0.0)
@@ -289,15 +289,15 @@ def rows_of(
     """
     _plain(call)
     q, k, lse = (_of_rows(x, rows) for x in (call.q, call.k, state.lse))
-    wanted = torch.as_tensor(queries, device=q.device)
-    if wanted.dim() == 1:
-        wanted = wanted.expand(len(q), -1)
-    own = q.gather(2, wanted[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    lse = lse.gather(2, wanted[:, None].expand(-1, lse.shape[1], -1))
+    indices = torch.as_tensor(queries, device=q.device)
+    if indices.dim() == 1:
+        indices = indices.expand(len(q), -1)
+    picked = q.gather(2, indices[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    lse = lse.gather(2, indices[:, None].expand(-1, lse.shape[1], -1))
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = call.scale * (own.to(lse.dtype) @ k.to(lse.dtype).transpose(-1, -2))
-    at = wanted[:, None, :, None].expand(-1, 1, -1, k.shape[2])
+    scores = call.scale * (picked.to(lse.dtype) @ k.to(lse.dtype).transpose(-1, -2))
+    at = indices[:, None, :, None].expand(-1, 1, -1, k.shape[2])
     if call.bias is not None:
         bias = _of_rows(call.bias, rows).expand(len(q), -1, -1, -1)
         scores = scores + bias.gather(2, at.expand(-1, bias.shape[1], -1, -1))

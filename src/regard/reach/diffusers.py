@@ -1,4 +1,5 @@
-"""The door into diffusers models: every denoiser whose attention asks for one softmax attention.
+"""Capture of attention in diffusers models: every denoiser that asks for one softmax attention a
+module.
 
 Processors stay where they are. While a session is open, a hook on every attention module watches
 for the one `scaled_dot_product_attention` that its processor asks for and answers it through the
@@ -42,7 +43,7 @@ from regard.errors import ReachError
 
 from .call import Call, Site
 from .denoising import Denoising
-from .dispatch import Hook, run, site_of, wanted
+from .dispatch import Hook, has_handler, run, site_of
 from .layouts import Layout, family, kind_of, layout, places
 from .listening import listen
 from .passes import TIMES, Passes
@@ -79,11 +80,11 @@ def body(model: Any) -> Any:
                 "a pipeline with plain guidance"
             )
         for part in _PARTS:
-            found = getattr(model, part, None)
-            if _denoises(found):
-                return found
-            if found is not None and part in _PARTS[:2]:
-                raise ReachError(_not_reached(f"the {part} of {name}, {type(found).__name__},"))
+            candidate = getattr(model, part, None)
+            if _denoises(candidate):
+                return candidate
+            if candidate is not None and part in _PARTS[:2]:
+                raise ReachError(_not_reached(f"the {part} of {name}, {type(candidate).__name__},"))
         raise ReachError(_not_reached(name))
     raise ReachError(_not_reached(type(model).__name__))
 
@@ -113,13 +114,13 @@ def sites(model: Any) -> list[Site]:
     named = _attention_modules(denoiser)
     if not named:
         raise ReachError(
-            f"{type(denoiser).__name__} asks for no softmax attention, so there is none to see"
+            f"{type(denoiser).__name__} asks for no softmax attention, so there is nothing to watch"
         )
     kinds = {name: kind_of(denoiser, name, module) for name, module in named}
     joint = any(kind == "joint" for kind, _ in kinds.values())
     order = sorted(range(len(named)), key=lambda n: _turn(named[n][0]))
     seen: dict[str, int] = {}
-    found: dict[int, Site] = {}
+    by_index: dict[int, Site] = {}
     for n in order:
         name = named[n][0]
         kind, over = kinds[name]
@@ -131,36 +132,36 @@ def sites(model: Any) -> list[Site]:
         elif kind == "self" and joint and not over:
             part += " self"
         text = not over and (kind == "joint" or (kind == "cross" and "time_condition" not in name))
-        found[n] = Site(n, name, seen.get(part, 0), part, kind, text)
+        by_index[n] = Site(n, name, seen.get(part, 0), part, kind, text)
         seen[part] = seen.get(part, 0) + 1
-    _pair(found)
-    return [found[n] for n in range(len(named))]
+    _pair(by_index)
+    return [by_index[n] for n in range(len(named))]
 
 
 def notes(model: Any) -> list[str]:
     """What a session does not see of this model, and what it does not know."""
     denoiser = body(model)
     name = type(denoiser).__name__
-    told = []
+    lines = []
     if family(denoiser) is None:
-        told.append(
+        lines.append(
             f"the order of the tokens of {name} is not known to regard: its attention is watched "
             "without words"
         )
     other = [n for n, m in denoiser.named_modules() if _other(m)]
     if other:
-        told.append(
+        lines.append(
             f"{len(other)} attention modules of {name} compute no softmax attention, or compute it "
             f"by hand, and are not watched: {other[0]}" + (", ..." if other[1:] else "")
         )
     if model is not denoiser:
         beside = [n for n in ("transformer_2", "unet_2") if _denoises(getattr(model, n, None))]
-        told += [
+        lines += [
             f"{type(model).__name__} denoises with its {n} too, which is not watched: pass it by "
             "itself"
             for n in beside
         ]
-    return told
+    return lines
 
 
 _UNET = ("down_blocks", "mid_block", "up_blocks")
@@ -171,13 +172,15 @@ def _turn(name: str) -> int:
     return _UNET.index(first) if first in _UNET else -1
 
 
-def _pair(found: dict[int, Site]) -> None:
+def _pair(by_index: dict[int, Site]) -> None:
     """Cross-attention carries the layer number of the self-attention before it in its block."""
-    own = {(s.name.rsplit(".", 1)[0], s.part): s.layer for s in found.values() if s.kind == "self"}
-    for n, site in found.items():
+    self_layers = {
+        (s.name.rsplit(".", 1)[0], s.part): s.layer for s in by_index.values() if s.kind == "self"
+    }
+    for n, site in by_index.items():
         block = (site.name.rsplit(".", 1)[0], site.part.removesuffix(" cross"))
-        if site.kind == "cross" and block in own:
-            found[n] = replace(site, layer=own[block])
+        if site.kind == "cross" and block in self_layers:
+            by_index[n] = replace(site, layer=self_layers[block])
 
 
 # -- which modules attend --------------------------------------------------------------------------
@@ -187,16 +190,16 @@ def _attention_modules(denoiser: Any) -> list[tuple[str, Any]]:
     Raises:
         ReachError: a processor that computes something else.
     """
-    found = []
+    attending = []
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         if processor is None:
             if ASKS & _names(type(module), "forward"):
-                found.append((name, module))
+                attending.append((name, module))
         elif not _linear(processor):
             _check(name, module)
-            found.append((name, module))
-    return found
+            attending.append((name, module))
+    return attending
 
 
 def _check(name: str, module: Any) -> None:
@@ -216,7 +219,7 @@ def _check(name: str, module: Any) -> None:
         )
     if getattr(processor, "_parallel_config", None) is not None:
         raise ReachError(
-            f"{name} runs context parallel, which regard does not follow: disable it for the look"
+            f"{name} runs context parallel, which regard does not follow: disable it first"
         )
 
 
@@ -274,7 +277,7 @@ def enter(model: Any) -> Callable[[], None]:
     if any(getattr(m, "_compiled_call_impl", None) is not None for m in denoiser.modules()):
         raise ReachError(
             f"this {type(denoiser).__name__} is compiled, which hides its attention: load it "
-            "without compile() for the look"
+            "without compile()"
         )
     state = _open.get(id(denoiser))
     if state is None:
@@ -334,15 +337,15 @@ def _hook(state: _Open) -> None:
 
 def _stand_in(state: _Open, module: Any) -> None:
     """Run the stock processor in place of one that computes the same without asking."""
-    own = getattr(module, "processor", None)
-    if type(own) in STAND_IN:
-        new = STAND_IN[type(own)]()
-    elif own is not None and getattr(own, "_attention_backend", None) not in (
+    processor = getattr(module, "processor", None)
+    if type(processor) in STAND_IN:
+        new = STAND_IN[type(processor)]()
+    elif processor is not None and getattr(processor, "_attention_backend", None) not in (
         None,
         AttentionBackendName.NATIVE,
     ):
         # another kernel of the same softmax attention
-        new = copy.copy(own)
+        new = copy.copy(processor)
         new._attention_backend = AttentionBackendName.NATIVE
     else:
         return
@@ -351,7 +354,7 @@ def _stand_in(state: _Open, module: Any) -> None:
 
     def back() -> None:
         if module.processor is new:
-            _put(module, own)
+            _put(module, processor)
 
     state.undo.append(back)
 
@@ -459,7 +462,7 @@ class _Keys(TorchFunctionMode):
 
 @torch.compiler.disable
 def _watch(state: _Open, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not wanted(module):
+    if not has_handler(module):
         return  # it runs as it is
     watch = _Watch(state, module, args, kwargs)
     watch.__enter__()
@@ -508,7 +511,7 @@ def _attention(
     if site is None:
         raise ReachError("an attention module ran that no open session knows: open it anew")
     if dropout_p:
-        raise ReachError("attention dropout is on: set it to 0 for the look")
+        raise ReachError("attention dropout is on: set it to 0 before watching")
     mask, bias = (Mask.causal(), None) if is_causal else _mask(attn_mask, query, key)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     call = Call(
@@ -538,9 +541,11 @@ def _place(watch: _Watch, site: Site, q: Tensor, k: Tensor) -> Denoising:
     seen, passes = state.layout, state.passes
     assert seen is not None
     kind, over = state.kinds[id(module)]
-    own = kind == "cross" and "AddedKV" in type(getattr(module, "processor", None)).__name__
-    own = own and k.shape[2] > q.shape[2] and not getattr(module, "only_cross_attention", False)
-    at = places(seen, kind, over, own, (q.shape[0], q.shape[2], k.shape[2]))
+    added_kv = kind == "cross" and "AddedKV" in type(getattr(module, "processor", None)).__name__
+    added_kv = (
+        added_kv and k.shape[2] > q.shape[2] and not getattr(module, "only_cross_attention", False)
+    )
+    at = places(seen, kind, over, added_kv, (q.shape[0], q.shape[2], k.shape[2]))
     rows, index = _rows(state, at.frames, q)
     return Denoising(
         passes.run,
@@ -552,7 +557,7 @@ def _place(watch: _Watch, site: Site, q: Tensor, k: Tensor) -> Denoising:
         at.image,
         at.text,
         passes.prompts,
-        _projection(watch) if kind == "cross" and not own else None,
+        _projection(watch) if kind == "cross" and not added_kv else None,
         at.frames,
         at.image_keys,
         at.text_queries,
@@ -578,14 +583,14 @@ def _projection(watch: _Watch) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
     def project(context: Tensor) -> tuple[Tensor, Tensor]:
         hidden = watch.args[0] if watch.args else watch.kwargs["hidden_states"]
-        one = hidden[:1, :1].expand(len(context), 1, hidden.shape[-1])
+        token = hidden[:1, :1].expand(len(context), 1, hidden.shape[-1])
         kwargs = {n: v for n, v in watch.kwargs.items() if n not in ("hidden_states",)}
         known = inspect.signature(module.processor.__call__).parameters
         kwargs = {n: v for n, v in kwargs.items() if n in known}
         kwargs |= {"encoder_hidden_states": context, "attention_mask": None}
         try:
             with _Keys():
-                module.processor(module, one, **kwargs)
+                module.processor(module, token, **kwargs)
         except _Asked as asked:
             return asked.args
         raise ReachError(f"{type(module.processor).__name__} asked for no attention")

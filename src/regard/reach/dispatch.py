@@ -105,7 +105,7 @@ def site_of(module: Any) -> Site | None:
     return entries[0][1][0] if entries else None
 
 
-def wanted(module: Any) -> bool:
+def has_handler(module: Any) -> bool:
     """Whether a handler of some open session is to be called for this module."""
     entries = _entries(module)
     return captures(module) or any(s.wants(site) for s, sites in entries for site in sites)

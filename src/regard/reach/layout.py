@@ -75,14 +75,14 @@ def _labels(args: Any) -> tuple[list[str], str, list[Tensor]] | None:
     return names, right, operands
 
 
-def _permuted(x: Tensor, labels: str, wanted: str, sizes: dict[str, int]) -> Tensor:
+def _permuted(x: Tensor, labels: str, target: str, sizes: dict[str, int]) -> Tensor:
     """The axes of a tensor in another order; those it lacks are broadcast."""
-    held = [c for c in wanted if c in labels]
+    held = [c for c in target if c in labels]
     x = x.permute(*(labels.index(c) for c in held))
-    for place, c in enumerate(wanted):
+    for place, c in enumerate(target):
         if c not in labels:
             x = x.unsqueeze(place)
-    return x.expand(*(sizes[c] for c in wanted))
+    return x.expand(*(sizes[c] for c in target))
 
 
 def _sizes(names: list[str], operands: list[Tensor]) -> dict[str, int]:
@@ -127,8 +127,8 @@ def einsum_operands(args: Any, map_: Tensor) -> Tensor | None:
     dim = [c for c in others if c not in labels]
     if key in right or key not in others or len(dim) != 1 or labels[-2] in others:
         return None
-    wanted = labels[:-2] + key + dim[0]
-    return _permuted(operands[1 - at], others, wanted, _sizes(names, operands))
+    target = labels[:-2] + key + dim[0]
+    return _permuted(operands[1 - at], others, target, _sizes(names, operands))
 
 
 def einsum_result(args: Any, map_: Tensor, out: Tensor) -> Tensor:

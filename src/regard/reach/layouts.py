@@ -217,8 +217,8 @@ def _size(denoiser: Any, known: Family, given: dict[str, Any], sample: Any) -> S
     if given.get("img_ids") is not None and isinstance(sample, Tensor) and sample.dim() == 3:
         return _from_ids(given["img_ids"])
     if not known.sample:
-        told = [given.get(name) for name in ("num_frames", "height", "width")]
-        return None if None in told else tuple(int(n) for n in told)  # type: ignore[arg-type]
+        dims = [given.get(name) for name in ("num_frames", "height", "width")]
+        return None if None in dims else tuple(int(n) for n in dims)  # type: ignore[arg-type]
     first = sample[0] if isinstance(sample, (list, tuple)) else sample
     axes = known.sample.split()
     if len(axes) != first.dim():
@@ -273,7 +273,9 @@ class Places:
     reference: slice | None
 
 
-def places(seen: Layout, kind: str, over: str, own: bool, shape: tuple[int, int, int]) -> Places:
+def places(
+    seen: Layout, kind: str, over: str, added_kv: bool, shape: tuple[int, int, int]
+) -> Places:
     """The tokens of a call of a shape (rows, queries, keys).
 
     Args:
@@ -289,8 +291,8 @@ def places(seen: Layout, kind: str, over: str, own: bool, shape: tuple[int, int,
     grid = _grid(seen, queries, frames)
     if kind == "self":
         return Places(grid, frames, every, slice(0, keys), None, None, None)
-    text = slice(0, keys - queries) if own else slice(0, keys)
-    image_keys = slice(text.stop, keys) if own else None
+    text = slice(0, keys - queries) if added_kv else slice(0, keys)
+    image_keys = slice(text.stop, keys) if added_kv else None
     return Places(grid, frames, every, image_keys, None, text, None)
 
 

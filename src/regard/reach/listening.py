@@ -102,9 +102,9 @@ def _hearer(plain: type, heard: list[Heard]) -> type:
             masks = out.get("attention_mask", rows)
             masks = masks.tolist() if isinstance(masks, Tensor) else masks
             masks = [masks] if masks and not isinstance(masks[0], (list, tuple)) else masks
-            for own, ids, mask in zip(texts, rows, masks, strict=True):
+            for prompt, ids, mask in zip(texts, rows, masks, strict=True):
                 lead = next((n for n, m in enumerate(mask) if m), 0) if masks is not rows else 0
-                heard.append(Heard(own, tuple(ids), special, lead))
+                heard.append(Heard(prompt, tuple(ids), special, lead))
         except (TypeError, KeyError, ValueError):
             pass  # no plain texts: nothing that words could be found in
         return out
@@ -198,24 +198,24 @@ def _readers(
     total = max(len(row) for row in rows)
     several = len(known.text) if known is not None else 1
     first = 0
-    found: list[Reader] = []
+    readers: list[Reader] = []
     for n, group in enumerate(groups):
         names = [name for name in group if heard.get(name)]
         if not names:
             continue
-        own = {name: _own(pipeline, name, given, texts, heard[name]) for name in names}
-        length = max(len(h.ids) for h in own[names[0]][1])
+        inputs = {name: _read_for(pipeline, name, given, texts, heard[name]) for name in names}
+        length = max(len(h.ids) for h in inputs[names[0]][1])
         last = n == len(groups) - 1 and several == 1
         width = total - first if last or (n == 0 and several > 1) else length
         for name in names:
-            prompts, read = own[name]
+            prompts, read = inputs[name]
             longest = max(len(h.ids) for h in read)
             # of a tensor the template before the words was cut off, of a list the padding behind
             skip = 0 if listed else max(0, longest - width)
             if known is not None and known.left:  # the pipeline pads in front, by itself
                 skip = longest - width
             tokenizer = getattr(pipeline, name)
-            found.append(
+            readers.append(
                 Reader(
                     tokenizer,
                     first,
@@ -229,10 +229,10 @@ def _readers(
                 )
             )
         first += width
-    return tuple(found)
+    return tuple(readers)
 
 
-def _own(
+def _read_for(
     pipeline: Any, name: str, given: dict[str, Any], texts: list[str], heard: list[Heard]
 ) -> tuple[list[str], list[Heard]]:
     """The prompts that a tokenizer is for, and what it was given for each."""

@@ -1,12 +1,9 @@
 """transformers' mask functions, read as a `Mask`.
 
 The factories compose small closures (causal, sliding window, packed documents, ...). Those we know
-become a
-description, so that no matrix is built and empty blocks cost nothing; any other stays a rule that
-is asked
-tile by tile. What was read is compared with the function itself at sampled positions: on a
-difference the
-function wins.
+become a description, so that no matrix is built and empty blocks cost nothing; any other stays a
+rule that is asked tile by tile. What was read is compared with the function itself at sampled
+positions: on a difference the function wins.
 """
 
 from __future__ import annotations
@@ -147,6 +144,8 @@ def _agree(
     i, j = i.to(device), j.to(device)
     b = torch.arange(batch, device=device)[:, None, None, None]
     h = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    said = ask(b, h, i[None, None, :, None], j[None, None, None]).expand(batch, 1, len(i), len(j))
+    expected = ask(b, h, i[None, None, :, None], j[None, None, None]).expand(
+        batch, 1, len(i), len(j)
+    )
     read = mask._cells(i, j, (queries, keys)).expand(batch, 1, len(i), len(j))
-    return bool((said == read).all())
+    return bool((expected == read).all())

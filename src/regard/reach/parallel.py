@@ -90,8 +90,8 @@ class SharedCollector(Collector):
 
     def after(self, call: Call, state: State) -> State | None:
         assert isinstance(call, SharedCall) and call.run is not None
-        found = call.run.comm.sum(call.q.sum(dtype=torch.float32) + call.k.sum())
-        must_be_finite(found, call.site)  # the same on every rank, so that all stop
+        total = call.run.comm.sum(call.q.sum(dtype=torch.float32) + call.k.sum())
+        must_be_finite(total, call.site)  # the same on every rank, so that all stop
         options: dict[str, Any] = {
             "scale": call.scale,
             "softcap": call.softcap,
@@ -163,19 +163,18 @@ def prove(model: Any, run: Parallel, ids: Tensor, tokens: int | None = None) -> 
     start = ids[:, :size]
     small = Parallel(run.grid, size, comm=run.comm)
     with torch.no_grad():
-        want = small.dispatch(model(input_ids=start, use_cache=False)[0], 1)
+        reference = small.dispatch(model(input_ids=start, use_cache=False)[0], 1)
         with Session(model, [Shared(small)]):
-            found = forward(model, small, start)[0]
-    real = (small.positions >= 0).to(found.device)
-    own = (found - want)[:, real].abs().max() if bool(real.any()) else found.new_zeros(())
-    whole = torch.stack(run.comm.gather_all(torch.stack([own, want.abs().max()]).double()))
+            out = forward(model, small, start)[0]
+    real = (small.positions >= 0).to(out.device)
+    error = (out - reference)[:, real].abs().max() if bool(real.any()) else out.new_zeros(())
+    whole = torch.stack(run.comm.gather_all(torch.stack([error, reference.abs().max()]).double()))
     if not bool(torch.isfinite(whole).all()):
         raise InputError(
-            f"what {type(model).__name__} puts out is not finite: the weights or the inputs hold "
-            "NaN or inf"
+            f"{type(model).__name__} produced NaN or inf: check its weights and inputs"
         )
     off = float(whole[:, 0].max() / whole[:, 1].max().clamp_min(1e-30))
-    if not off < TOLERANCE.get(found.dtype, 0.1):
+    if not off < TOLERANCE.get(out.dtype, 0.1):
         raise ReachError(
             f"{type(model).__name__} on {run.grid.ranks} ranks differs from one process by "
             f"{off:.1e} on the first {size} tokens: it mixes tokens outside its attention, or the "

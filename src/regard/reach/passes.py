@@ -85,13 +85,13 @@ class Passes:
         known = self._matched(text, count)
         every = torch.ones(count, dtype=torch.bool)
         if known is not None:
-            own, other = known
-            if bool((own & ~other).any()) or not bool(other.any()):
+            prompted, unprompted = known
+            if bool((prompted & ~unprompted).any()) or not bool(unprompted.any()):
                 # a copy behind the others is a perturbed one
                 limit = len(self._base.rows) if self._base is not None else count
-                return own & (own.cumsum(0) <= limit)
-            if not bool((own & other).any()):
-                return own  # this forward is for the empty prompt alone
+                return prompted & (prompted.cumsum(0) <= limit)
+            if not bool((prompted & unprompted).any()):
+                return prompted  # this forward is for the empty prompt alone
         elif self._encoded and self.prompts is None:
             first = self._encoded[0]
             if len(first.rows) in (count, count // 2):
@@ -122,14 +122,14 @@ class Passes:
         for base in [self._base] if self._base is not None else self._encoded:
             others = [r for e in self._encoded for r in e.others]
             others += [r for e in self._encoded if e is not base for r in e.rows]
-            own, other = _among(text, base.rows), _among(text, others)
-            if bool(own.any()):
+            prompted, unprompted = _among(text, base.rows), _among(text, others)
+            if bool(prompted.any()):
                 if self._base is None:
                     self._base, self.prompts = base, _joined(self._encoded, base)
-                judged = own, other
+                judged = prompted, unprompted
                 break
-            if self._base is not None and bool(other.all()):
-                judged = own, other
+            if self._base is not None and bool(unprompted.all()):
+                judged = prompted, unprompted
         self._judged = text, judged
         return judged
 
@@ -168,21 +168,21 @@ def _listed(text: Any) -> list[Tensor]:
     return [t for t in text if isinstance(t, Tensor)] if isinstance(text, (list, tuple)) else []
 
 
-def _identical(one: list[Tensor], two: list[Tensor]) -> bool:
-    """Whether these are views of the very same memory (a look at values would make a GPU wait)."""
-    return len(one) == len(two) and all(_stamp(a) == _stamp(b) for a, b in zip(one, two))
+def _identical(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether these are views of the same memory; reading values would synchronise the GPU."""
+    return len(left) == len(right) and all(_stamp(a) == _stamp(b) for a, b in zip(left, right))
 
 
 def _stamp(row: Tensor) -> tuple[Any, ...]:
     return row.data_ptr(), row.shape, row.is_inference() or row._version
 
 
-def _overlap(one: Any, two: Any) -> bool:
+def _overlap(left: Any, right: Any) -> bool:
     """Whether the last rows of both are the same."""
-    count = min(len(one), len(two))
+    count = min(len(left), len(right))
     return all(
         a.shape == b.shape and torch.equal(a, b)
-        for a, b in zip(list(one)[-count:], list(two)[-count:])
+        for a, b in zip(list(left)[-count:], list(right)[-count:])
     )
 
 

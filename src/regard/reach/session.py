@@ -74,8 +74,8 @@ class Session:
             of_module: dict[int, list[Site]] = {}
             for site in self._defined:
                 of_module.setdefault(id(modules[site.name]), []).append(site)
-            for own in of_module.values():
-                self._undo.append(dispatch.join(modules[own[0].name], self, own))
+            for shared_sites in of_module.values():
+                self._undo.append(dispatch.join(modules[shared_sites[0].name], self, shared_sites))
             self._undo += [handle.remove for handle in self._turns.attach()]
             if any(type(h).cache is not Handler.cache for h in self.handlers):
                 hook = self.module.register_forward_pre_hook(self._show_cache, with_kwargs=True)
@@ -117,9 +117,9 @@ class Session:
         placed = self._turns.place(sites, call)
         if len(self.sites) < len(self._defined) + len(self._turns.further):
             self.sites = [*self._defined, *self._turns.further.values()]
-            for wanted in self._wanted:
-                again = [(i, s) for (i, _), s in self._turns.further.items() if i in wanted]
-                wanted.update(s.index for _, s in again)
+            for indices in self._wanted:
+                again = [(i, s) for (i, _), s in self._turns.further.items() if i in indices]
+                indices.update(s.index for _, s in again)
         return placed
 
     @property
@@ -133,7 +133,7 @@ class Session:
 
     def wants(self, site: Site) -> bool:
         """Whether one of the handlers is to be called for a site."""
-        return any(site.index in wanted for wanted in self._wanted)
+        return any(site.index in indices for indices in self._wanted)
 
     def detach(self) -> None:
         """End; does nothing when the session is not attached."""
@@ -152,15 +152,15 @@ class Session:
         calls = [call]
         if self._cache is not None and call.site.kind == "self":
             _check_layer(self._cache, call)
-        for handler, wanted in zip(self.handlers, self._wanted):
-            if call.site.index in wanted:
+        for handler, indices in zip(self.handlers, self._wanted):
+            if call.site.index in indices:
                 calls = [new for old in calls for new in _listed(handler.before(old), old)]
         return calls
 
     def after(self, call: Call, state: State) -> State:
         """The State as its handlers change it, in order."""
-        for handler, wanted in zip(self.handlers, self._wanted):
-            if call.site.index in wanted:
+        for handler, indices in zip(self.handlers, self._wanted):
+            if call.site.index in indices:
                 state = handler.after(call, state) or state
         return state
 

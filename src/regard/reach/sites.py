@@ -53,24 +53,26 @@ def sites(model: Any) -> list[Site]:
     asking = {site_like(0, name, m).part for name, m, _ in attending if asks(m)}
     # kinds of module beside the attention of the same layer, which look at something else
     beside = {type(m) for n, m, _ in attending if not asks(m) and site_like(0, n, m).part in asking}
-    found: list[Site] = []
+    attention_sites: list[Site] = []
     first: list[str] = []
     for name, module, turns in attending:
         site = site_like(0, name, module)
         if type(module) in beside:
             site = replace(site, part=f"{site.part} {name.rpartition('.')[2]}", kind="cross")
             first.append(name)
-        found += [replace(site, layer=site.layer * turns + turn) for turn in range(turns)]
-    if not found:
+        attention_sites += [replace(site, layer=site.layer * turns + turn) for turn in range(turns)]
+    if not attention_sites:
         raise ReachError(
             f"{type(model).__name__} computes attention by itself or has none, and never asks "
             "transformers' AttentionInterface, so regard cannot reach it: use a model class of "
             "transformers 5 that does"
         )
     writes = _decoder(model)
-    found.sort(key=lambda site: site.name not in first)
-    found.sort(key=lambda site: writes is not None and f"{site.name}.".startswith(f"{writes}."))
-    return [replace(site, index=n) for n, site in enumerate(_numbered(found))]
+    attention_sites.sort(key=lambda site: site.name not in first)
+    attention_sites.sort(
+        key=lambda site: writes is not None and f"{site.name}.".startswith(f"{writes}.")
+    )
+    return [replace(site, index=n) for n, site in enumerate(_numbered(attention_sites))]
 
 
 def _attending(model: Any) -> Iterator[tuple[str, Any, int]]:
@@ -79,14 +81,14 @@ def _attending(model: Any) -> Iterator[tuple[str, Any, int]]:
     groups = getattr(model.config, "num_hidden_groups", None)
     turns = setting(model.config, "num_hidden_layers", 1) // groups if groups else 1
     layers: set[tuple[int, tuple[str, ...]]] = set()
-    found: list[tuple[str, Any, int]] = []
+    modules: list[tuple[str, Any, int]] = []
     for name, module in model.named_modules(remove_duplicate=False):
         layer = (id(module), tuple(_NUMBER.findall(f".{name}.")))
         if layer not in layers and (asks(module) or attends(module)):
             layers.add(layer)
-            found.append((name, module, turns))
-    names = [name for name, *_ in found]
-    for name, module, turns in found:  # a layer around an attention module is none
+            modules.append((name, module, turns))
+    names = [name for name, *_ in modules]
+    for name, module, turns in modules:  # a layer around an attention module is none
         if asks(module) or not any(n.startswith(f"{name}.") for n in names):
             yield name, module, turns
 
@@ -110,17 +112,17 @@ def _decoder(model: Any) -> str | None:
     return next((name for name, m in model.named_modules() if m is decoder and name), None)
 
 
-def _numbered(found: list[Site]) -> list[Site]:
+def _numbered(all_sites: list[Site]) -> list[Site]:
     """Sites whose layer numbers tell them apart within their part: by the module's own number, else
     by that in its name, else counted in the order in which they run.
     """
-    numbered = found
-    for part in dict.fromkeys(s.part for s in found):
-        own = [s for s in found if s.part == part]
-        named = [s if (n := _number(s.name)) is None else replace(s, layer=n) for s in own]
-        counted = [replace(s, layer=n) for n, s in enumerate(own)]
-        best = next(x for x in (own, named, counted) if _distinct(x) or x is counted)
-        new = {id(old): site for old, site in zip(own, best)}
+    numbered = all_sites
+    for part in dict.fromkeys(s.part for s in all_sites):
+        part_sites = [s for s in all_sites if s.part == part]
+        named = [s if (n := _number(s.name)) is None else replace(s, layer=n) for s in part_sites]
+        counted = [replace(s, layer=n) for n, s in enumerate(part_sites)]
+        best = next(x for x in (part_sites, named, counted) if _distinct(x) or x is counted)
+        new = {id(old): site for old, site in zip(part_sites, best)}
         numbered = [new.get(id(s), s) for s in numbered]
     return numbered
 
@@ -131,8 +133,8 @@ def _distinct(sites: list[Site]) -> bool:
 
 
 def _number(name: str) -> int | None:
-    found = _NUMBER.search(f".{name}.")
-    return int(found.group(1)) if found else None
+    match = _NUMBER.search(f".{name}.")
+    return int(match.group(1)) if match else None
 
 
 def site_like(index: int, name: str, module: Any) -> Site:
@@ -140,10 +142,10 @@ def site_like(index: int, name: str, module: Any) -> Site:
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         layer = _number(name) or 0
-    found = _NUMBER.search(f".{name}.")
-    own = re.split(r"(?:^|\.)\d+\.", name)[-1]  # within the layer
-    cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(own))
-    part = name[: max(0, found.start() - 2)] if found else name
+    match = _NUMBER.search(f".{name}.")
+    inner = re.split(r"(?:^|\.)\d+\.", name)[-1]  # within the layer
+    cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(inner))
+    part = name[: max(0, match.start() - 2)] if match else name
     kind = "cross" if cross else "self"
     return Site(index, name, layer, part + (" cross" if cross else ""), kind)
 

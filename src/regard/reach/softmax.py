@@ -63,9 +63,9 @@ def attends(module: Any) -> bool:
     kind = type(module)
     if not any(word in kind.__name__.lower() for word in ("attention", "attn")):
         return False
-    own = [c for c in kind.__mro__ if c.__module__ == kind.__module__]
-    own += [type(m) for m in module.children() if type(m).__module__ == kind.__module__]
-    functions = [f for c in own for f in vars(c).values() if inspect.isfunction(f)]
+    classes = [c for c in kind.__mro__ if c.__module__ == kind.__module__]
+    classes += [type(m) for m in module.children() if type(m).__module__ == kind.__module__]
+    functions = [f for c in classes for f in vars(c).values() if inspect.isfunction(f)]
     codes = [code for f in functions for code in _codes(f)]
     scope = vars(sys.modules[kind.__module__])
     for name in {name for code in codes for name in code.co_names}:  # helpers of the same file

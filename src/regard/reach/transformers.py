@@ -1,4 +1,4 @@
-"""The door into transformers models: while a session is open, `AttentionInterface` and
+"""Capture of attention in transformers models: while a session is open, `AttentionInterface` and
 `AttentionMaskInterface` hand out functions of ours around those that the model asks for.
 
 The model's own settings stay as they are, so that a model that looks at the name of its attention
@@ -54,11 +54,11 @@ _followed: dict[int, tuple[int, Callable[[], None]]] = {}  # modules that attend
 
 def enter(model: PreTrainedModel) -> Callable[[], None]:
     """Route the attention of the model through regard; returns what undoes it."""
-    found: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
-    found = [c for c in found if hasattr(c, "_attn_implementation")]
+    configured: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+    configured = [c for c in configured if hasattr(c, "_attn_implementation")]
     foreign = {
         name
-        for name in {c._attn_implementation for c in found}
+        for name in {c._attn_implementation for c in configured}
         if name not in SOFTMAX and not str(name).startswith(("paged|", "kernels-community"))
     }
     if foreign:
@@ -68,13 +68,13 @@ def enter(model: PreTrainedModel) -> Callable[[], None]:
             "watch it without that method"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    own = list({id(m): m for s in sites(model) if not asks(m := modules[s.name])}.values())
-    configs = {type(c) for c in found}  # some models keep a config for every layer
-    _count(1, configs, own)
-    return lambda: _count(-1, configs, own)
+    unregistered = list({id(m): m for s in sites(model) if not asks(m := modules[s.name])}.values())
+    configs = {type(c) for c in configured}  # some models keep a config for every layer
+    _count(1, configs, unregistered)
+    return lambda: _count(-1, configs, unregistered)
 
 
-def _count(more: int, configs: set[type], own: list[Any]) -> None:
+def _count(more: int, configs: set[type], unregistered: list[Any]) -> None:
     """Stand before the two interfaces from the first session to the last."""
     global _open
     with _lock:
@@ -82,7 +82,7 @@ def _count(more: int, configs: set[type], own: list[Any]) -> None:
             _configs[key] += more
             if not _configs[key]:
                 del _configs[key]
-        for module in own:
+        for module in unregistered:
             count, leave = _followed.pop(id(module), (0, None))
             leave = leave or follow(module)
             if count + more:
@@ -129,12 +129,12 @@ def makes_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     """Whether this forward pass, called without a cache, makes one and returns it."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     config = model.config.get_text_config(decoder=True)
-    wanted = kwargs.get("use_cache")
+    use_cache = kwargs.get("use_cache")
     return (
         "past_key_values" in names[len(args) :]
         and model.can_generate()
         and not getattr(model.config, "is_encoder_decoder", False)
-        and bool(getattr(config, "use_cache", False) if wanted is None else wanted)
+        and bool(getattr(config, "use_cache", False) if use_cache is None else use_cache)
     )
 
 

@@ -35,8 +35,8 @@ class Turns:
 
     def __init__(self, module: Any, sites: list[Site]) -> None:
         self._module, self._sites = module, sites
-        own = [s for s in sites if s.kind == "self"] or sites
-        self._main = own[-1].part
+        self_sites = [s for s in sites if s.kind == "self"] or sites
+        self._main = self_sites[-1].part
         self._span = {
             part: max(s.layer for s in sites if s.part == part) + 1
             for part in {s.part for s in sites}

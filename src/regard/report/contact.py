@@ -54,15 +54,15 @@ def sheet(
     """
     from PIL import Image, ImageDraw
 
-    told = [""] * len(rows) if labels is None else labels
-    if not rows or any(len(row) != len(columns) for row in rows) or len(rows) != len(told):
+    names = [""] * len(rows) if labels is None else labels
+    if not rows or any(len(row) != len(columns) for row in rows) or len(rows) != len(names):
         raise ValueError("a contact sheet needs one label a row and one image a column")
     width = max(image.width for row in rows for image in row)
     height = max(image.height for row in rows for image in row)
     zoom = -(-96 // max(width, height))  # tiny images would hide under their labels
     width, height = zoom * width, zoom * height
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = GAP + (0 if labels is None else max(int(probe.textlength(t)) for t in told) + GAP)
+    left = GAP + (0 if labels is None else max(int(probe.textlength(t)) for t in names) + GAP)
     pitch = GAP + max(width, *(int(probe.textlength(name)) for name in columns))
     ink = INKS["light"]
     whole = Image.new(
@@ -75,7 +75,7 @@ def sheet(
         draw.text((left + n * pitch, 4), name, fill=ink["text"])
     for r, row in enumerate(rows):
         top = LABEL + GAP + r * (height + GAP)
-        draw.text((GAP, top), told[r], fill=ink["muted"])
+        draw.text((GAP, top), names[r], fill=ink["muted"])
         for c, image in enumerate(row):
             shown = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             whole.paste(shown, (left + c * pitch, top))

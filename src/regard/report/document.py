@@ -312,9 +312,9 @@ def inline(text: str) -> str:
     '<code>a &lt; b</code> is <em>not</em> <strong>this</strong>'
     """
 
-    def marked(found: re.Match[str]) -> str:
-        tag = {"`": "code", "**": "strong", "*": "em"}[found[1]]
-        return f"<{tag}>{found[2]}</{tag}>"
+    def marked(match: re.Match[str]) -> str:
+        tag = {"`": "code", "**": "strong", "*": "em"}[match[1]]
+        return f"<{tag}>{match[2]}</{tag}>"
 
     return re.sub(r"(`|\*\*|\*)(?=\S)(.+?)(?<=\S)\1", marked, escape(text))
 

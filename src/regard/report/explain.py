@@ -1,4 +1,4 @@
-"""The page about one utterance: cross attention beside saliency, and how far to trust it."""
+"""The page of one utterance: cross-attention, saliency, and the reliability of both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from regard.report import figures
 from regard.report.chart import Chart, Line, Panel
 from regard.report.document import Page, Plot, Row, Section
-from regard.report.look import INKS, centres, finite, short
+from regard.report.look import INKS, centres, finite, over, short
 from regard.report.page import ends
 from regard.report.page import write_page as _write
 from regard.report.sound import spectrogram
@@ -37,7 +37,7 @@ def render_page(view: View) -> str:
     meta = view.get("meta") or {}
     seconds = float(view.get("seconds_per_step") or 0) * float(view.get("steps") or 0)
     return Page(
-        "How much attention explains",
+        "Cross-attention and saliency",
         [section for section in sections if section],
         intro=[f"“{view.get('transcript') or ''}”"],
         about="cross attention and saliency",
@@ -69,29 +69,22 @@ def badge(view: View) -> tuple[str, str]:
 
 def cards(view: View) -> list[tuple[str, str]]:
     """Up to four facts, each a short figure and the sentence it begins."""
-    made = []
+    facts = []
     for on, words in (("input", "the saliency of the sound"), ("states", "that of its encoding")):
         rho = view[on]["pearson"]["all"]
         if rho is not None:
-            made.append(
-                (
-                    f"{rho:.2f}",
-                    f"is the correlation of cross attention, all heads averaged, with {words} "
-                    f"(squared {rho * rho:.2f}).",
-                )
-            )
-    made.append(badge(view))
+            text = f"is the correlation of cross attention, all heads averaged, with {words} "
+            facts.append((f"{rho:.2f}", f"{text}(squared {rho * rho:.2f})."))
+    facts.append(badge(view))
     curves = view.get("deletion")
     if curves:
         s = curves["scores"]
-        made.append(
-            (
-                f"{s['attention']:.0f}",
-                f"is attention’s deletion score, of 100; saliency reaches {s['saliency']:.0f}, on "
-                f"attention’s grid {s['pooled']:.0f}, chance {s['random steps']:.0f}.",
-            )
+        text = (
+            f"is attention’s deletion score, of 100; saliency reaches {s['saliency']:.0f}, on "
+            f"attention’s grid {s['pooled']:.0f}, chance {s['random steps']:.0f}."
         )
-    return made
+        facts.append((f"{s['attention']:.0f}", text))
+    return facts
 
 
 def side_by_side(view: View, *, theme: str = "light") -> Any:
@@ -113,38 +106,21 @@ def side_by_side(view: View, *, theme: str = "light") -> Any:
     gap = 34
     total = sum(h for _, _, h in panels) + gap * len(panels)
     traces, notes, top = [], [], float(total)
+    word_axis = {
+        "range": [len(pieces) - 0.5, -0.5],
+        "tickvals": list(range(len(pieces))),
+        "ticktext": [f"{p} " for p in pieces],
+    }
     fixed = {"fixedrange": True, "showgrid": False}
     layout: dict[str, Any] = {"height": total + 70, "margin": {"l": 8, "r": 8, "t": 8, "b": 46}}
     for n, (name, rows, high) in enumerate(panels):
         sound = name == "spectrogram"
         top -= gap
         axis = "yaxis" if n == 0 else f"yaxis{n + 1}"
-        layout[axis] = {
-            **fixed,
-            "domain": [max(0.0, (top - high) / total), top / total],
-            **(
-                {"showticklabels": False}
-                if sound
-                else {
-                    "range": [len(pieces) - 0.5, -0.5],
-                    "tickvals": list(range(len(pieces))),
-                    "ticktext": [f"{p} " for p in pieces],
-                }
-            ),
-        }
-        notes.append(
-            {
-                "text": escape(name),
-                "x": 0,
-                "xref": "paper",
-                "xanchor": "left",
-                "y": top / total,
-                "yref": "paper",
-                "yanchor": "bottom",
-                "showarrow": False,
-                "font": {"size": 13, "color": ink["text"]},
-            }
-        )
+        layout[axis] = {**fixed, "domain": [max(0.0, (top - high) / total), top / total]}
+        layout[axis] |= {"showticklabels": False} if sound else word_axis
+        note = {"text": escape(name), "y": top / total, "font": {"size": 13, "color": ink["text"]}}
+        notes.append({**over("", theme, "left", 0), **note})
         place = "y" if n == 0 else f"y{n + 1}"
         traces.append(
             spectrogram(rows, length, theme, place)
@@ -160,13 +136,8 @@ def side_by_side(view: View, *, theme: str = "light") -> Any:
             )
         )
         top -= high
-    layout["xaxis"] = {
-        **fixed,
-        "range": [0, length],
-        "title": {"text": "time (s)"},
-        "anchor": "free",
-        "position": 0,
-    }
+    layout["xaxis"] = {**fixed, "range": [0, length], "title": {"text": "time (s)"}}
+    layout["xaxis"] |= {"anchor": "free", "position": 0}
     layout["coloraxis"] = {"cmin": 0, "cmax": 1, "showscale": False}
     layout["annotations"] = notes
     return figures._figure(traces, layout, theme)
@@ -179,15 +150,15 @@ def _maps_section(view: View) -> Section | None:
         "maps",
         side_by_side(view),
         "Heat maps over time, one row a word piece: cross attention and two kinds of saliency.",
-        "How to read this: each row is scaled to its own strongest moment. Where the maps differ, "
-        "attention looked at something that did not matter, or missed something that did. The "
-        "encoder’s output has already mixed moments; the sound has not.",
+        "How to read this: each row is scaled to its maximum. Where the maps differ, the decoder "
+        "attended to something that did not change the prediction, or did not attend to something "
+        "that did. The encoder’s output mixes moments; the sound does not.",
     )
     lead = (
-        "The same word pieces, three times. Attention tells where the decoder looked. Saliency "
-        "tells what mattered: what, when taken out, changed the prediction of that piece."
+        "Three maps of the same word pieces: cross-attention of the decoder, and two saliency "
+        "maps, which measure how masking a cell changes the prediction of a piece."
     )
-    return Section("Attention beside saliency", [plot], lead, "Maps", "maps")
+    return Section("Cross-attention and saliency maps", [plot], lead, "Maps", "maps")
 
 
 def spectral(view: View, *, theme: str = "light") -> Any:
@@ -208,14 +179,7 @@ def spectral(view: View, *, theme: str = "light") -> Any:
         )
         for n, rows in enumerate(cells.values())
     ]
-    buttons = [
-        {
-            "label": escape(name),
-            "method": "restyle",
-            "args": [{"visible": [i == n for i in range(len(cells))]}],
-        }
-        for n, name in enumerate(cells)
-    ]
+    shown = [[i == n for i in range(len(cells))] for n in range(len(cells))]
     fixed = {"fixedrange": True, "showgrid": False}
     layout = {
         "height": 330,
@@ -223,7 +187,7 @@ def spectral(view: View, *, theme: str = "light") -> Any:
         "coloraxis": {"cmin": 0, "cmax": 1, "showscale": False},
         "xaxis": {**fixed, "range": [0, length], "title": {"text": "time (s)"}},
         "yaxis": {**fixed, "title": {"text": "mel bin"}},
-        "updatemenus": [figures._menu(buttons, theme, 10)],
+        "updatemenus": [figures._menu(dict(zip(cells, shown)), theme, 10)],
     }
     return figures._figure(traces, layout, theme)
 
@@ -235,11 +199,11 @@ def _cells_section(view: View) -> Section | None:
         "cells",
         spectral(view),
         "Heat map of saliency over time and pitch.",
-        "How to read this: a strong cell changed the prediction whenever it was taken out. "
-        "Choose a word piece above the map.",
+        "How to read this: masking a strong cell changes the prediction. Choose a word piece above "
+        "the map.",
     )
-    lead = "Saliency also tells which pitches mattered, which attention cannot."
-    return Section("What mattered in the spectrogram", [plot], lead, "Spectrogram", "cells")
+    lead = "Saliency also has a frequency axis, which cross-attention has not."
+    return Section("Saliency of the spectrogram", [plot], lead, "Spectrogram", "cells")
 
 
 def _heads_section(view: View) -> Section | None:
@@ -277,7 +241,7 @@ def _heads_section(view: View) -> Section | None:
     table = Table([Column("heads averaged"), *(right(name, _number) for name in names)], rows)
     lead = "Correlations over the rows of the maps above, each row standardised."
     blocks = [Row(plots, "pair"), table]
-    return Section("Which heads agree with saliency", blocks, lead, "Heads", "heads")
+    return Section("Correlation with saliency per head", blocks, lead, "Heads", "heads")
 
 
 def _number(value: Any) -> str:
@@ -314,16 +278,16 @@ def _deletion_section(view: View) -> Section | None:
     block = view.get("deletion")
     if not block:
         return None
-    how = (
+    note = (
         "How to read this: the highest-ranked cells go first, each replaced by the mean of its mel "
         "bin. Attention has no pitch, so it takes out whole moments."
     )
     lead = (
-        "A map that explains well names what the model cannot do without: its curve rises early, "
-        "and its area, the number in the legend, is large."
+        "The better a map, the earlier its curve rises and the larger the area under it, the "
+        "number in the legend."
     )
-    blocks = [curves(block), how]
-    return Section("Taking out what ranks highest", blocks, lead, "Deletion", "deletion")
+    blocks = [curves(block), note]
+    return Section("Deletion test", blocks, lead, "Deletion", "deletion")
 
 
 def _trust_section(view: View) -> Section:
@@ -339,27 +303,23 @@ def _trust_section(view: View) -> Section:
         ("Attention on padding, left out", _number(view.get("dropped"))),
     ]
     for name, spans in (view.get("spans") or {}).items():
-        rows.append(
-            (
-                f"True word: {name}",
-                f"{100 * spans['hit']:.0f} % of the peaks, {100 * spans['mass']:.0f} % of the mass "
-                f"(chance {100 * spans['chance']:.0f} %)",
-            )
-        )
+        hit, mass, chance = (f"{100 * spans[key]:.0f} %" for key in ("hit", "mass", "chance"))
+        text = f"{hit} of the peaks, {mass} of the mass (chance {chance})"
+        rows.append((f"True word: {name}", text))
     for name, value in (view.get("references") or {}).items():
         rows.append(
             (
                 name.replace("_", " "),
-                f"{_number(value['attention'])} with attention, "
-                f"{_number(value['saliency'])} with saliency",
+                f"{_number(value['attention'])} with attention, {_number(value['saliency'])} with "
+                "saliency",
             )
         )
     rows.append(("Settings", ", ".join(f"{k} {v}" for k, v in settings.items())))
     return Section(
-        "How far to trust this",
+        "Reliability",
         [Table(["", ""], rows), *ends(view.get("notes") or [], view.get("meta") or {})],
-        "Saliency is measured with random masks. Two halves of them give two maps; how well "
-        "these agree bounds every correlation on this page.",
+        "Saliency is estimated with random masks. The correlation of the maps of two halves of the "
+        "masks bounds every correlation on this page.",
         "Trust",
         "trust",
     )

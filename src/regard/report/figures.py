@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 Block = Mapping[str, Any]
+LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 
 __all__ = [
     "distance_map",
@@ -67,9 +68,13 @@ def _figure(traces: list[Any], layout: dict[str, Any], theme: str) -> Figure:
     return go.Figure(data=traces, layout={**base, **layout})
 
 
-def _menu(buttons: list[dict[str, Any]], theme: str, above: int) -> dict[str, Any]:
-    """A menu over the left end of a figure, so many pixels above it."""
+def _menu(shown: Mapping[str, list[bool]], theme: str, above: int) -> dict[str, Any]:
+    """A menu of which traces are visible, so many pixels above the left end of a figure."""
     muted = INKS[theme]["muted"]
+    buttons = [
+        {"label": html.escape(name), "method": "restyle", "args": [{"visible": visible}]}
+        for name, visible in shown.items()
+    ]
     return {
         **{"buttons": buttons, "type": "dropdown", "showactive": False, "pad": {"b": above}},
         **{"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
@@ -137,7 +142,7 @@ def _layer_by_head(
 
 
 def sink_map(sinks: Block, *, theme: str = "light") -> Figure:
-    """Draw the share of attention each head parks on the sink token; reads the block `sinks`.
+    """Draw the share of attention that each head gives the sink token; reads the block `sinks`.
 
     Raises ValueError when no layer or head was watched.
 
@@ -154,7 +159,7 @@ def sink_map(sinks: Block, *, theme: str = "light") -> Figure:
         sinks.get("layers"),
         "sinks.alpha",
         bar_title=f"share of attention on {where}",
-        hover=f"Layer %{{x}}, head %{{y}}<br>gives {where} %{{z:.1%}}<br>of its attention",
+        hover=f"Layer %{{x}}, head %{{y}}<br>%{{z:.1%}} of its attention<br>on {where}",
         theme=theme,
         coloraxis={"cmin": 0, "cmax": 1},
         bar={"tickvals": sorted(marks), "ticktext": [marks[v] for v in sorted(marks)]},
@@ -175,16 +180,16 @@ def entropy_map(heads: Block, *, theme: str = "light") -> Figure:
         heads.get("entropy"),
         heads.get("layers"),
         "heads.entropy",
-        bar_title="entropy in nats: focused to spread",
-        hover="Layer %{x}, head %{y}<br>entropy %{z:.2f} nats: as spread out<br>"
-        "as %{customdata:,.3~r} equally watched tokens",
+        bar_title="mean entropy (nats)",
+        hover="Layer %{x}, head %{y}<br>entropy %{z:.2f} nats, that of<br>"
+        "uniform attention over %{customdata:,.3~r} tokens",
         theme=theme,
         detail=spread,
     )
 
 
 def distance_map(heads: Block, *, theme: str = "light") -> Figure:
-    """Draw how many tokens back each head looks on average; reads `heads["distance"]`.
+    """Draw the mean attention distance of each head in tokens; reads `heads["distance"]`.
 
     Heads listed in `heads["local"]` and `heads["global"]` carry a ring or a dot.
     """
@@ -193,8 +198,8 @@ def distance_map(heads: Block, *, theme: str = "light") -> Figure:
         heads.get("distance"),
         heads.get("layers"),
         "heads.distance",
-        bar_title="mean look-back in tokens",
-        hover="Layer %{x}, head %{y}<br>looks %{z:,.3~r} tokens back on average",
+        bar_title="mean distance (tokens)",
+        hover="Layer %{x}, head %{y}<br>mean distance %{z:,.3~r} tokens",
         theme=theme,
     )
     shown = set(figure.data[0].x)
@@ -245,8 +250,8 @@ def received_by_position(by_position: Block, *, theme: str = "light") -> Figure:
         y = heights(name)
         if not any(v is not None for v in y):
             continue
-        if style.get("fill") and not traces:
-            style.pop("fill")
+        if not traces:
+            style.pop("fill", None)
         if style.get("fill"):
             style["fillcolor"] = ink["band"]
         style["line"]["color"] = ink["preplan" if name == "max" else "line"]
@@ -267,13 +272,7 @@ def received_by_position(by_position: Block, *, theme: str = "light") -> Figure:
         "height": 340,
         "hovermode": "x unified",
         "margin": {"l": 56, "r": 12, "t": 44, "b": 44},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "yanchor": "bottom",
-            "traceorder": "normal",
-        },
+        "legend": {**LEGEND, "traceorder": "normal"},
         "xaxis": {
             "title": {"text": "position in the text (tokens)"},
             "fixedrange": True,
@@ -320,7 +319,7 @@ def rhythm(
     mark_limit: int = 1500,
     theme: str = "light",
 ) -> Figure:
-    """Draw WAAD (how far back each token looks) over FAI (how much later tokens come back to it).
+    """Draw WAAD (how far back each token looks) over FAI (how much later tokens attend to it).
 
     `marks["preplan"]` become triangles on WAAD, `marks["anchor"]` diamonds on FAI. Texts above
     `limit` tokens keep the smallest and largest value of each stretch; above `mark_limit` only the
@@ -338,15 +337,14 @@ def rhythm(
             "preplan",
             "y",
             "triangle-up",
-            "looks back %{y:.2f} tokens on average"
-            + (f"<br>(counted up to {window})" if window else ""),
+            "mean distance %{y:.2f} tokens" + (f"<br>(clipped at {window})" if window else ""),
         ),
         (
             "fai",
             "anchor",
             "y2",
             "diamond",
-            f"gets %{{y:.2%}} of the attention<br>of each token{ahead}",
+            f"receives %{{y:.2%}} of the attention<br>of each token{ahead}",
         ),
     ]
     lines, points = [], []
@@ -356,7 +354,7 @@ def rhythm(
             continue
         kept = _thin(positions, values, limit)
 
-        def said(where: Iterable[int]) -> list[str] | None:
+        def hover_tokens(where: Iterable[int]) -> list[str] | None:
             # Plotly reads a little HTML in hover texts: a token such as "<b>" must be escaped.
             if tokens is None:
                 return None
@@ -374,7 +372,7 @@ def rhythm(
             go.Scatter(
                 x=[positions[i] for i in kept],
                 y=[values[i] for i in kept],
-                customdata=said(positions[i] for i in kept),
+                customdata=hover_tokens(positions[i] for i in kept),
                 mode="lines",
                 name=name.upper(),
                 showlegend=False,
@@ -395,7 +393,7 @@ def rhythm(
                 go.Scatter(
                     x=chosen,
                     y=[at[p] for p in chosen],
-                    customdata=said(chosen),
+                    customdata=hover_tokens(chosen),
                     mode="markers",
                     name=label,
                     marker={"symbol": symbol, "size": 7, "color": ink[mark]},
@@ -414,7 +412,7 @@ def rhythm(
         "dragmode": "pan" if long else False,
         "hovermode": "closest",
         "margin": {"l": 56, "r": 12, "t": 44, "b": 44},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": LEGEND,
         "xaxis": {
             "title": {"text": "position in the text (tokens)"},
             # Thousands of tokens drawn at once are a solid bar: begin with a stretch one can read,
@@ -428,39 +426,19 @@ def rhythm(
         },
     }
     if both or only == "y":
-        layout["yaxis"] = {
-            **side,
-            "title": {"text": "WAAD: look-back"},
-            "domain": [0.54, 1] if both else [0, 1],
-        }
+        layout["yaxis"] = {**side, "title": {"text": "WAAD (tokens)"}}
+        layout["yaxis"]["domain"] = [0.54, 1] if both else [0, 1]
     if both or only == "y2":
-        layout["yaxis2"] = {
-            **side,
-            "title": {"text": "FAI: comes back"},
-            "tickformat": "~%",
-            "domain": [0, 0.46] if both else [0, 1],
-            "anchor": "x",
-        }
+        layout["yaxis2"] = {**side, "title": {"text": "FAI (share)"}, "tickformat": "~%"}
+        layout["yaxis2"] |= {"domain": [0, 0.46] if both else [0, 1], "anchor": "x"}
         known = sorted(v for v in lines[-1].y if v is not None)
         usual = 1.3 * known[int(0.995 * (len(known) - 1))]
         # One sink token would press everything else flat; say what is left out instead.
         if usual > 0 and known[-1] > 3 * usual:
             above = sum(v > usual for v in known)
             layout["yaxis2"] |= {"range": [0, usual], "autorange": False}
-            layout["annotations"] = [
-                {
-                    "text": f"{above} higher point{'s' * (above > 1)} not shown, "
-                    f"up to {percent(known[-1])}",
-                    "font": {"size": 11, "color": ink["muted"]},
-                    "showarrow": False,
-                    "x": 1,
-                    "xref": "paper",
-                    "xanchor": "right",
-                    "y": 1,
-                    "yref": "y2 domain",
-                    "yanchor": "bottom",
-                }
-            ]
+            text = f"{above} higher point{'s' * (above > 1)} not shown, up to {percent(known[-1])}"
+            layout["annotations"] = [over(text, theme, "right", 0) | {"yref": "y2 domain"}]
     return _figure(lines + points, layout, theme)
 
 
@@ -495,8 +473,7 @@ def _thumbnail_trace(block: Block, log: bool) -> Any:
         customdata=shares if log else None,
         coloraxis="coloraxis",
         hoverongaps=False,
-        hovertemplate=f"Tokens %{{y}} give<br>tokens %{{x}}<br>{amount} of their attention"
-        "<extra></extra>",
+        hovertemplate=f"Queries %{{y}}<br>keys %{{x}}<br>{amount} of the attention<extra></extra>",
     )
 
 
@@ -525,10 +502,10 @@ def thumbnail(
     axis |= {"visible": False} if bare else {"nticks": 5, "tickangle": 0}
     layout: dict[str, Any] = {
         "coloraxis": {**_thumbnail_axis(log), "showscale": not bare},
-        "xaxis": {**axis, "title": {"text": "tokens that are read"}, "constrain": "domain"},
+        "xaxis": {**axis, "title": {"text": "keys"}, "constrain": "domain"},
         "yaxis": {
             **axis,
-            "title": {"text": "tokens that read"},
+            "title": {"text": "queries"},
             "autorange": "reversed",
             "scaleanchor": "x",
             "constrain": "domain",

@@ -91,14 +91,14 @@ def stacked(rows: Sequence[Sequence[Any]]) -> Any:
     from PIL import Image
 
     size = (
-        max(sum(one.width for one in row) for row in rows),
-        sum(max(one.height for one in row) + EDGE for row in rows),
+        max(sum(picture.width for picture in row) for row in rows),
+        sum(max(picture.height for picture in row) + EDGE for row in rows),
     )
     whole, top = Image.new("RGB", size, "#ffffff"), 0
     for row in rows:
         left = 0
-        for one in row:
-            whole.paste(one, (left, top))
-            left += one.width
-        top += max(one.height for one in row) + EDGE
+        for picture in row:
+            whole.paste(picture, (left, top))
+            left += picture.width
+        top += max(picture.height for picture in row) + EDGE
     return whole

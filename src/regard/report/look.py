@@ -165,22 +165,13 @@ def template(theme: str = "light") -> dict[str, Any]:
     """Return the plotly template of a theme: transparent, with our ramp as sequential scale."""
     ink = INKS[check_theme(theme)]
     scale = [[i / (len(RAMPS[theme]) - 1), c] for i, c in enumerate(RAMPS[theme])]
+    title, ticks = ({"color": ink["muted"], "size": size} for size in (12, 11))
     axis = {
-        "gridcolor": ink["grid"],
-        "linecolor": ink["grid"],
-        "tickcolor": ink["grid"],
-        "zeroline": False,
-        "automargin": True,
-        "title": {"standoff": 8, "font": {"color": ink["muted"], "size": 12}},
-        "tickfont": {"color": ink["muted"], "size": 11},
+        **dict.fromkeys(("gridcolor", "linecolor", "tickcolor"), ink["grid"]),
+        **{"zeroline": False, "automargin": True, "tickfont": ticks},
+        "title": {"standoff": 8, "font": title},
     }
-    bar = {
-        "thickness": 9,
-        "outlinewidth": 0,
-        "tickfont": {"color": ink["muted"], "size": 11},
-        "title": {"font": {"color": ink["muted"], "size": 12}},
-    }
-    dark = theme == "dark"
+    bar = {"thickness": 9, "outlinewidth": 0, "tickfont": ticks, "title": {"font": title}}
     return {
         "layout": {
             "paper_bgcolor": "rgba(0,0,0,0)",
@@ -192,7 +183,7 @@ def template(theme: str = "light") -> dict[str, Any]:
             "yaxis": axis,
             "legend": {"font": {"color": ink["text"], "size": 12}, "bgcolor": "rgba(0,0,0,0)"},
             "hoverlabel": {
-                "bgcolor": "#2b3038" if dark else "#ffffff",
+                "bgcolor": "#2b3038" if theme == "dark" else "#ffffff",
                 "bordercolor": ink["grid"],
                 "font": {"family": FONT, "color": ink["text"], "size": 13},
                 "align": "left",
@@ -206,12 +197,9 @@ def over(text: str, theme: str, side: str, pixels: int) -> dict[str, Any]:
 
     They name a colour bar: with a title of its own plotly would misplace those of the axes.
     """
+    font = {"color": INKS[check_theme(theme)]["muted"], "size": 12}
     return {
-        **{
-            "text": text,
-            "showarrow": False,
-            "font": {"color": INKS[check_theme(theme)]["muted"], "size": 12},
-        },
+        **{"text": text, "showarrow": False, "font": font},
         **{"x": int(side == "right"), "xanchor": side, "xref": "paper"},
         **{"y": 1, "yanchor": "bottom", "yref": "paper", "yshift": pixels},
     }

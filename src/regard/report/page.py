@@ -77,7 +77,7 @@ def render_page(overview: Overview) -> str:
         _thumbnail_section(overview),
         costs(
             cost_rows(meta),
-            "Exact facts of the model’s own attention, taken during one forward pass.",
+            "Exact facts of the model’s attention, measured in one forward pass.",
             meta,
         ),
     ]
@@ -88,7 +88,7 @@ def render_page(overview: Overview) -> str:
     if meta.get("num_layers") and meta.get("num_heads"):
         under.append(f"{meta['num_layers']} layers × {meta['num_heads']} heads")
     return Page(
-        str(meta.get("title") or "What the model looks at"),
+        str(meta.get("title") or "Attention report"),
         [section for section in sections if section],
         about="attention report",
         under=under,
@@ -158,8 +158,8 @@ def _text_section(overview: Overview, tokens: Sequence[str]) -> Section | None:
     return Section(
         "The text, coloured by attention",
         [Html(READER)],
-        "The stronger the tint, the higher the value of that token. "
-        "Point at a token, tap it, or walk with the arrow keys to read its numbers.",
+        "The stronger the tint, the higher the value. Point at a token, tap it, or use the arrow "
+        "keys to read its values.",
         "Text",
         "text",
     )
@@ -178,8 +178,8 @@ def _sink_section(overview: Overview) -> Section | None:
             "sinks",
             figures.sink_map(sinks),
             label,
-            f"How to read this: one cell is one head; the stronger its colour, the more of its "
-            f"attention rests on {where}.",
+            "How to read this: one cell is one head; the stronger its colour, the larger the "
+            f"share of its attention on {where}.",
         )
     ]
     hidden = [h for h in sinks.get("hidden") or [] if h]
@@ -196,13 +196,13 @@ def _sink_section(overview: Overview) -> Section | None:
             )
             for h in hidden[:12]
         ]
-        lead = "Later tokens that some heads also park their attention on."
-        blocks.append(Section(f"Sinks further on{more}", [Table(columns, rows)], lead))
+        lead = "Later tokens that are attention sinks of some heads."
+        blocks.append(Section(f"Later sinks{more}", [Table(columns, rows)], lead))
     return Section(
-        "Where attention is parked",
+        "Attention sinks",
         blocks,
-        f"Heads with nothing to say still have to put their attention somewhere, and many leave it "
-        f"on {where}: an attention sink.",
+        "Softmax weights sum to one, so a head with nothing relevant to read puts its attention "
+        f"on some token, often on {where}: an attention sink.",
         "Sinks",
         "sinks",
     )
@@ -219,12 +219,12 @@ def _position_section(overview: Overview) -> Section | None:
         figures.received_by_position(block),
         "Line chart: median, mean, 90th percentile and maximum of the attention received, by "
         "position in the text, on a logarithmic scale.",
-        "How to read this: each line step upwards is ten times more attention; the band holds the "
-        "upper-middle tokens, the dotted line the most watched of each stretch. The last tokens "
-        "rise because few tokens come after them to look elsewhere.",
+        "How to read this: the scale is logarithmic, one grid line is a factor of ten. The band "
+        "spans the median to the 90th percentile, the dotted line is the maximum of each bin. The "
+        "mean rises at the end because few tokens come after.",
     )
-    lead = "Attention is not shared out evenly: most tokens get a little, a few get a great deal."
-    return Section("Who is watched, by place", [plot], lead, "By position", "position")
+    lead = "Most tokens receive little attention, a few receive a lot."
+    return Section("Received attention by position", [plot], lead, "By position", "position")
 
 
 def _heads_section(overview: Overview) -> Section | None:
@@ -238,8 +238,8 @@ def _heads_section(overview: Overview) -> Section | None:
                 "entropy",
                 figures.entropy_map(heads),
                 "Heat map, layer by head: mean entropy of attention in nats.",
-                "How to read this: a faint head stares at one or two tokens, a strong one "
-                "takes in many at once.",
+                "How to read this: a faint head attends to one or two tokens, a strong one to "
+                "many.",
             )
         )
     if any(heads.get("distance") or []):
@@ -248,15 +248,15 @@ def _heads_section(overview: Overview) -> Section | None:
             Plot(
                 "distance",
                 figures.distance_map(heads),
-                "Heat map, layer by head: mean look-back distance in tokens.",
-                "How to read this: a faint head reads its neighbours, a strong one reaches far "
-                f"back (or to the first token).{marked}",
+                "Heat map, layer by head: mean attention distance in tokens.",
+                "How to read this: a faint head attends to neighbouring tokens, a strong one "
+                f"far back (or to the first token).{marked}",
             )
         )
     if not plots:
         return None
-    lead = "Some heads point at one word, others take in a page; some read next door, others far."
-    return Section("How each head looks", [Row(plots, "pair")], lead, "Heads", "heads")
+    lead = "Entropy says how spread the attention of a head is, distance how far back it reaches."
+    return Section("Entropy and distance per head", [Row(plots, "pair")], lead, "Heads", "heads")
 
 
 def _rhythm_section(overview: Overview, tokens: Sequence[str]) -> Section | None:
@@ -269,16 +269,16 @@ def _rhythm_section(overview: Overview, tokens: Sequence[str]) -> Section | None
     plot = Plot(
         "rhythm",
         figures.rhythm(block, tokens=tokens or None, marks=_marks(overview, len(tokens))),
-        "Two line charts by position: WAAD, how far back each token looks, and FAI, how much "
-        "later tokens attend to it, with preplan and anchor tokens marked.",
-        "How to read this: a high point on top is a token that looks far back, a high point below "
-        f"one that is looked at again{slide}.",
+        "Two line charts by position: WAAD, mean attention distance of each token, and FAI, how "
+        "much later tokens attend to it, with preplan and anchor tokens marked.",
+        "How to read this: a peak on top is a token that attends far back, a peak below a token "
+        f"that later tokens attend to{slide}.",
     )
     lead = (
-        "Text comes in beats: the model reaches back before it starts a new piece (preplan), then "
-        "writes a token that later ones keep coming back to (anchor)."
+        "Preplan tokens attend far back before a new chunk begins; anchor tokens are attended to "
+        "by later tokens."
     )
-    return Section("The rhythm of looking back", [plot], lead, "Rhythm", "rhythm")
+    return Section("Attention rhythm: WAAD and FAI", [plot], lead, "Rhythm", "rhythm")
 
 
 def _thumbnail_section(overview: Overview) -> Section | None:
@@ -289,29 +289,22 @@ def _thumbnail_section(overview: Overview) -> Section | None:
     for index, block in enumerate(blocks):
         name = f"Layer {block.get('layer')}, head {block.get('head')}"
         label = str(block.get("label") or "")
-        plots.append(
-            Plot(
-                f"thumb{index}",
-                figures.thumbnail(block, bare=True),
-                f"Attention map of {name.lower()}. {label}",
-                f"**{name}** {label}",
-            )
-        )
+        figure = figures.thumbnail(block, bare=True)
+        texts = f"Attention map of {name.lower()}. {label}", f"**{name}** {label}"
+        plots.append(Plot(f"thumb{index}", figure, *texts))
     scale = (
         f'<div class="legend"><span>0.01{NBSP}%</span><i class="ramp"></i><span>100{NBSP}% of a '
         "row’s attention (logarithmic)</span></div>"
     )
     return Section(
-        "Maps of single heads",
+        "Attention maps of single heads",
         [
             Html(scale),
             Row(plots, "grid"),
-            "How to read this: each row is a stretch of reading tokens, each column the tokens "
-            "they read; a diagonal is a head that reads its neighbours, a strong left edge one "
-            "that rests on the beginning.",
+            "How to read this: rows are bins of queries, columns bins of keys. A diagonal is a "
+            "local head, a strong left edge a sink.",
         ],
-        "Whole attention maps of chosen heads, averaged down to a small grid, so that any length "
-        "fits on the screen.",
+        "Attention maps of selected heads, averaged to a small grid.",
         "Maps",
         "maps",
     )
@@ -323,13 +316,13 @@ def costs(rows: Iterable[tuple[str, str]], lead: str, meta: Overview) -> Section
     if not pairs and not meta.get("command") and not meta.get("notes"):
         return None
     blocks = [Pairs(pairs), *ends(meta.get("notes") or [], meta)]
-    return Section("What was measured, on what, at what cost", blocks, lead, "Cost", "cost")
+    return Section("Measurement and cost", blocks, lead, "Cost", "cost")
 
 
 def ends(notes: Iterable[Any], meta: Overview) -> list[Section]:
     """Notes, and the command that makes the page again."""
     lines = [str(note) for note in notes]
-    made = [Section("Notes", [Items(lines)])] if lines else []
+    sections = [Section("Notes", [Items(lines)])] if lines else []
     if meta.get("command"):
-        made.append(Section("To make this page again", [Code(str(meta["command"]))]))
-    return made
+        sections.append(Section("Command", [Code(str(meta["command"]))]))
+    return sections

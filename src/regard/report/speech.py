@@ -1,4 +1,4 @@
-"""The page about one clip: its spectrogram, what was heard, and where each word looked."""
+"""The page of one audio clip: spectrogram, transcript and cross-attention of each word."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regard.report.look import INKS, centres, finite, over, percent, short
 from regard.report.page import costs
 from regard.report.page import write_page as _write
 from regard.report.sound import spectrogram
-from regard.report.table import Cell, Column, Table, right
+from regard.report.table import Cell, Column, Table, right, shorten
 
 View = Mapping[str, Any]
 
@@ -26,19 +26,20 @@ def write_page(view: View, path: Any) -> Path:
 def render_page(view: View) -> str:
     """Return the page as text; the same view gives the same text. All words are escaped."""
     meta = view.get("meta") or {}
+    cost = [(str(k), str(v)) for k, v in (meta.get("cost") or {}).items() if v not in (None, "")]
     sections = [
         _map_section(view),
         _table_section(view),
         _heads_section(view),
         _single_section(view),
-        costs(_cost_rows(view), "Exact cross attention.", meta),
+        costs(cost, "Exact cross attention.", meta),
     ]
     under = [str(meta[k]) for k in ("model", "clip") if meta.get(k)]
     if meta.get("seconds") is not None:
         under.append(f"{float(meta['seconds']):.1f} s of sound")
     under.append(f"{meta.get('layers')} decoder layers × {meta.get('heads')} heads")
     return Page(
-        "Where each word listens",
+        "Cross-attention of a transcript",
         [section for section in sections if section],
         intro=[f"“{view.get('transcript') or ''}”"],
         about="cross attention of a speech model",
@@ -52,44 +53,35 @@ def cards(view: View) -> list[tuple[str, str]]:
     words = view.get("words") or []
     heads = view.get("heads") or {}
     tokens = view.get("tokens") or []
-    made = [
-        (
-            _counted(len(words), "word"),
-            f"in {_counted(len(tokens), 'token')} {'was' if len(words) == 1 else 'were'} heard.",
-        )
-    ]
+    verb = "was" if len(words) == 1 else "were"
+    facts = [(_counted(len(words), "word"), f"in {_counted(len(tokens), 'token')} {verb} heard.")]
     best = best_head(heads)
     if best and len(words) > 2:  # one or two words have no order to follow
         layer, head, value = best
-        made.append(
+        facts.append(
             (
                 f"{value:.2f}",
-                f"is how well head {head} of layer {layer} follows the sound "
-                "(rank correlation of words and where they look; 1 is word by word).",
+                "is the highest rank correlation of word order and attended time: "
+                f"head {head} of layer {layer}.",
             )
         )
     dropped = finite(view.get("dropped"))
     if dropped is not None and view.get("all_frames") != view.get("frames"):
-        made.append(
-            (
-                percent(dropped),
-                "of the attention falls on the silence that pads the clip to the "
-                "model’s window; it is not shown.",
-            )
-        )
+        text = "of the attention is on the padding after the clip, which is not shown."
+        facts.append((percent(dropped), text))
     errors = view.get("errors") or {}
     if errors.get("start") is not None:
         more = ""
         if errors.get("theirs") is not None:
-            more = f" Transformers’ own token time stamps: {errors['theirs']:.2f} s."
-        made.append(
+            more = f" Token time stamps of transformers: {errors['theirs']:.2f} s."
+        facts.append(
             (
                 f"{errors['start']:.2f} s",
-                "is the mean distance of the word starts from the true "
-                f"ones, which this clip’s synthesiser told.{more}",
+                "is the mean error of the word starts against the synthesiser’s time "
+                f"stamps.{more}",
             )
         )
-    return made
+    return facts
 
 
 def _counted(number: int, what: str) -> str:
@@ -99,15 +91,15 @@ def _counted(number: int, what: str) -> str:
 def best_head(heads: View) -> tuple[int, int, float] | None:
     """(layer, head, rank correlation) of the head that follows the sound best."""
     rows = heads.get("monotone") or []
-    found = [
+    scores = [
         (float(v), layer, head)
         for layer, row in zip(heads.get("layers") or range(len(rows)), rows)
         for head, v in enumerate(row)
         if finite(v) is not None
     ]
-    if not found:
+    if not scores:
         return None
-    value, layer, head = max(found)
+    value, layer, head = max(scores)
     return layer, head, value
 
 
@@ -124,7 +116,8 @@ def listening_map(view: View, *, theme: str = "light") -> Any:
         raise ValueError("no word was heard: there is no map to draw")
     length = float(view.get("seconds_per_frame") or 1.0) * float(view["frames"])
     unit = "s" if view.get("seconds_per_frame") else "encoder steps"
-    labels = [f"{_short(w['text'])} " for w in words]
+    # plotly reads a few tags in labels: they are made visible instead
+    labels = [f"{escape(shorten(w['text'], 22))} " for w in words]
     rows = list(range(len(words)))
     traces: list[Any] = []
     spectrum = view.get("spectrogram")
@@ -161,37 +154,29 @@ def listening_map(view: View, *, theme: str = "light") -> Any:
                 line={"color": ink["preplan"], "width": 3},
             )
         )
-    for key, name, symbol in (
-        ("true_start", "true start", "line-ns-open"),
-        ("theirs", "transformers’ time stamp", "diamond-open"),
+    mark = {"color": ink["anchor"], "line": {"width": 2}}
+    for key, name, symbol, size in (
+        ("true_start", "true start", "line-ns-open", 11),
+        ("theirs", "transformers’ time stamp", "diamond-open", 8),
     ):
-        found = [(w[key], row) for row, w in enumerate(words) if w.get(key) is not None]
-        if found:
+        points = [(w[key], row) for row, w in enumerate(words) if w.get(key) is not None]
+        if points:
             traces.append(
                 go.Scatter(
-                    x=[x for x, _ in found],
-                    y=[y for _, y in found],
+                    x=[x for x, _ in points],
+                    y=[y for _, y in points],
                     mode="markers",
                     name=name,
                     hoverinfo="skip",
-                    marker={
-                        "symbol": symbol,
-                        "size": 11 if key == "true_start" else 8,
-                        "color": ink["anchor"],
-                        "line": {"width": 2},
-                    },
+                    marker={**mark, "symbol": symbol, "size": size},
                 )
             )
-    top = _ceiling(maps)
+    top = _ceiling(next(iter(maps.values())), 0.997)
     always = [True] * (len(traces) - first - len(maps))
-    buttons = [
-        {
-            "label": name,
-            "method": "restyle",
-            "args": [{"visible": [True] * first + [i == at for i in range(len(maps))] + always}],
-        }
+    shown = {
+        name: [True] * first + [i == at for i in range(len(maps))] + always
         for at, name in enumerate(maps)
-    ]
+    }
     above, below = 96, 106  # of the axes: menu and scale of colours; time and legend
     inner = 170 + 24 * len(words)
     share = 150 / inner if spectrum else 0.0
@@ -211,7 +196,7 @@ def listening_map(view: View, *, theme: str = "light") -> Any:
         "yaxis": {**fixed, "range": [len(words) - 0.5, -0.5], "tickvals": rows, "ticktext": labels,
                   "domain": [0, 1 - share - (0.02 if spectrum else 0)]},
         "legend": {"orientation": "h", "x": 0, "y": 0, "yanchor": "bottom", "yref": "container"},
-        "updatemenus": [figures._menu(buttons, theme, 8)],
+        "updatemenus": [figures._menu(shown, theme, 8)],
     }  # fmt: skip
     if spectrum:
         layout["yaxis2"] = {**fixed, "domain": [1 - share, 1], "showticklabels": False,
@@ -225,16 +210,10 @@ def listening_map(view: View, *, theme: str = "light") -> Any:
     return figures._figure(traces, layout, theme)
 
 
-def _ceiling(maps: Mapping[str, Any]) -> float:
+def _ceiling(rows: Any, quantile: float) -> float:
     """The share that gets the strongest colour: a few cells may exceed it."""
-    values = sorted(v for row in next(iter(maps.values())) for v in row if finite(v) is not None)
-    return max(1e-6, values[int(0.997 * (len(values) - 1))]) if values else 1.0
-
-
-def _short(text: str) -> str:
-    # Plotly reads a few tags in labels: they are made visible instead.
-    text = text if len(text) <= 22 else text[:21] + "…"
-    return escape(text)
+    values = sorted(v for row in rows for v in row if finite(v) is not None)
+    return max(1e-6, values[int(quantile * (len(values) - 1))]) if values else 1.0
 
 
 def _map_section(view: View) -> Section | None:
@@ -244,23 +223,21 @@ def _map_section(view: View) -> Section | None:
         "map",
         listening_map(view),
         "Spectrogram over a heat map of words by time, with the time of each word as a bar.",
-        "How to read this: each row is a word and adds up to the share of its attention that falls "
-        "on sound; a dark cell is a moment it looks at. The bars are word times from the alignment "
-        "heads. What a word looks at is not all that it depends on: attention says where "
-        "information was fetched from, not what it did.",
+        "How to read this: a row is a word and sums to its share of attention on sound; a strong "
+        "cell is a moment it attends to. The bars are word times from the alignment heads. "
+        "Attention says where information was read, not how it was used.",
     )
     lead = (
-        "Above the sound as the model gets it, below what each word’s decoder steps look at while "
-        "they predict it. The menu shows single layers, or the heads that are known to follow the "
-        "sound."
+        "Above, the model’s input spectrogram; below, the cross-attention of the decoder steps "
+        "that predict each word. The menu selects single layers or the alignment heads."
     )
-    return Section("Words and time", [plot], lead, "Map", "map")
+    return Section("Cross-attention over time", [plot], lead, "Map", "map")
 
 
 def times(words: Sequence[View]) -> Table:
-    """When each word was said and where it looked, in seconds."""
+    """Start, end and attended time of each word, in seconds."""
     names = [("from", "start"), ("to", "end"), ("true start", "true_start"),
-             ("transformers", "theirs"), ("looks most at", "peak"), ("centre", "centre"),
+             ("transformers", "theirs"), ("peak", "peak"), ("centre", "centre"),
              ("spread", "spread")]  # fmt: skip
     shown = [(name, key) for name, key in names if any(w.get(key) is not None for w in words)]
     columns = [Column("word"), *(right(f"{name} (s)", "{:.2f}".format) for name, _ in shown)]
@@ -287,9 +264,9 @@ def _table_section(view: View) -> Section | None:
         )
     note = (
         "From and to: dynamic time warping over the alignment heads. Centre and spread: mean and "
-        f"standard deviation of the time a word looks at, all heads.{stamp}"
+        f"standard deviation of the attended time, all heads.{stamp}"
     )
-    lead = "When each word was said, and where it looked."
+    lead = "Start and end of each word, and the time it attends to."
     return Section("Word times", [times(words), note], lead, "Times", "times")
 
 
@@ -300,11 +277,11 @@ def _heads_section(view: View) -> Section | None:
     kinds = [
         ("monotone", "rank correlation of words and time", "follows the sound at %{z:.2f}",
          {"cmin": -1, "cmax": 1},
-         "A strong cell is a head that moves on with every word; a faint one looks elsewhere."),
+         "A strong cell is a head whose attended time follows the words in order."),
         ("entropy", "entropy in nats", "entropy %{z:.2f} nats", {},
-         "A faint head looks at a moment, a strong one takes in much of the clip."),
+         "A faint head attends to one moment, a strong one to much of the clip."),
         ("dropped", "share on padding", "%{z:.1%} on padding", {"cmin": 0},
-         "A strong head rests on the silence behind the clip: it has nothing to look for."),
+         "A strong cell is a head that puts its attention on the padding after the clip."),
     ]  # fmt: skip
     plots = []
     for key, bar, hover, axis, caption in kinds:
@@ -321,7 +298,7 @@ def _heads_section(view: View) -> Section | None:
         )
         plots.append(Plot(key, figure, f"Heat map, layer by head: {bar}.", caption))
     lead = "Means over the words of this clip, one cell a head."
-    return Section("What each head does", [Row(plots, "pair")], lead, "Heads", "heads")
+    return Section("Heads", [Row(plots, "pair")], lead, "Heads", "heads")
 
 
 def _single_section(view: View) -> Section | None:
@@ -332,32 +309,27 @@ def _single_section(view: View) -> Section | None:
     total = int(meta.get("layers") or 0) * int(meta.get("heads") or 0)
     go = figures.plotly()
     plots = []
-    for number, one in enumerate(maps):
-        flat = sorted(v for row in one["cells"] for v in row)
+    for number, head_map in enumerate(maps):
         trace = go.Heatmap(
-            z=[[short(v) for v in row] for row in one["cells"]],
+            z=[[short(v) for v in row] for row in head_map["cells"]],
             coloraxis="coloraxis",
             hoverinfo="skip",
         )
         hidden = {"visible": False, "fixedrange": True}
         layout = {
             "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
-            "coloraxis": {
-                "showscale": False,
-                "cmin": 0,
-                "cmax": max(1e-6, flat[int(0.99 * (len(flat) - 1))]),
-            },
+            "coloraxis": {"showscale": False, "cmin": 0, "cmax": _ceiling(head_map["cells"], 0.99)},
             "xaxis": hidden,
             "yaxis": {**hidden, "autorange": "reversed"},
         }
-        name = f"Layer {one['layer']}, head {one['head']}"
-        mark = " · alignment head" if one.get("alignment") else ""
+        name = f"Layer {head_map['layer']}, head {head_map['head']}"
+        mark = " · alignment head" if head_map.get("alignment") else ""
         plots.append(
             Plot(
                 f"ear{number}",
                 figures._figure([trace], layout, "light"),
                 f"Map of words by time of {name.lower()}.",
-                f"**{name}** follows at {one['monotone']:.2f}{mark}",
+                f"**{name}** follows at {head_map['monotone']:.2f}{mark}",
             )
         )
     left = f", {len(maps)} of {total} heads" if len(maps) < total else ""
@@ -366,8 +338,3 @@ def _single_section(view: View) -> Section | None:
         "Each map has its own colours."
     )
     return Section("Head by head", [Row(plots, "grid")], lead, "Single heads", "single")
-
-
-def _cost_rows(view: View) -> list[tuple[str, str]]:
-    found = (view.get("meta") or {}).get("cost") or {}
-    return [(str(k), str(v)) for k, v in found.items() if v not in (None, "")]

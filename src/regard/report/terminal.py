@@ -1,4 +1,4 @@
-"""The same overview for a terminal: facts in words, the sink map, the most watched tokens."""
+"""An overview on the terminal: headline facts, sink map, tokens with the highest values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def summary(overview: Overview, *, top: int = 8) -> RenderableType:
     from rich.text import Text
 
     # Text, never markup: a token such as "[red]" must be shown, not obeyed.
-    title = str((overview.get("meta") or {}).get("title") or "What the model looks at")
+    title = str((overview.get("meta") or {}).get("title") or "Attention report")
     parts: list[RenderableType] = [Text(clean(title), style="bold")]
     facts = [[Cell(big, "bold cyan"), words] for big, words in headline(overview)]
     first = Table(["", ""], facts) if facts else None

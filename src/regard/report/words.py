@@ -18,16 +18,16 @@ def headline(overview: Overview) -> list[tuple[str, str]]:
     """Return up to three facts, each as a short figure and the sentence it begins.
 
     >>> headline({"sinks": {"rate": 0.77, "epsilon": 0.3, "position": 0}})[0][1]
-    'of all heads park their attention on the first token: more than 30\\xa0% of it, on average.'
+    'of all heads have an attention sink on the first token: over 30\\xa0% of their attention.'
     """
     tokens = [str(t) for t in overview.get("tokens") or []]
-    found = [
+    facts = [
         sink_fact(overview),
         _distance_fact(overview),
         _watched_fact(overview, tokens),
         _spread_fact(overview),
     ]
-    return [fact for fact in found if fact][:3]
+    return [fact for fact in facts if fact][:3]
 
 
 def cost_rows(meta: Overview) -> list[tuple[str, str]]:
@@ -50,7 +50,7 @@ def cost_rows(meta: Overview) -> list[tuple[str, str]]:
     row("Device", ", ".join(str(meta[k]) for k in ("device", "dtype") if meta.get(k)))
     watched, plain = finite(meta.get("seconds")), finite(meta.get("plain_seconds"))
     if watched is not None:
-        words = f"{_seconds(watched)} with the facts watched"
+        words = f"{_seconds(watched)} with facts"
         if plain:
             words += f", {_seconds(plain)} without: {watched / plain:.2f} times the plain model"
         row("Time", words)
@@ -79,16 +79,16 @@ def sink_fact(overview: Overview) -> tuple[str, str] | None:
     if rate is None:
         return None
     where = ordinal(int(sinks.get("position") or 0))
-    limit = f": more than {percent(epsilon)} of it, on average" if epsilon is not None else ""
+    limit = f": over {percent(epsilon)} of their attention" if epsilon is not None else ""
     which = "all" if (overview.get("meta") or {}).get("all_heads", True) else "the watched"
-    return percent(rate), f"of {which} heads park their attention on {where}{limit}."
+    return percent(rate), f"of {which} heads have an attention sink on {where}{limit}."
 
 
 def _distance_fact(overview: Overview) -> tuple[str, str] | None:
     mean = _mean((overview.get("heads") or {}).get("distance"))
     if mean is None:
         return None
-    return f"{_amount(mean)} tokens", "back is where the average head looks, over the whole text."
+    return f"{_amount(mean)} tokens", "is the mean attention distance over heads and queries."
 
 
 def _watched_fact(overview: Overview, tokens: Sequence[str]) -> tuple[str, str] | None:
@@ -106,7 +106,10 @@ def _watched_fact(overview: Overview, tokens: Sequence[str]) -> tuple[str, str] 
     times = f", {_amount((values[best] or 0) / median)}× the median token" if median > 0 else ""
     word = visible(tokens[best])
     word = word if len(word) <= 24 else word[:23] + "…"
-    return f"“{word}”", f"at position {best:,} is the most watched after {ordinal(sink)}{times}."
+    return (
+        f"“{word}”",
+        f"at position {best:,} receives the most attention after {ordinal(sink)}{times}.",
+    )
 
 
 def _spread_fact(overview: Overview) -> tuple[str, str] | None:
@@ -114,7 +117,7 @@ def _spread_fact(overview: Overview) -> tuple[str, str] | None:
     if mean is None:
         return None
     even = _amount(math.exp(min(mean, 50)))
-    return f"{mean:.2f} nats", f"is the average entropy: as spread out as {even} equal tokens."
+    return f"{mean:.2f} nats", f"is the mean entropy: that of uniform attention over {even} tokens."
 
 
 def _seconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Local and global heads by how far they look back, and where a series of token facts peaks."""
+"""Local and global heads by mean attention distance, and the peaks of a series."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def head_split(span: Tensor, layers: Sequence[int], quantile: float = QUANTILE) 
     Heads(local=((5, 0),), far=((5, 1),))
     """
     if not 0 < quantile <= 0.5:
-        raise InputError(
-            f"the share of heads lies in (0, 0.5], so that the two differ: not {quantile}"
-        )
+        raise InputError(f"quantile is in (0, 0.5], not {quantile}")
     if span.numel() < 2:
-        raise InputError("a split needs at least two heads: take more layers")
+        raise InputError(
+            "splitting into local and global heads needs at least two heads: watch more layers"
+        )
     count = max(1, round(quantile * span.numel()))
     order = span.flatten().argsort(stable=True).tolist()
     width = span.shape[1]
@@ -56,9 +56,9 @@ def peaks(values: Tensor, rule: str = "local", top: float = TOP) -> list[int]:
     [1]
     """
     if rule not in RULES:
-        raise InputError(f"peaks are taken by the rule 'local' or 'top', not {rule!r}")
+        raise InputError(f"rule is 'local' or 'top', not {rule!r}")
     if not 0 < top <= 1:
-        raise InputError(f"the share of top values lies in (0, 1], not {top}")
+        raise InputError(f"top is in (0, 1], not {top}")
     if len(values) == 0:
         return []
     if rule == "top":

@@ -1,6 +1,4 @@
-"""The overview: what a `Watch` has seen, as one plain dictionary for pages, notebooks, terminals
-and JSON.
-"""
+"""The facts of a `Watch` as one dictionary for pages, notebooks, terminals and JSON."""
 
 from __future__ import annotations
 
@@ -35,43 +33,43 @@ BINS = 512
 LISTED = 20_000  # values of a fact that JSON lists one by one
 LINES = 8  # views of one fact that has several: rows, columns, segments
 TAIL = 16  # the last tokens are seen by few queries, so what they receive on average says little
-_BOTH_WAYS = "share of all tokens' attention that lands here, mean over layers and heads"
+_BOTH_WAYS = "mean attention of all queries on this key, over layers and heads"
 _HELP = {
     "received": (
         "attention received",
-        "share of later tokens' attention that lands here, mean over layers and heads",
+        "mean attention of later queries on this key, over layers and heads",
         "share",
     ),
     "entropy": (
         "entropy",
-        "how spread this token's own look is, mean over layers and heads",
+        "entropy of this query's attention, mean over layers and heads",
         "nats",
     ),
-    "distance": ("look-back distance", "how far back this token looks on average", "tokens"),
+    "distance": ("attention distance", "mean distance to the attended keys", "tokens"),
     "waad": (
         "windowed distance (WAAD)",
-        "mean look-back, clipped to the window, over layers and heads",
+        "mean distance to the attended keys, clipped to the window, over layers and heads",
         "tokens",
     ),
     "fai": (
         "future influence (FAI)",
-        "attention from tokens further on, mean over layers and heads",
+        "attention received from queries within a distance band, mean over layers and heads",
         "share",
     ),
     "received_sum": (
         "attention received, summed",
-        "attention that lands here, summed over all tokens that look, mean over layers and heads",
+        "attention on this key summed over all queries, mean over layers and heads",
         "",
     ),
     "collision": (
         "collision",
-        "chance that two draws from this token's look hit the same key, mean over layers and heads",
+        "probability that two draws of a key are equal, mean over layers and heads",
         "share",
     ),
     "top": (
         "among the top keys",
-        "what the chosen queries give this token where it is one of their top keys, mean over "
-        "layers and heads",
+        "attention of the chosen queries where this key is among their top k, mean over layers "
+        "and heads",
         "share",
     ),
 }
@@ -171,8 +169,8 @@ def overview(
             command).
     """
     text = seen.model.config.get_text_config()
-    found = (v[0] if f.name == "top" else v for f in seen.facts for v in seen[f].values())
-    batch, heads = next((v.shape[:2] for v in found), (1, 0))
+    measured = (v[0] if f.name == "top" else v for f in seen.facts for v in seen[f].values())
+    batch, heads = next((v.shape[:2] for v in measured), (1, 0))
     if not 0 <= row < batch:
         raise InputError(f"row {row} is out of range: the batch has {batch}, from 0")
     tokens = _tokens(seen, row, tokens)
@@ -214,8 +212,8 @@ def overview(
     for fact in seen.facts:
         for name, values in _series(seen, fact, row).items():
             if len(values) == len(tokens) or seen.record.site.kind == "self":
-                said = "received_sum" if fact.name == "received" else name  # a sum, no share
-                page["views"].setdefault(name, _view(said, values, len(tokens)))
+                label = "received_sum" if fact.name == "received" else name  # a sum, no share
+                page["views"].setdefault(name, _view(label, values, len(tokens)))
     entropy, distance = stack(seen, "entropy", row), stack(seen, "distance", row)
     if entropy is not None or distance is not None:
         page["heads"] = _heads(entropy, distance)
@@ -232,8 +230,8 @@ def _series(seen: Any, fact: Fact, row: int) -> dict[str, Tensor]:
     if isinstance(fact, TopKeys):
         values, places = _top(seen, fact, row)
         total = torch.zeros(len(_places(seen, row)))
-        found = places >= 0
-        total.index_add_(0, places[found], values[found])
+        in_text = places >= 0
+        total.index_add_(0, places[in_text], values[in_text])
         return {"top": total / max(1, values.shape[:3].numel())}
     stacked = stack(seen, fact, row)
     if stacked is None or isinstance(fact, Thumbnail):
@@ -268,12 +266,12 @@ def _block(seen: Any, fact: Fact, row: int) -> dict[str, Any]:
     if isinstance(fact, TopKeys):
         values, places = _top(seen, fact, row)
         return {**block, "values": _plain(values), "tokens": places.tolist()}
-    found = stack(seen, fact, row)
-    if found is None:
+    stacked = stack(seen, fact, row)
+    if stacked is None:
         return block
-    if found[1].numel() <= LISTED:
-        return {**block, "values": _plain(found[1])}
-    return {**block, "mean": _plain(found[1].mean((0, 1)))}
+    if stacked[1].numel() <= LISTED:
+        return {**block, "values": _plain(stacked[1])}
+    return {**block, "mean": _plain(stacked[1].mean((0, 1)))}
 
 
 def _plain(values: Tensor) -> Any:
@@ -292,10 +290,10 @@ def _sinks(
 ) -> dict[str, Any]:
     """Sink map of the first position, and the later tokens that are sinks of some heads."""
     batch = alpha[None]
-    found = hidden_sinks(batch, after=position, tail=tail)[:12]
+    sinks = hidden_sinks(batch, after=position, tail=tail)[:12]
     hidden = [
         {**{n: f[n] for n in ("position", "heads", "alpha")}, "token": tokens[f["position"]]}
-        for f in found
+        for f in sinks
     ]
     return {
         "epsilon": EPSILON,
@@ -308,19 +306,11 @@ def _sinks(
 
 
 def _by_position(alpha: Tensor) -> dict[str, Any]:
-    """Mean received attention against position; over the heads of all layers, averaged within
-    bins.
-    """
+    """Mean received attention by position, over the heads of all layers, averaged within bins."""
     flat = alpha.flatten(0, 1)
     tokens = flat.shape[1]
-    edges = torch.unique(
-        torch.cat(
-            [
-                torch.arange(min(64, tokens)),
-                torch.logspace(0, 1, BINS, base=max(tokens, 2)).long() - 1,
-            ]
-        )
-    ).clamp_max(tokens - 1)
+    coarse = torch.logspace(0, 1, BINS, base=max(tokens, 2)).long() - 1
+    edges = torch.cat([torch.arange(min(64, tokens)), coarse.clamp_max(tokens - 1)])
     edges = torch.unique(edges)[: BINS * 2]
     columns = {
         "mean": flat.mean(0),
@@ -340,8 +330,8 @@ def _heads(entropy: Any, distance: Any) -> dict[str, Any]:
         block["entropy"] = entropy[1].mean(-1).tolist()
     if distance is not None:
         block["distance"] = distance[1].mean(-1).tolist()
-        one = distance[1].shape[:2].numel() < 2
-        split = Heads((), ()) if one else head_split(distance[1].mean(-1), distance[0])
+        single = distance[1].shape[:2].numel() < 2
+        split = Heads((), ()) if single else head_split(distance[1].mean(-1), distance[0])
         block["local"] = [list(pair) for pair in split.local]
         block["global"] = [list(pair) for pair in split.far]
     return block
@@ -350,15 +340,10 @@ def _heads(entropy: Any, distance: Any) -> dict[str, Any]:
 def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> None:
     """WAAD of the local and FAI of the global heads, with their peaks (Li et al., 2025)."""
     waad, fai = stack(seen, "waad", row), stack(seen, "influence", row)
-    if (
-        distance is None
-        or distance[1].shape[:2].numel() < 2
-        or waad is None
-        or fai is None
-        or waad[1].shape[-1] < 8
-        or waad[1].shape[-1] != fai[1].shape[-1]  # the first tokens were read before
-        or not seen.causal
-    ):
+    if distance is None or waad is None or fai is None or not seen.causal:
+        return
+    tokens = waad[1].shape[-1]  # fewer than keys where the first tokens were read before
+    if distance[1].shape[:2].numel() < 2 or tokens < 8 or tokens != fai[1].shape[-1]:
         return
     rows = list(range(len(distance[0])))
     split = head_split(distance[1].mean(-1), rows)
@@ -368,16 +353,13 @@ def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> Non
     ahead = torch.stack([fai[1][pair] for pair in split.far]).mean(0)
     known = max(0, len(ahead) - band[0])  # the last tokens have no token that far ahead
     page["views"]["waad"] = _view("waad", back, len(back)) | {
-        "help": "mean look-back of the local heads, clipped to the window: peaks open a new chunk"
+        "help": "mean distance of the local heads, clipped to the window: peaks begin a new chunk"
     }
     page["views"]["fai"] = _view("fai", ahead, len(ahead)) | {
-        "help": "mean attention of the global heads from tokens further on: peaks are anchors"
+        "help": "attention received from the global heads within a distance band: peaks are anchors"
     }
     page["views"]["fai"]["values"][known:] = [None] * (len(ahead) - known)
-    page["marks"] = {
-        "preplan": peaks(back),
-        "anchor": peaks(ahead[:known]),
-    }
+    page["marks"] = {"preplan": peaks(back), "anchor": peaks(ahead[:known])}
     page["rhythm"] = {
         "position": list(range(len(back))),
         "waad": page["views"]["waad"]["values"],
@@ -390,25 +372,21 @@ def _add_rhythm(page: dict[str, Any], seen: Any, distance: Any, row: int) -> Non
 def _thumbnails(
     seen: Any, shown: Any, alpha: Any, entropy: Any, distance: Any
 ) -> list[dict[str, Any]]:
-    """A handful of heads worth a look, each chosen for a reason."""
+    """Maps of up to six heads: the extremes of sink share, distance and entropy."""
     layers, cells = shown
     reasons: list[tuple[str, Tensor]] = []
     if alpha is not None:
-        reasons.append(("strongest sink", alpha[1][:, :, 0]))
-        reasons.append(("weakest sink", -alpha[1][:, :, 0]))
+        sink = alpha[1][:, :, 0]
+        reasons += [("strongest sink", sink), ("weakest sink", -sink)]
     if distance is not None:
-        reasons.append(("most local", -distance[1].mean(-1)))
-        reasons.append(("longest look-back", distance[1].mean(-1)))
+        span = distance[1].mean(-1)
+        reasons += [("most local", -span), ("longest distance", span)]
     if entropy is not None:
-        reasons.append(("most focused", -entropy[1].mean(-1)))
-        reasons.append(("most spread", entropy[1].mean(-1)))
+        spread = entropy[1].mean(-1)
+        reasons += [("most focused", -spread), ("most spread", spread)]
     if not reasons:
-        reasons = [
-            (
-                "first head",
-                -torch.arange(cells.shape[0] * cells.shape[1]).view(cells.shape[:2]).float(),
-            )
-        ]
+        order = -torch.arange(cells.shape[:2].numel()).view(cells.shape[:2])
+        reasons = [("first head", order)]
     width = next(f.width(seen.record.end) for f in seen.facts if isinstance(f, Thumbnail))
     chosen: dict[tuple[int, int], str] = {}
     for label, score in reasons:
@@ -418,14 +396,9 @@ def _thumbnails(
                 chosen[head] = label
                 break
     return [
-        {
-            "layer": layers[a],
-            "head": b,
-            "label": label,
-            "tokens_per_cell": width,
-            "cells": cells[a, b].tolist(),
-        }
+        {"layer": layers[a], "head": b, "label": label, "tokens_per_cell": width, "cells": grid}
         for (a, b), label in chosen.items()
+        for grid in [cells[a, b].tolist()]
     ]
 
 
@@ -433,8 +406,8 @@ def _places(seen: Any, row: int) -> Sequence[int]:
     """Positions of the keys of a row that are tokens."""
     record, kept = seen.record, live(seen, "keys")
     if kept is not None:
-        found: list[int] = kept[row].nonzero()[:, 0].tolist()
-        return found
+        positions: list[int] = kept[row].nonzero()[:, 0].tolist()
+        return positions
     if record.site.kind == "cross":  # the keys are of another text
         axes = (v.shape[2] for f in seen.facts if f.axis != "cells" for v in seen[f].values())
         return range(next(axes, record.rows))

@@ -1,4 +1,4 @@
-"""Watching a text that is dealt out to ranks."""
+"""`regard.watch` over a text that is sharded across ranks."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class SharedWatch(Watch):
         self._wanted = [{s.index for s in h.sites(self.sites)} for h in self.handlers]
 
     def see(self) -> SharedWatch:
-        """Prove that the model may be dealt out, then run it once over the text."""
+        """Check that the ranks together agree with one process, then run once over the text."""
         prove(self.model, self.run, self.ids)
         more: dict[str, Any] = {}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            more["logits_to_keep"] = 1  # the vocabulary is not what we look at
+            more["logits_to_keep"] = 1  # no logits are needed
         with torch.no_grad(), self:
             forward(self.model, self.run, self.ids, **more)
         self.input_ids = self.ids.detach().cpu()

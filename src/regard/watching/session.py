@@ -1,4 +1,4 @@
-"""What a person types: `regard.watch`, and what it gives back."""
+"""`regard.watch`, `regard.apply` and their results."""
 
 from __future__ import annotations
 
@@ -200,9 +200,9 @@ class Watch(Session):
     @property
     def main(self) -> str:
         """The stack that plain layer numbers mean: the last one of self-attention."""
-        own = [r.site.part for r in self._records() if r.site.kind == "self"]
-        own = own or [r.site.part for r in self._records()] or self.parts
-        return own[-1]
+        parts = [r.site.part for r in self._records() if r.site.kind == "self"]
+        parts = parts or [r.site.part for r in self._records()] or self.parts
+        return parts[-1]
 
     @property
     def causal(self) -> bool:
@@ -218,12 +218,12 @@ class Watch(Session):
         return difference(modules[s.name] for s in self.sites)
 
     def __getitem__(self, fact: str | Fact) -> Layers:
-        wanted = next((f for f in self.facts if fact in (f, f.name)), None)
-        if wanted is None:
+        watched = next((f for f in self.facts if fact in (f, f.name)), None)
+        if watched is None:
             names = [f.name for f in self.facts]
             raise KeyError(f"{fact!r} was not watched.{nearest(str(fact), names)}")
         main = self.record.site.part
-        values = {r.site: self._collector.value(r, wanted) for r in self._records()}
+        values = {r.site: self._collector.value(r, watched) for r in self._records()}
         return Layers({s: v for s, v in values.items() if v is not None}, main)
 
     def __contains__(self, fact: object) -> bool:
@@ -240,10 +240,10 @@ class Watch(Session):
     def record(self) -> Any:
         """The `reach.collect.Record` of the first layer seen of the main part."""
         main = self.main
-        found = [r for r in self._records() if r.site.part == main]
-        if not found:
+        records = [r for r in self._records() if r.site.part == main]
+        if not records:
             raise InputError("nothing was seen yet: run the model inside the `with`")
-        return found[0]
+        return records[0]
 
     @property
     def whole(self) -> bool:
@@ -322,12 +322,12 @@ def _numbers(name: str, given: Iterable[int] | None) -> list[int] | None:
     if given is None:
         return None
     try:
-        found = [index(n) for n in given]
+        numbers = [index(n) for n in given]
     except TypeError:
-        found = []
-    if not found:
+        numbers = []
+    if not numbers:
         raise InputError(f"{name} is a list of numbers such as [0, 3], not {given!r}")
-    return found
+    return numbers
 
 
 def _check_heads(model: Any, heads: Sequence[int] | None) -> None:

@@ -78,7 +78,7 @@ def hidden_sinks(
     late = alpha[..., after + 1 : max(after + 1, alpha.shape[-1] - tail)]
     count = (late > epsilon).sum((1, 2))
     largest = late.amax((1, 2))
-    found = [
+    sinks = [
         {
             "sequence": row,
             "position": place + after + 1,
@@ -87,11 +87,11 @@ def hidden_sinks(
         }
         for row, place in count.nonzero().tolist()
     ]
-    return sorted(found, key=lambda f: (-f["heads"], f["sequence"], f["position"]))
+    return sorted(sinks, key=lambda f: (-f["heads"], f["sequence"], f["position"]))
 
 
 def uniform_alpha(tokens: int) -> float:
-    """What the first token of `tokens` receives when every token looks at all before it alike.
+    """Mean attention that the first of `tokens` tokens receives under uniform causal attention.
 
     >>> round(uniform_alpha(64), 4)
     0.0741
@@ -106,7 +106,7 @@ def checked(alpha: Any, epsilon: float, position: int = 0) -> Tensor:
     if not 0 < epsilon < 1:
         raise InputError(f"epsilon is a share of attention between 0 and 1, not {epsilon}")
     if alpha.shape[-1] < 2:
-        raise InputError("a sequence of one token looks at itself alone: give at least two tokens")
+        raise InputError("a sequence of one token attends only to itself: give at least two tokens")
     if not 0 <= position < alpha.shape[-1]:
         raise InputError(f"position {position} is out of range: there are {alpha.shape[-1]} tokens")
     return alpha

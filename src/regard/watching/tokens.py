@@ -22,7 +22,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     mark the pieces of a word. A character of several tokens stands whole at the last of them, and
     the others say nothing.
     """
-    said: list[str] = []
+    texts: list[str] = []
     before, start = list[int](), ""  # the last tokens that make whole characters, and their text
     held: list[int] = []
     for n in ids:
@@ -30,13 +30,13 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         text = tokenizer.decode([*before, *held])
         text = text[len(start) :] if text.startswith(start) else tokenizer.decode(held)
         cut = text.endswith("\ufffd")
-        said.append("" if cut else text)
+        texts.append("" if cut else text)
         if not cut or len(held) == _LONGEST:
             if cut:  # bytes that make no character
-                said[-_LONGEST:] = [tokenizer.decode([m]) for m in held]
+                texts[-_LONGEST:] = [tokenizer.decode([m]) for m in held]
             before = [] if cut else held
             start = tokenizer.decode(before) if before else ""
             held = []
     if held:  # the text ends within a character
-        said[-len(held) :] = [tokenizer.decode([m]) for m in held]
-    return said
+        texts[-len(held) :] = [tokenizer.decode([m]) for m in held]
+    return texts

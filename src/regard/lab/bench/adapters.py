@@ -134,17 +134,17 @@ def _xformers_refuses(case: Case) -> str | None:
 
 
 def packages() -> Iterable[Kernel]:
-    own = partial(Kernel, origin="package")
+    kernel = partial(Kernel, origin="package")
     for name, module, pip in (
         ("flash-attn-2", "flash_attn", "flash-attn"),
         ("flash-attn-3", "flash_attn_interface", "flash-attn-3"),
     ):
-        yield own(name, what="Dao's FlashAttention", prepare=partial(_flash_attn, module),
+        yield kernel(name, what="Dao's FlashAttention", prepare=partial(_flash_attn, module),
                   missing=_package(module, pip), refuses=_fa_refuses)  # fmt: skip
-    yield own("flashinfer", what="FlashInfer's prefill", prepare=_flashinfer,
+    yield kernel("flashinfer", what="FlashInfer's prefill", prepare=_flashinfer,
               missing=_package("flashinfer", "flashinfer-python"), need=dense_bytes,
               refuses=_flashinfer_refuses)  # fmt: skip
-    yield own("xformers", what="xFormers' memory-efficient attention", prepare=_xformers,
+    yield kernel("xformers", what="xFormers' memory-efficient attention", prepare=_xformers,
               missing=_package("xformers", "xformers"), refuses=_xformers_refuses)  # fmt: skip
 
 

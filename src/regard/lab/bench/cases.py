@@ -101,28 +101,28 @@ def parameters(name: str, total: int, seed: int) -> dict[str, Any]:
     if pattern not in patterns.PATTERNS:
         raise InputError(f"unknown mask {pattern!r}.{nearest(pattern, patterns.PATTERNS)}")
     known = patterns.PATTERNS[pattern].parameters
-    found: dict[str, Any] = {"seed": seed} if "seed" in known else {}
+    values: dict[str, Any] = {"seed": seed} if "seed" in known else {}
     short = max(2, min(1024, total // 8))
     if pattern.startswith("sliding_window"):
-        found["window"] = short
+        values["window"] = short
     if pattern == "block_causal_document":
-        found["block"] = short
+        values["block"] = short
     if "block" in known and patterns.PATTERNS[pattern].kind == "dynamic":
-        found["block"] = min(64 if pattern == "block_sparse" else 128, max(2, total // 4))
+        values["block"] = min(64 if pattern == "block_sparse" else 128, max(2, total // 4))
     for piece in filter(None, written.split(",")):
         key, _, value = piece.partition("=")
         if key not in known or key == "lengths":
             choices = ", ".join(k for k in known if k != "lengths") or "no parameter"
             raise InputError(f"the mask {pattern} takes {choices}, not {piece!r}")
         try:
-            found[key] = float(value) if key == "density" else int(value)
+            values[key] = float(value) if key == "density" else int(value)
         except ValueError:
             raise InputError(f"{piece!r} in the mask {name!r} is no number") from None
-        if abs(found[key]) >= MOST:
+        if abs(values[key]) >= MOST:
             raise InputError(f"{piece!r} in the mask {name!r} is too large: stay below 2**62")
     if "lengths" in known and pattern != "block_causal_document":
-        found["lengths"] = patterns.documents(total, seed=found.get("seed", seed))
-    return found
+        values["lengths"] = patterns.documents(total, seed=values.get("seed", seed))
+    return values
 
 
 def masks(names: str) -> list[str]:
@@ -139,7 +139,7 @@ def masks(names: str) -> list[str]:
             pieces[-1] += f",{piece}"
         elif piece:
             pieces.append(piece)
-    found: list[str] = []
+    chosen: list[str] = []
     for piece in pieces:
         group = [
             n
@@ -148,10 +148,10 @@ def masks(names: str) -> list[str]:
         ]
         if not group:
             parameters(piece, 64, 0)  # refuses what is unknown
-        found += group or [piece]
-    if not found:
+        chosen += group or [piece]
+    if not chosen:
         raise InputError("no mask was named: write all, or names of `regard bench masks show`")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(chosen))
 
 
 def pointwise(mask: Mask, device: str = "cpu") -> Predicate:
@@ -184,8 +184,8 @@ def pointwise(mask: Mask, device: str = "cpu") -> Predicate:
         inner = pointwise(mask.inner, device)
         return lambda b, h, i, j: ~inner(b, h, i, j)
     if isinstance(mask, Pair):
-        join, one, two = mask.join, pointwise(mask.left, device), pointwise(mask.right, device)
-        return lambda b, h, i, j: join(one(b, h, i, j), two(b, h, i, j))
+        join, left, right = mask.join, pointwise(mask.left, device), pointwise(mask.right, device)
+        return lambda b, h, i, j: join(left(b, h, i, j), right(b, h, i, j))
     raise NotImplementedError(f"no pointwise rule for a {type(mask).__name__} mask")
 
 

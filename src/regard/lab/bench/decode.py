@@ -49,20 +49,20 @@ def _methods() -> dict[str, tuple[catalog.Method, dict[str, Any]]]:
     for method in catalog.methods():
         card = method.card
         if card.takes == "text" and card.plain_prompt and method.has("method"):
-            told = method.load("cost").DECODE if method.has("cost") else {}
-            rows[told.get("row", card.slug)] = (method, told)
+            decode = method.load("cost").DECODE if method.has("cost") else {}
+            rows[decode.get("row", card.slug)] = (method, decode)
     return rows
 
 
 METHODS = _methods()
 ROWS = {
     "stock": "stock transformers, sdpa",
-    **{row: told.get("title", method.card.name) for row, (method, told) in METHODS.items()},
+    **{row: settings.get("title", method.card.name) for row, (method, settings) in METHODS.items()},
 }
 TARGETS: list[dict[str, Any]] = [
     {"row": row, **target}
-    for row, (_, told) in METHODS.items()
-    for target in told.get("targets", ())
+    for row, (_, settings) in METHODS.items()
+    for target in settings.get("targets", ())
 ]
 
 
@@ -105,7 +105,7 @@ def run(
         "prompt": prompt,
         "rounds": rounds,
         "tokens a round": BLOCK,
-        "methods": {row: told.get("settings", {}) for row, (_, told) in METHODS.items()},
+        "methods": {row: decode.get("settings", {}) for row, (_, decode) in METHODS.items()},
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "attention": loaded.config._attn_implementation,
     }
@@ -209,8 +209,8 @@ class _Way:
 def _method(name: str) -> Any:
     if name not in METHODS:
         return None
-    method, told = METHODS[name]
-    return method.run(**told.get("settings", {}))
+    method, decode = METHODS[name]
+    return method.run(**decode.get("settings", {}))
 
 
 def done(result: Result) -> int:
@@ -230,8 +230,8 @@ def judge(result: Result) -> list[dict[str, str]]:
         speeds = faster(result, target["row"])
         if "least" in target or not speeds:
             return median(speeds)
-        own, stock = (result.cells[n].values["bytes_prompt"] for n in (target["row"], "stock"))
-        return own / stock, f"{own / stock:.4f}"
+        held, stock = (result.cells[n].values["bytes_prompt"] for n in (target["row"], "stock"))
+        return held / stock, f"{held / stock:.4f}"
 
     return judged(result, measured)
 
@@ -278,9 +278,9 @@ def markdown(result: Result, source: str) -> str:
 
 def notes(result: Result) -> list[str]:
     """What the methods' folders add to the numbers."""
-    told = {row: told["note"] for row, (_, told) in METHODS.items() if "note" in told}
-    cells = {row: result.get(row) for row in told}
-    return [told[row].format(**cell.values) for row, cell in cells.items() if cell is not None]
+    remarks = {row: remarks["note"] for row, (_, remarks) in METHODS.items() if "note" in remarks}
+    cells = {row: result.get(row) for row in remarks}
+    return [remarks[row].format(**cell.values) for row, cell in cells.items() if cell is not None]
 
 
 def _words(taken: dict[str, float]) -> str:

@@ -169,8 +169,8 @@ def _group(
             if n:  # the first call compiles and warms up
                 taken[name].append(spent)
     for name, call in live.items():
-        amount, how = timer.peak(call, device)
-        values = {"seconds": taken[name], "peak_bytes": amount, "peak_counted": how}
+        amount, counter = timer.peak(call, device)
+        values = {"seconds": taken[name], "peak_bytes": amount, "peak_counted": counter}
         result.cells[f"{total} | {name}"] = Cell({"row": name, "tokens": total}, values=values)
     result.save(out)
 
@@ -237,10 +237,10 @@ def _errors(setting: Setting) -> dict[str, float]:
         "distance": (p * (at[:, None] - at).abs()).sum(-1),
     }
     facts = [FACTS[n]() for n in true]
-    found = measure(q, k, attend(q, k, v, mask=mask).lse, facts, mask=mask)
+    measured = measure(q, k, attend(q, k, v, mask=mask).lse, facts, mask=mask)
     return {
         n: float((f.finish(s).double() - true[n]).abs().max() / true[n].abs().max())
-        for (n, f), s in zip(zip(true, facts), found)
+        for (n, f), s in zip(zip(true, facts), measured)
     }
 
 
@@ -261,7 +261,7 @@ def ratio(result: Result, total: int, row: str) -> dict[str, float] | None:
 
 def judge(result: Result) -> list[dict[str, str]]:
     """Every target with what was measured."""
-    said = []
+    verdicts = []
     for target in result.targets:
         if target["key"] == "exact":
             errors = result.cells["exact"].values
@@ -269,17 +269,17 @@ def judge(result: Result) -> list[dict[str, str]]:
             shown = ", ".join(f"{n} {e:.1e}" for n, e in errors.items())
             met: bool | None = max(errors.values()) <= limit
         else:
-            found = {
+            ratios = {
                 t: r["median"]
                 for t in lengths_of(result)
                 if t >= SHORTEST and (r := ratio(result, t, target["row"])) is not None
             }
             on_gpu = str(result.settings["device"]).startswith("cuda")
-            met = max(found.values()) <= LIMIT if found and on_gpu else None
-            shown = ", ".join(f"{t // 1024}k {r:.2f}x" for t, r in found.items()) or "-"
+            met = max(ratios.values()) <= LIMIT if ratios and on_gpu else None
+            shown = ", ".join(f"{t // 1024}k {r:.2f}x" for t, r in ratios.items()) or "-"
         verdict = "not measured" if met is None else "met" if met else "missed"
-        said.append({"rule": target["rule"], "measured": shown, "verdict": verdict})
-    return said
+        verdicts.append({"rule": target["rule"], "measured": shown, "verdict": verdict})
+    return verdicts
 
 
 def table(result: Result) -> Table:

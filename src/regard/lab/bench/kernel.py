@@ -84,9 +84,9 @@ def dtype_name(case: Case) -> str:
 def flex_mask(case: Case) -> Any:
     """The block mask of a case, with its rule in operations that FlexAttention can compile."""
     block = case.mask.block_mask(case.total, case.total, case.device, BLOCK)
-    own = copy.copy(block)  # the mask keeps the other for the next who asks
-    own.mask_mod = pointwise(case.mask, case.device)
-    return own
+    copied = copy.copy(block)  # the mask keeps the other for the next who asks
+    copied.mask_mod = pointwise(case.mask, case.device)
+    return copied
 
 
 def flex_refuses(case: Case) -> str | None:

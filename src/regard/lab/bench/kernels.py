@@ -183,10 +183,10 @@ def _plan(
         raise InputError("lengths are at least 2 tokens, dim and rounds at least 1")
     if not 0 < memory_limit < math.inf:
         raise InputError(f"the memory limit is a number of GiB above 0, got {memory_limit}")
-    own = list(extra)
+    chosen_names = list(extra)
     known = kernels()
-    names = chosen(kernels_, known, "kernel") if kernels_ or not own else []
-    pool = [known[n] for n in names] + own
+    names = chosen(kernels_, known, "kernel") if kernels_ or not chosen_names else []
+    pool = [known[n] for n in names] + chosen_names
     twice = [name for name, count in Counter(k.name for k in pool).items() if count > 1]
     if twice:
         raise InputError(f"two kernels are named {twice[0]}: rename one file or function")
@@ -259,30 +259,32 @@ def _row(
             except BROKEN as problem:
                 end(kernel, *outcome_of(problem))
     for _ in range(rounds):
-        for one in list(live):
-            if len(one.times) and sum(one.times) > PATIENCE:
+        for runner in list(live):
+            if len(runner.times) and sum(runner.times) > PATIENCE:
                 continue
             try:
-                one.times.append(timer.seconds(one.call, case.device))
+                runner.times.append(timer.seconds(runner.call, case.device))
             except BROKEN as problem:
-                end(one.kernel, *outcome_of(problem))
-                live.remove(one)
-    for one in live:
-        one.call = lambda: None  # lets go of the graph and the masks it holds
+                end(runner.kernel, *outcome_of(problem))
+                live.remove(runner)
+    for runner in live:
+        runner.call = lambda: None  # lets go of the graph and the masks it holds
     shared = case.__dict__
     for name in ("sdpa", "mask"):
         shared.pop(name, None)  # so that each kernel's memory counts its own mask
     gc.collect()
-    for one in live:
+    for runner in live:
         try:
-            amount, how = timer.peak(partial(_whole, one.kernel, case, (q, k, v)), case.device)
+            amount, counter = timer.peak(
+                partial(_whole, runner.kernel, case, (q, k, v)), case.device
+            )
         except BROKEN as problem:
-            end(one.kernel, *outcome_of(problem))
+            end(runner.kernel, *outcome_of(problem))
             continue
         finally:
             for name in ("sdpa", "mask"):
                 shared.pop(name, None)
-        cells[_key(one.kernel, case)] = _measured(one, amount, how, checked)
+        cells[_key(runner.kernel, case)] = _measured(runner, amount, counter, checked)
     return {_key(kernel, case): cells[_key(kernel, case)] for kernel in pool}
 
 
@@ -319,12 +321,12 @@ def _whole(kernel: Kernel, case: Case, given: tuple[Tensor, ...]) -> None:
     _call(kernel.prepare(case), case, given)()
 
 
-def _out(found: Any, case: Case) -> Tensor:
-    out = found[0] if isinstance(found, (tuple, list)) else getattr(found, "out", found)
-    wanted = (1, case.heads, case.total, case.dim)
-    if not isinstance(out, Tensor) or tuple(out.shape) != wanted:
+def _out(result: Any, case: Case) -> Tensor:
+    out = result[0] if isinstance(result, (tuple, list)) else getattr(result, "out", result)
+    expected = (1, case.heads, case.total, case.dim)
+    if not isinstance(out, Tensor) or tuple(out.shape) != expected:
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"a kernel returns out {wanted}, or (out, lse); this one gave {shape}")
+        raise ValueError(f"a kernel returns out {expected}, or (out, lse); this one gave {shape}")
     return out
 
 
@@ -336,13 +338,13 @@ def _error(kernel: Kernel, case: Case, checked: dict[tuple[str, str, bool], Any]
         given = small.tensors()
         exact = tuple(t.detach().double().requires_grad_(case.backward) for t in given)
         true = reference.attend(exact[0], exact[1], exact[2], small.mask, small.dim**-0.5)[0]
-        found = _out(kernel.prepare(small)(*given), small)
-        pairs = [(found, true)]
+        out = _out(kernel.prepare(small)(*given), small)
+        pairs = [(out, true)]
         if case.backward:
             make = torch.Generator().manual_seed(case.seed + 1)
             grad = torch.randn(true.shape, generator=make, dtype=torch.float64).to(true.device)
             pairs += zip(
-                torch.autograd.grad(found, given, grad.to(found.dtype)),
+                torch.autograd.grad(out, given, grad.to(out.dtype)),
                 torch.autograd.grad(true, exact, grad),
             )
         gap = max(float((a.detach().double() - b.detach()).abs().nan_to_num(torch.inf).max())
@@ -350,27 +352,29 @@ def _error(kernel: Kernel, case: Case, checked: dict[tuple[str, str, bool], Any]
         checked[key] = gap
 
 
-def _measured(one: Live, amount: int, how: str, checked: dict[tuple[str, str, bool], Any]) -> Cell:
-    case = one.case
-    gap = float(checked[(one.kernel.name, case.name, case.backward)])
+def _measured(
+    runner: Live, amount: int, counter: str, checked: dict[tuple[str, str, bool], Any]
+) -> Cell:
+    case = runner.case
+    gap = float(checked[(runner.kernel.name, case.name, case.backward)])
     if gap == float("inf"):
         reason = "wrong: its result holds NaN or infinities where the reference has none"
-        return Cell(_settings(one.kernel, case), FAILED, reason)
-    middle = timer.quantiles(one.times)
+        return Cell(_settings(runner.kernel, case), FAILED, reason)
+    middle = timer.quantiles(runner.times)
     values = {
         "seconds": middle,
-        "rounds": len(one.times),
-        "setup_seconds": one.setup,
-        "first_seconds": one.first,
+        "rounds": len(runner.times),
+        "setup_seconds": runner.setup,
+        "first_seconds": runner.first,
         "flops": case.flops(),
         "throughput": case.flops() / middle["q50"],
         "peak_bytes": amount,
-        "peak_counted": how,
+        "peak_counted": counter,
         "error": gap,
         "exact": gap <= EXACT[case.dtype],
         "area": case.area,
     }
-    return Cell(_settings(one.kernel, case), values=values)
+    return Cell(_settings(runner.kernel, case), values=values)
 
 
 def _settings(kernel: Kernel, case: Case) -> dict[str, Any]:

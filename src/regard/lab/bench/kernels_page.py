@@ -28,25 +28,25 @@ def present(result: Result) -> list[str]:
 def absent(result: Result) -> list[tuple[str, str]]:
     """(kernel, reason) of those that took no single cell."""
     there = present(result)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for cell in cells(result):
         if cell.settings["kernel"] not in there:
             word = "not installed: " if cell.outcome == "not installed" else ""
-            found.setdefault(cell.settings["kernel"], word + cell.reason)
-    return list(found.items())
+            reasons.setdefault(cell.settings["kernel"], word + cell.reason)
+    return list(reasons.items())
 
 
 def failures(result: Result) -> list[tuple[str, list[str]]]:
     """(reason, cells) of everything that a present kernel did not do, equal reasons together."""
-    there, found = present(result), dict[str, list[str]]()
+    there, groups = present(result), dict[str, list[str]]()
     for key, cell in result.cells.items():
         if key != "machine" and cell.settings["kernel"] in there and not cell.ok:
             label = f"{cell.settings['kernel']}: {cell.reason}"
-            found.setdefault(label, []).append(
+            groups.setdefault(label, []).append(
                 f"{cell.settings['mask']} {k(cell.settings['tokens'])} "
                 f"{'backward' if cell.settings['backward'] else 'forward'}"
             )
-    return list(found.items())
+    return list(groups.items())
 
 
 def _number(cell: Cell | None, what: str) -> str:
@@ -62,7 +62,7 @@ def _number(cell: Cell | None, what: str) -> str:
 
 def grids(result: Result) -> list[tuple[str, Table]]:
     """(title, table) for throughput and memory, a length and direction each."""
-    there, made = present(result), []
+    there, tables = present(result), []
     for total in values(result, "tokens"):
         for backward in values(result, "backward"):
             keys = {m: [key_of(n, m, total, backward) for n in there]
@@ -79,8 +79,8 @@ def grids(result: Result) -> list[tuple[str, Table]]:
                     share = next(c.settings["area_share"] for c in line if c is not None)
                     grid.append([mask, f"{share:.3f}", *(_number(c, what) for c in line)])
                 if len(grid) > 1:
-                    made.append((title, from_grid(grid, keys=2)))
-    return made
+                    tables.append((title, from_grid(grid, keys=2)))
+    return tables
 
 
 REACH = (
@@ -101,10 +101,10 @@ def support(result: Result) -> Table:
         for mask in masks:
             ends = []
             for backward in ways:
-                found = [c.outcome for c in cells(result)
+                outcomes = [c.outcome for c in cells(result)
                          if (c.settings["kernel"], c.settings["mask"], c.settings["backward"])
                          == (kernel, mask, backward)]  # fmt: skip
-                ends.append(" then ".join(dict.fromkeys(marks.get(o, o) for o in found)))
+                ends.append(" then ".join(dict.fromkeys(marks.get(o, o) for o in outcomes)))
             line.append(" / ".join(ends) if len(set(ends)) > 1 else ends[0])
         grid.append(line)
     return from_grid(grid, words=range(len(grid[0])), keys=1)
@@ -201,8 +201,8 @@ def _plotted(result: Result) -> list[Cell]:
 def _drawn(result: Result, most: int) -> tuple[list[str], str]:
     """The kernels that are drawn, and how many others are in the tables alone."""
     there = dict.fromkeys(c.settings["kernel"] for c in _plotted(result))
-    own = [n for n in there if n.partition(":")[0].endswith(".py")]
-    drawn = [*[n for n in DRAWN if n in there], *own][:most]
+    files = [n for n in there if n.partition(":")[0].endswith(".py")]
+    drawn = [*[n for n in DRAWN if n in there], *files][:most]
     others = len(present(result)) - len(drawn)
     return drawn, f"; {others} more in the tables" if others else ""
 
@@ -216,8 +216,10 @@ def throughput(result: Result, file: str = "") -> Chart:
     unit, size = ("TFLOP/s", 1e12) if top >= 1e13 else ("GFLOP/s", 1e9)
 
     def line(name: str, mask: str) -> Line:
-        found = [(t, result.get(key_of(name, mask, t, False))) for t in lengths]
-        points = [(t, c.values["throughput"] / size) for t, c in found if c and c.values["exact"]]
+        measured = [(t, result.get(key_of(name, mask, t, False))) for t in lengths]
+        points = [
+            (t, c.values["throughput"] / size) for t, c in measured if c and c.values["exact"]
+        ]
         return Line(name, points)
 
     marks = [(t, k(t)) for t in lengths]

@@ -31,8 +31,8 @@ def cells(result: Result) -> Iterator[Cell]:
 
 def values(result: Result, what: str) -> list[Any]:
     """Every `kernel`, `mask`, `tokens` or `backward` that occurs, in order."""
-    found = list(dict.fromkeys(c.settings[what] for c in cells(result)))
-    return sorted(found) if what in ("tokens", "backward") else found
+    distinct = list(dict.fromkeys(c.settings[what] for c in cells(result)))
+    return sorted(distinct) if what in ("tokens", "backward") else distinct
 
 
 def seconds(result: Result, kernel: str, mask: str, total: int, backward: bool = False) -> float:
@@ -61,25 +61,25 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 def densities(result: Result, kernel: str = OURS) -> dict[tuple[int, int], dict[float, float]]:
     """{(tokens, block): {kept share: time over that of density 1}} of the block-sparse rows."""
-    found: dict[tuple[int, int], dict[float, float]] = {}
+    by_case: dict[tuple[int, int], dict[float, float]] = {}
     for cell in cells(result):
         s = cell.settings
         sparse = s["mask"].startswith("block_sparse:") and not s["backward"]
         if cell.ok and sparse and s["kernel"] == kernel:
             at = (s["tokens"], s["parameters"]["block"])
-            found.setdefault(at, {})[s["area_share"]] = cell.values["seconds"]["q50"]
+            by_case.setdefault(at, {})[s["area_share"]] = cell.values["seconds"]["q50"]
     return {at: {d: t / row[1.0] for d, t in sorted(row.items())}
-            for at, row in found.items() if 1.0 in row and len(row) > 1}  # fmt: skip
+            for at, row in by_case.items() if 1.0 in row and len(row) > 1}  # fmt: skip
 
 
 def memory(result: Result, kernel: str, mask: str) -> list[tuple[int, int]]:
     """(tokens, peak bytes) of the forward."""
-    found = []
+    rows = []
     for total in values(result, "tokens"):
         cell = result.get(key_of(kernel, mask, total, False))
         if cell:
-            found.append((total, cell.values["peak_bytes"]))
-    return found
+            rows.append((total, cell.values["peak_bytes"]))
+    return rows
 
 
 def judge(result: Result) -> list[dict[str, Any]]:
@@ -108,51 +108,51 @@ def _exact(result: Result) -> dict[str, Any]:
 
 
 def _sparse(result: Result) -> dict[str, Any]:
-    found = densities(result)
-    if not found:
+    by_case = densities(result)
+    if not by_case:
         return _none()
     least = [SPARSE_LOW * d <= r <= SPARSE_HIGH * d + SPARSE_FIXED
-             for row in found.values() for d, r in row.items()]  # fmt: skip
+             for row in by_case.values() for d, r in row.items()]  # fmt: skip
     words = "; ".join(
         f"block {block} at {k(total)}: "
         + ", ".join(f"{d:.2f} kept {r:.2f} of the time" for d, r in row.items() if d < 1)
-        for (total, block), row in found.items()
+        for (total, block), row in by_case.items()
     )
     return _verdict(all(least), words)
 
 
 def _linear(result: Result) -> dict[str, Any]:
-    found = {}
+    growth = {}
     for mask in values(result, "mask"):
         slope = exponent([p for p in memory(result, OURS, mask) if p[0] >= 1024])
         if not math.isnan(slope):
-            found[mask] = slope
-    if not found:
+            growth[mask] = slope
+    if not growth:
         return _none()
-    worst = max(found, key=lambda m: found[m])
+    worst = max(growth, key=lambda m: growth[m])
     return _verdict(
-        found[worst] <= LINEAR,
-        f"{min(found.values()):.2f} to {found[worst]:.2f} (most on {worst}), {len(found)} masks",
+        growth[worst] <= LINEAR,
+        f"{min(growth.values()):.2f} to {growth[worst]:.2f} (most on {worst}), {len(growth)} masks",
     )
 
 
 def _longest(result: Result) -> tuple[int, dict[str, float]]:
     for total in reversed([n for n in values(result, "tokens") if n >= LONG]):
-        found = {m: ratio(result, m, total) for m in SKIPPING}
-        found = {m: r for m, r in found.items() if not math.isnan(r)}
-        if found:
-            return total, found
+        speedups = {m: ratio(result, m, total) for m in SKIPPING}
+        speedups = {m: r for m, r in speedups.items() if not math.isnan(r)}
+        if speedups:
+            return total, speedups
     return 0, {}
 
 
 def _faster(result: Result) -> dict[str, Any]:
-    total, found = _longest(result)
-    if not found:
+    total, speedups = _longest(result)
+    if not speedups:
         return _none()
     words = ", ".join(
-        f"{m} {r:.1f}x ({ceiling(result, m, total):.1f}x by its area)" for m, r in found.items()
+        f"{m} {r:.1f}x ({ceiling(result, m, total):.1f}x by its area)" for m, r in speedups.items()
     )
-    return _verdict(min(found.values()) >= FASTER, f"at {k(total)}: {words}")
+    return _verdict(min(speedups.values()) >= FASTER, f"at {k(total)}: {words}")
 
 
 def ceiling(result: Result, mask: str, total: int) -> float:
@@ -167,11 +167,11 @@ def ceiling(result: Result, mask: str, total: int) -> float:
 
 def within_reach(result: Result) -> tuple[int, list[list[str]]]:
     """(length, table) of the target "faster", mask by mask; (0, []) where it was not measured."""
-    total, found = _longest(result)
-    if not found:
+    total, speedups = _longest(result)
+    if not speedups:
         return 0, []
     grid = [["mask", "kept", "most by its area", "target", "measured", "verdict"]]
-    for mask, times in found.items():
+    for mask, times in speedups.items():
         most = ceiling(result, mask, total)
         beyond = most < FASTER and times < FASTER
         word = "met" if times >= FASTER else "beyond its area" if beyond else "missed"
@@ -182,10 +182,10 @@ def within_reach(result: Result) -> tuple[int, list[list[str]]]:
 
 
 def _matrix(result: Result) -> dict[str, Any]:
-    total, found = _longest(result)
-    if not found:
+    total, speedups = _longest(result)
+    if not speedups:
         return _none()
-    peaks = {m: dict(memory(result, OURS, m))[total] for m in found}
+    peaks = {m: dict(memory(result, OURS, m))[total] for m in speedups}
     worst = max(peaks, key=lambda m: peaks[m])
     return _verdict(
         peaks[worst] < total**2,

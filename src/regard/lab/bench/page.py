@@ -65,10 +65,9 @@ def report(result: Result, plot: str = "", source: str = "") -> Page:
     """Everything the result says: targets, time, memory, what fits, kernels."""
     s, shape = result.settings, result.settings.get("shape", {})
     intro = [
-        f"Model: {s['model']}, {shape.get('layers', '?')} layers, "
-        f"{shape.get('heads', '?')} query and {shape.get('kv_heads', '?')} key heads, "
-        f"{s['dtype']}, batch 1. Every ratio compares with the plain model on torch's fused "
-        "attention, timed in the same process just before.",
+        f"Model: {s['model']}, {shape.get('layers', '?')} layers, {shape.get('heads', '?')} query "
+        f"and {shape.get('kv_heads', '?')} key heads, {s['dtype']}, batch 1. Every ratio compares "
+        "with the plain model on torch's fused attention, timed in the same process just before.",
         chart(result, plot),
     ]
     sections = [targets(judge(result))]
@@ -79,21 +78,21 @@ def report(result: Result, plot: str = "", source: str = "") -> Page:
     if failures := _failures(result):
         sections.append(Section("What did not run", [Items(failures)]))
     machine = ", ".join(f"{k} {v}" for k, v in result.environment.items())
-    how = [Items(_method(result)), f"Machine: {machine}."]
-    sections.append(Section("How it was measured", how))
+    method = [Items(_method(result)), f"Machine: {machine}."]
+    sections.append(Section("How it was measured", method))
     return Page("What watching attention costs", sections, intro, source=source)
 
 
 def _grids(result: Result) -> list[tuple[str, Table]]:
     """The tables that this result has numbers for, with their titles."""
     full, last, kernel = (lengths_of(result, kind) for kind in ("all", "last", "kernel"))
-    found: list[tuple[str, Table]] = []
+    tables: list[tuple[str, Table]] = []
     if full:
         rows = rows_of(result)
         timed = [r for r in rows if r != "plain"]
-        found.append((_TIME, _grid("", timed, full, lambda r, n: _time(result, n, r))))
-        found.append((_MEMORY, _grid("MiB", rows, full, lambda r, n: _memory(result, n, r))))
-        found.append((_FITS, _fits_grid(result, rows)))
+        tables.append((_TIME, _grid("", timed, full, lambda r, n: _time(result, n, r))))
+        tables.append((_MEMORY, _grid("MiB", rows, full, lambda r, n: _memory(result, n, r))))
+        tables.append((_FITS, _fits_grid(result, rows)))
     if last:
         row = "received + entropy"
 
@@ -102,12 +101,12 @@ def _grids(result: Result) -> list[tuple[str, Table]]:
                 return _mib(over(result, n, row, "last"))
             return _memory(result, n, name, "last", False)
 
-        found.append((_GROWTH, _grid("MiB", ["plain", row, "difference"], last, growth)))
+        tables.append((_GROWTH, _grid("MiB", ["plain", row, "difference"], last, growth)))
     if kernel:
         names = list(
             next(c for k, c in result.cells.items() if "/kernel" in k).values["seconds"] or []
         )
-        found.append(
+        tables.append(
             (
                 _KERNEL,
                 _grid(
@@ -118,7 +117,7 @@ def _grids(result: Result) -> list[tuple[str, Table]]:
                 ),
             )
         )
-    return found
+    return tables
 
 
 _TIME = "Time, as a multiple of the plain forward"
@@ -152,8 +151,8 @@ def _memory(result: Result, n: int, row: str, logits: str = "all", extra: bool =
     if cell is None:
         return _why(result, key)
     if row == "plain" or not extra:
-        own = f"{cell.values['growth'] / MIB:,.0f}"
-        return f"{own} itself" if extra else own
+        growth = f"{cell.values['growth'] / MIB:,.0f}"
+        return f"{growth} itself" if extra else growth
     return _mib(over(result, n, row, logits))
 
 
@@ -172,14 +171,14 @@ def _fits_grid(result: Result, rows: Sequence[str]) -> Table:
     head.append(right("longest by a fit (extrapolated)"))
     grid = []
     for row in rows:
-        found = fits(result, row)
-        if found is None:
+        fit = fits(result, row)
+        if fit is None:
             grid.append([LABELS.get(row, row), "none", ""])
             continue
-        reach = found["extrapolated"]
-        measured = found["measured"]
+        reach = fit["extrapolated"]
+        measured = fit["measured"]
         shown = "none" if measured is None else _k(measured)
-        if measured is not None and not found["bounded"]:
+        if measured is not None and not fit["bounded"]:
             shown += " and longer"
         grid.append(
             [LABELS.get(row, row), shown, "" if reach is None else f"about {_about(reach)}"]
@@ -207,29 +206,26 @@ def _failures(result: Result) -> list[str]:
 
 def _note_time(result: Result) -> str:
     return (
-        "Median over the pairs (plain, row) timed in turn, with the least and the greatest; "
-        "one number where "
-        "there was one pair. The rows without a library's name run under `regard.watch`, whole "
-        "forward, all "
-        "logits, results read. The other routes reduce the maps of all layers to received "
-        "attention and entropy."
+        "Median over the pairs (plain, row) timed in turn, with the least and the greatest; one "
+        "number where there was one pair. The rows without a library's name run under "
+        "`regard.watch`, whole forward, all logits, results read. The other routes reduce the maps "
+        "of all layers to received attention and entropy."
     )
 
 
 def _note_memory(result: Result) -> str:
     return (
-        "Peak resident memory while the forward runs, less what the process held just before, "
-        "less the same of "
-        "the plain forward (which is given in the first line). Negative: less than the plain "
-        "forward takes."
+        "Peak resident memory while the forward runs, less what the process held just before, less "
+        "the same of the plain forward (which is given in the first line). Negative: less than the "
+        "plain forward takes."
     )
 
 
 def _note_fits(result: Result) -> str:
     return (
-        "The whole process counts: libraries, weights, cache and the logits of all positions. "
-        "The fit is a "
-        "parabola through the peaks at the three greatest measured lengths; nothing was run there."
+        "The whole process counts: libraries, weights, cache and the logits of all positions. The "
+        "fit is a parabola through the peaks at the three greatest measured lengths; nothing was "
+        "run there."
     )
 
 
@@ -246,9 +242,8 @@ def _note_growth(result: Result) -> str:
         )
     if beyond:
         text += (
-            f" The model was trained for {positions} positions: what it answers beyond them "
-            "means little, what "
-            "it costs is the same."
+            f" The model was trained for {positions} positions: what it answers beyond them means "
+            "little, what it costs is the same."
         )
     return text
 
@@ -256,11 +251,9 @@ def _note_growth(result: Result) -> str:
 def _note_kernel(result: Result) -> str:
     shape = result.settings.get("shape", {})
     return (
-        f"Random q, k, v; {shape.get('heads', '?')} query heads, {shape.get('kv_heads', '?')} "
-        "key heads, head "
-        "dimension 64, causal. `received` and `entropy` alone are given the log-sum-exp; "
-        "`attend + received` "
-        "computes it."
+        f"Random q, k, v; {shape.get('heads', '?')} query heads, {shape.get('kv_heads', '?')} key "
+        "heads, head dimension 64, causal. `received` and `entropy` alone are given the "
+        "log-sum-exp; `attend + received` computes it."
     )
 
 
@@ -279,17 +272,15 @@ def _method(result: Result) -> list[str]:
     text = "a shipped text" if result.settings.get("shape", {}).get("text") else "random ids"
     lines = [
         f"Input: {text}, repeated where it is too short. Seed {result.settings['seed']}.",
-        "Memory and time are measured in processes apart. In the one for memory, freed memory "
-        "goes back to the system at once and the peak is reset before every forward, so that it "
-        "counts live tensors and not what a heap happens to hold. A plain forward warms either "
-        f"process. For the time up to {result.settings['repeats']} pairs of plain and row follow "
-        "in turn (more for received + entropy at 4k, which decides the targets); single facts from "
-        "4k tokens on have one pair. The eager routes and the peer "
-        "have processes of their own in every cell, the rows of `regard.watch` share two per "
-        "length.",
-        "Before a cell the bench waits, up to a minute, while other processes use 15 % of "
-        "the machine or more. "
-        f"At {loaded} of {len(busy)} cells they still did.",
+        "Memory and time are measured in processes apart. In the one for memory, freed memory goes "
+        "back to the system at once and the peak is reset before every forward, so that it counts "
+        "live tensors and not what a heap happens to hold. A plain forward warms either process. "
+        f"For the time up to {result.settings['repeats']} pairs of plain and row follow in turn "
+        "(more for received + entropy at 4k, which decides the targets); single facts from 4k "
+        "tokens on have one pair. The eager routes and the peer have processes of their own in "
+        "every cell, the rows of `regard.watch` share two per length.",
+        "Before a cell the bench waits, up to a minute, while other processes use 15 % of the "
+        f"machine or more. At {loaded} of {len(busy)} cells they still did.",
     ]
     peers = {
         c.settings["peer"]: c.values["peer_version"]
@@ -324,8 +315,8 @@ def chart(result: Result, file: str = "") -> Chart:
         faster: list[Point] = []
         extra: list[Point] = []
         for n in lengths:
-            if found := ratio(result, n, row):
-                faster.append((n, found["median"]))
+            if measured := ratio(result, n, row):
+                faster.append((n, measured["median"]))
             more = over(result, n, row)
             if more is not None and more >= MIB:  # a logarithm shows no zero
                 extra.append((n, more / MIB))

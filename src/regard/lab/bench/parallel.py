@@ -213,10 +213,10 @@ class _Data:
         """All rows of q, k, v and the gradient of out, as many key heads as query heads."""
         return [x.repeat_interleave(self.heads[0] // x.shape[1], 1) for x in self.whole]
 
-    def errors(self, found: Sequence[Tensor]) -> list[float]:
+    def errors(self, results: Sequence[Tensor]) -> list[float]:
         """Largest difference from one process, as a share of its largest value."""
         return [
-            float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, self.want)
+            float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(results, self.want)
         ]
 
 
@@ -240,28 +240,28 @@ def _scheme(
         "ring": grid.ring,
         "windows": grid.windows,
     }
-    own = Comm(grid, timeout)
-    run = Parallel(grid, data.tokens, data.mask, documents=parts, comm=own)
+    scheme_comm = Comm(grid, timeout)
+    run = Parallel(grid, data.tokens, data.mask, documents=parts, comm=scheme_comm)
     q, k, v, grad = data.rows(run.dispatch, run.placement.local)
     leaves = [x.requires_grad_(data.backward) for x in (q, k, v)]
     times: Times = {"forward": [], "backward": []}
     bytes_: dict[str, dict[str, int]] = {}
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for turn in range(repeats + 1):
-        own.sent.clear()
+        scheme_comm.sent.clear()
         out, seconds = _timed(comm, lambda: run.attend(*leaves).out)
-        bytes_["forward"] = dict(own.sent)
+        bytes_["forward"] = dict(scheme_comm.sent)
         if turn:
             times["forward"].append(seconds)
-        found = [out.detach()]
+        results = [out.detach()]
         if data.backward:
-            own.sent.clear()
+            scheme_comm.sent.clear()
             grads, seconds = _timed(comm, partial(torch.autograd.grad, out, leaves, grad))
-            bytes_["backward"] = dict(own.sent)
+            bytes_["backward"] = dict(scheme_comm.sent)
             if turn:
                 times["backward"].append(seconds)
-            found += grads
-    wholes = [run.undispatch(x) for x in found]
+            results += grads
+    wholes = [run.undispatch(x) for x in results]
     size = torch.finfo(data.dtype).bits // 8
     load_ = Load(
         run.placement.local,
@@ -293,7 +293,7 @@ def _scheme(
             "gflops_per_rank": flops / comm.size / spread(spent)["median"] / 1e9,
         }
     values |= _errors(comm, data, wholes)
-    own.close()
+    scheme_comm.close()
     return Cell(settings, MEASURED, "" if data.checked else _UNCHECKED, values)
 
 
@@ -304,8 +304,8 @@ def _errors(comm: Comm, data: _Data, wholes: Sequence[Tensor]) -> dict[str, Any]
     if not data.checked:
         return {"error": None}
     # one rank computes the reference, and the others wait for its word
-    found = data.errors(wholes) if comm.rank == 0 else [0.0] * len(wholes)
-    errors = comm.sum(torch.tensor(found, dtype=torch.float64, device=device())).tolist()
+    local = data.errors(wholes) if comm.rank == 0 else [0.0] * len(wholes)
+    errors = comm.sum(torch.tensor(local, dtype=torch.float64, device=device())).tolist()
     return {"error": dict(zip(("out", "dq", "dk", "dv"), errors))}
 
 
@@ -346,7 +346,7 @@ def _peer(comm: Comm, name: str, data: _Data, mask: str, repeats: int) -> Cell:
         by = f"{peer.chunks} x the ranks" if peer.chunks > 1 else "the ranks"
         return Cell(settings, UNSUPPORTED, f"{data.tokens} tokens do not divide by {by}")
     try:
-        times, found = peer.run(comm, data, mask == "causal", repeats)
+        times, results = peer.run(comm, data, mask == "causal", repeats)
     except ModuleNotFoundError as error:
         return Cell(settings, NOT_INSTALLED, f"pip install {error.name}")
     except (RuntimeError, ValueError, NotImplementedError, ImportError, TypeError) as error:
@@ -361,8 +361,8 @@ def _peer(comm: Comm, name: str, data: _Data, mask: str, repeats: int) -> Cell:
         if spent
     }
     copies = data.heads[0] // data.heads[1]
-    folded = [x.unflatten(1, (-1, copies)).sum(2) for x in found[2:]]
-    values |= _errors(comm, data, [*found[:2], *folded])
+    folded = [x.unflatten(1, (-1, copies)).sum(2) for x in results[2:]]
+    values |= _errors(comm, data, [*results[:2], *folded])
     worst = max(values["error"].values())
     if worst > WRONG:
         return Cell(settings, FAILED, f"it differs from one process by {worst:.1e}", values)
@@ -380,18 +380,18 @@ def _turns(
     *rows, grad = shards
     leaves = [x.detach().requires_grad_(data.backward) for x in rows]
     times: Times = {"forward": [], "backward": []}
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for turn in range(repeats + 1):
         out, seconds = _timed(comm, partial(attend, *leaves))
         if turn:
             times["forward"].append(seconds)
-        found = [out.detach()]
+        results = [out.detach()]
         if data.backward:
             grads, seconds = _timed(comm, partial(torch.autograd.grad, out, leaves, grad))
             if turn:
                 times["backward"].append(seconds)
-            found += grads
-    return times, found
+            results += grads
+    return times, results
 
 
 def _torch(comm: Comm, data: _Data, causal: bool, repeats: int) -> tuple[Times, list[Tensor]]:
@@ -410,8 +410,8 @@ def _torch(comm: Comm, data: _Data, causal: bool, repeats: int) -> tuple[Times, 
     with context_parallel(mesh, buffers=shards, buffer_seq_dims=[2] * 4), sdpa_kernel([backend]):
         fused: Callable[..., Tensor] = functional.scaled_dot_product_attention
         # the shards themselves are resized at the end, which leaves of a graph may not be
-        times, found = _turns(comm, data, shards, partial(fused, is_causal=causal), repeats)
-        return times, context_parallel_unshard(mesh, found, [2] * len(found))
+        times, results = _turns(comm, data, shards, partial(fused, is_causal=causal), repeats)
+        return times, context_parallel_unshard(mesh, results, [2] * len(results))
 
 
 def _diffusers(
@@ -439,8 +439,8 @@ def _diffusers(
     )
     # it has rows before heads
     shards = [x.transpose(1, 2).chunk(comm.size, 1)[comm.rank].contiguous() for x in data.copied()]
-    times, found = _turns(comm, data, shards, attend, repeats)
-    return times, [torch.cat(comm.gather_all(x.contiguous()), 1).transpose(1, 2) for x in found]
+    times, results = _turns(comm, data, shards, attend, repeats)
+    return times, [torch.cat(comm.gather_all(x.contiguous()), 1).transpose(1, 2) for x in results]
 
 
 # torch.distributed.tensor.experimental.context_parallel, and the schemes of diffusers' dispatcher

@@ -78,13 +78,13 @@ def grid_name(ulysses: int, ring: int, windows: int = 1) -> str:
 
 def notes(result: Result) -> list[str]:
     """Why cells were not measured."""
-    found = [f"{n}: {c.outcome}: {c.reason}" for n, c in result.cells.items() if c.reason]
+    lines = [f"{n}: {c.outcome}: {c.reason}" for n, c in result.cells.items() if c.reason]
     if result.settings["device"] == "cpu":
-        found.append(
+        lines.append(
             "Ranks share the cores of one machine here: times show that it runs, not which scheme "
             "is fastest on GPUs."
         )
-    return found
+    return lines
 
 
 def grid(result: Result, names: Sequence[str]) -> Table:
@@ -119,13 +119,12 @@ def title(result: Result) -> str:
 INTRODUCTION = (
     "Generated from saved results by `python -m regard.lab.bench.parallel OUT RESULT...`; not "
     "edited by hand. The grid is ranks that share heads x places of the ring / windows of a double "
-    "ring. "
-    "Forward and backward are times of the slowest rank, one process per rank, over those of the "
-    "first scheme in the same run. Sent is the most that one rank sent, counted at every message; "
-    "*as formula* says whether every rank sent exactly what the formula gives. Work is the area of "
-    "the mask under a rank's queries, the most over the mean; *in order* is the same without "
-    "zigzag placement. Errors are the largest difference from float64 attention in one process, as "
-    "a share of its largest value. The row *torch* is "
+    "ring. Forward and backward are times of the slowest rank, one process per rank, over those of "
+    "the first scheme in the same run. Sent is the most that one rank sent, counted at every "
+    "message; *as formula* says whether every rank sent exactly what the formula gives. Work is "
+    "the area of the mask under a rank's queries, the most over the mean; *in order* is the same "
+    "without zigzag placement. Errors are the largest difference from float64 attention in one "
+    "process, as a share of its largest value. The row *torch* is "
     "`torch.distributed.tensor.experimental.context_parallel`; rows of *diffusers* are the schemes "
     "of its attention dispatcher."
 )

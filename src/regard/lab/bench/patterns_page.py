@@ -17,8 +17,8 @@ SIZE = 32  # tokens of a drawing: small enough to see single pairs
 
 def cases(names: str = "all", size: int = SIZE, seed: int = 42) -> list[Case]:
     """The masks by name at the size of a drawing; documents are cut short, so that several show."""
-    made = [Case(name, size, seed=seed) for name in masks(names)]
-    for case in made:
+    drawn_cases = [Case(name, size, seed=seed) for name in masks(names)]
+    for case in drawn_cases:
         known = case.parameters
         if "lengths" in known:
             known["lengths"] = _short(size)
@@ -28,7 +28,7 @@ def cases(names: str = "all", size: int = SIZE, seed: int = 42) -> list[Case]:
             known["block"] = max(2, size // 8)
         if case.pattern == "block_causal_document":
             known["lengths"] = _whole(size, known["block"])
-    return made
+    return drawn_cases
 
 
 def _short(size: int) -> list[int]:
@@ -65,14 +65,14 @@ def words(case: Case) -> str:
     return ", ".join(f"{n} {v}" for n, v in case.parameters.items() if n != "seed")
 
 
-def table(made: Sequence[Case]) -> Any:
+def table(cases: Sequence[Case]) -> Any:
     """All masks for a terminal."""
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.text import Text
 
     shown = []
-    for case in made:
+    for case in cases:
         body = Text.assemble(
             (drawing(case), "cyan"),
             f"\n{_pattern(case).definition}\n",
@@ -83,10 +83,10 @@ def table(made: Sequence[Case]) -> Any:
     return Columns(shown)
 
 
-def html(made: Sequence[Case]) -> str:
+def html(cases: Sequence[Case]) -> str:
     """All masks as one page that opens offline."""
     cards = []
-    for case in made:
+    for case in cases:
         p = _pattern(case)
         cards.append(
             Html(
@@ -96,8 +96,8 @@ def html(made: Sequence[Case]) -> str:
                 "</div>"
             )
         )
-    said = "Rows are queries, columns are keys; a filled square is a pair that may look."
-    return Page("Attention masks", [], [said, Row(cards, "cards")], about="masks").html()
+    legend = "Rows are queries, columns are keys; a filled square is a pair that attends."
+    return Page("Attention masks", [], [legend, Row(cards, "cards")], about="masks").html()
 
 
 def svg(case: Case) -> str:

@@ -99,17 +99,19 @@ def machine(device: str, link: str, **others: Any) -> Machine:
     speeds = [LINKS[x] if x in LINKS else _number(x, link) for x in link.split(":")]
     if len(speeds) not in (1, 2):
         raise InputError(f"--link takes one or two links, such as nvlink4:ib-ndr, not {link!r}")
-    found = Machine(tflops, memory, speeds[0], speeds[-1], **others)
-    if not 0 < found.efficiency <= 1:
-        raise InputError(f"the efficiency is a share above 0 and up to 1, got {found.efficiency}")
-    if found.node < 1 or not 0 <= found.latency < math.inf:
-        raise InputError("ranks of a node are at least 1, latency at least 0 and finite")
-    if not 0 <= found.reserve < found.memory:
+    measured = Machine(tflops, memory, speeds[0], speeds[-1], **others)
+    if not 0 < measured.efficiency <= 1:
         raise InputError(
-            f"the reserve lies from 0 to below the {found.memory:g} GiB of the device, "
-            f"got {found.reserve:g}"
+            f"the efficiency is a share above 0 and up to 1, got {measured.efficiency}"
         )
-    return found
+    if measured.node < 1 or not 0 <= measured.latency < math.inf:
+        raise InputError("ranks of a node are at least 1, latency at least 0 and finite")
+    if not 0 <= measured.reserve < measured.memory:
+        raise InputError(
+            f"the reserve lies from 0 to below the {measured.memory:g} GiB of the device, "
+            f"got {measured.reserve:g}"
+        )
+    return measured
 
 
 def plan(
@@ -140,7 +142,7 @@ def plan(
         raise InputError(f"{heads[0]} query heads are not a multiple of {heads[1]} key heads")
     parts = documents(tokens) if "document" in mask else None
     work = _area(tokens, parts, causal=mask.startswith("causal"))
-    found = []
+    schedules = []
     for name in dict.fromkeys(schemes):
         limit = most_ranks(name, heads)
         degree = ulysses if name in ("usp", "loongtrain") else None
@@ -149,13 +151,13 @@ def plan(
         except ValueError as error:
             if name not in SCHEMES:
                 raise InputError(str(error)) from None
-            found.append(Estimate(name, None, f"heads: {error}", most_ranks=limit))
+            schedules.append(Estimate(name, None, f"heads: {error}", most_ranks=limit))
             continue
         rows = place(grid, tokens, parts).local
         load = Load(rows, *heads, dim, dim, 1, bytes_per_element, 4)
         estimate = _estimate(grid, load, work, tokens, on)
-        found.append(replace(estimate, most_ranks=limit))
-    return sorted(found, key=lambda e: (not e.possible, e.total_ms))
+        schedules.append(replace(estimate, most_ranks=limit))
+    return sorted(schedules, key=lambda e: (not e.possible, e.total_ms))
 
 
 def most_ranks(name: str, heads: tuple[int, int]) -> int | None:
@@ -259,13 +261,13 @@ def _memory(grid: Shape, load: Load) -> float:
     e, s = load.bytes_per_element, load.bytes_per_sum
     kv = load.kv_heads * grid.check_heads(load.heads, load.kv_heads)
     rows, dims = load.rows * load.batch, load.dim + load.value_dim
-    own = rows * (load.heads * dims + load.kv_heads * dims) * e  # q, out, k, v
+    local = rows * (load.heads * dims + load.kv_heads * dims) * e  # q, out, k, v
     dealt = rows * (load.heads * dims + kv * dims) * e if grid.ulysses > 1 else 0
     block = rows * kv * dims  # a place's keys and values for its heads: U rows, 1/U of the heads
     flying = grid.ring if grid.gather else min(grid.ring, 2 + (grid.windows > 1))
     work = rows * load.heads * (load.dim + 2 * load.value_dim) * s + rows * load.heads * s
-    grads = own + (flying if grid.gather else 2) * block * s
-    return own + dealt + flying * block * e + work + grads
+    grads = local + (flying if grid.gather else 2) * block * s
+    return local + dealt + flying * block * e + work + grads
 
 
 def _number(text: str, whole: str) -> float:

@@ -222,7 +222,7 @@ def ratios(result: Result, row: str, base: str = "plain") -> list[float]:
     """
     cells = [result.get(name) for name in (base, row)]
     taken = [[] if cell is None else cell.values.get("seconds", []) for cell in cells]
-    return [own / plain for plain, own in zip(*taken)]
+    return [seconds / plain for plain, seconds in zip(*taken)]
 
 
 def median(values: list[float]) -> tuple[float, str] | None:
@@ -249,19 +249,19 @@ def judged(
     >>> [t["verdict"] for t in judged(r, lambda target: (1.0, "1 s"))]
     ['met', 'missed']
     """
-    said = []
+    verdicts = []
     for target in result.targets:
-        found = measured(target)
-        value, words = found or (math.nan, "-")
+        measurement = measured(target)
+        value, words = measurement or (math.nan, "-")
         met = target.get("least", -math.inf) <= value <= target.get("most", math.inf)
-        verdict = "not measured" if found is None else "met" if met else "missed"
-        said.append({"rule": target["rule"], "measured": words, "verdict": verdict})
-    return said
+        verdict = "not measured" if measurement is None else "met" if met else "missed"
+        verdicts.append({"rule": target["rule"], "measured": words, "verdict": verdict})
+    return verdicts
 
 
-def targets(said: list[dict[str, str]]) -> Section:
+def targets(verdicts: list[dict[str, str]]) -> Section:
     """The part of a page about targets, from what `judged` says."""
-    rows = [[t["rule"], t["measured"] or "-", t["verdict"]] for t in said]
+    rows = [[t["rule"], t["measured"] or "-", t["verdict"]] for t in verdicts]
     return Section(
         "Targets, stated before the run", [Table(["target", "measured", "verdict"], rows)]
     )

@@ -55,17 +55,17 @@ def _naive(case: Case) -> Attention:
 
 
 def _regard() -> Iterable[Kernel]:
-    own = partial(Kernel, origin="regard")
-    yield own("attend", what="regard's choice for the call", prepare=partial(_attend, None))
-    yield own(
+    kernel = partial(Kernel, origin="regard")
+    yield kernel("attend", what="regard's choice for the call", prepare=partial(_attend, None))
+    yield kernel(
         "spans",
         what="torch's fused CPU kernel, one call a query block over the keys it sees",
         prepare=partial(_attend, "spans"),
         missing=only("cpu", "the fused CPU kernel"),
         refuses=lambda c: "float16 is not for CPUs" if c.dtype == torch.float16 else None,
     )
-    yield own("tiled", what="running softmax over tiles", prepare=partial(_attend, "tiled"))
-    yield own(
+    yield kernel("tiled", what="running softmax over tiles", prepare=partial(_attend, "tiled"))
+    yield kernel(
         "reference",
         what="dense float64, the truth",
         prepare=partial(_attend, "reference"),
@@ -107,21 +107,21 @@ def _no_groups(case: Case) -> str | None:
 
 
 def _torch() -> Iterable[Kernel]:
-    own = partial(Kernel, origin="torch")
-    yield own("sdpa", what="scaled_dot_product_attention as it is", need=dense_bytes,
+    kernel = partial(Kernel, origin="torch")
+    yield kernel("sdpa", what="scaled_dot_product_attention as it is", need=dense_bytes,
               prepare=partial(_sdpa, None))  # fmt: skip
-    yield own(
+    yield kernel(
         "sdpa-math",
         what="its plain formula",
         prepare=partial(_sdpa, "MATH"),
         need=lambda c: c.matrix * (4.0 if c.backward else 3.0),
     )
     flash = partial(_sdpa, "FLASH_ATTENTION")
-    yield own("sdpa-cpu-flash", what="its fused CPU kernel", prepare=flash, need=dense_bytes,
+    yield kernel("sdpa-cpu-flash", what="its fused CPU kernel", prepare=flash, need=dense_bytes,
               missing=only("cpu", "the fused CPU kernel"))  # fmt: skip
-    yield own("sdpa-cuda-flash", what="its FlashAttention", prepare=flash, refuses=gpu_flash,
+    yield kernel("sdpa-cuda-flash", what="its FlashAttention", prepare=flash, refuses=gpu_flash,
               missing=only("cuda", "FlashAttention"))  # fmt: skip
-    yield own(
+    yield kernel(
         "sdpa-efficient",
         what="its memory-efficient kernel",
         prepare=partial(_sdpa, "EFFICIENT_ATTENTION"),
@@ -129,7 +129,7 @@ def _torch() -> Iterable[Kernel]:
         refuses=_no_groups,
         need=dense_bytes,
     )
-    yield own(
+    yield kernel(
         "sdpa-cudnn",
         what="cuDNN's fused kernel",
         prepare=partial(_sdpa, "CUDNN_ATTENTION"),
@@ -137,13 +137,13 @@ def _torch() -> Iterable[Kernel]:
         refuses=not_half,
         need=dense_bytes,
     )
-    yield own(
+    yield kernel(
         "flex",
         what="FlexAttention, not compiled",
         prepare=partial(_flex, False),
         need=lambda c: c.matrix * 5.0,
     )
-    yield own(
+    yield kernel(
         "flex-compiled",
         what="FlexAttention, compiled (compile time apart)",
         prepare=partial(_flex, True),
@@ -225,10 +225,10 @@ def load(where: str) -> Kernel:
 
 def kernels() -> dict[str, Kernel]:
     """All kernels by name, those that cannot run here included."""
-    found: dict[str, Kernel] = {}
+    by_name: dict[str, Kernel] = {}
     for source in (_regard, _torch, adapters.packages, adapters.transformers, adapters.diffusers):
-        found.update({k.name: k for k in source()})
-    return found
+        by_name.update({k.name: k for k in source()})
+    return by_name
 
 
 def why_not(kernel: Kernel, case: Case) -> tuple[str, str] | None:
@@ -247,15 +247,15 @@ def chosen(names: str | Iterable[str], known: Iterable[str], what: str) -> list[
     ['a', 'b']
     """
     known = list(known)
-    wanted = [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
-    found: list[str] = []
-    for name in filter(None, wanted):
+    requested = [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+    selected: list[str] = []
+    for name in filter(None, requested):
         if name == "all":
-            found += known
+            selected += known
         elif name in known:
-            found.append(name)
+            selected.append(name)
         else:
             raise InputError(f"unknown {what} {name!r}.{nearest(name, known)}")
-    if not found:
+    if not selected:
         raise InputError(f"no {what} was named: choose from {', '.join(known)}, or all")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(selected))

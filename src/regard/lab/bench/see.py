@@ -56,13 +56,13 @@ def rows(facts: Sequence[str] | None = None) -> dict[str, Job]:
     ['received', 'received + entropy', 'all facts', 'entropy']
     """
     names = _facts(facts)
-    found = {
+    groups = {
         "received": ["received"],
         "received + entropy": ["received", "entropy"],
         "all facts": names,
     }
-    found |= {name: [name] for name in names if name != "received"}
-    return {row: {"do": "forward", "route": "watch", "facts": f} for row, f in found.items()}
+    groups |= {name: [name] for name in names if name != "received"}
+    return {row: {"do": "forward", "route": "watch", "facts": f} for row, f in groups.items()}
 
 
 def plan(
@@ -80,7 +80,7 @@ def plan(
     ['64/all/plain', '64/all/received + entropy', '64/all/eager']
     """
     steps: list[Step] = []
-    own = rows(facts)
+    jobs = rows(facts)
     if kernel:
         steps += [
             Step(f"{n}/kernel", {"do": "kernel", "tokens": n, "facts": _facts(facts)})
@@ -106,20 +106,20 @@ def plan(
     for n in ordered:
         add(n, "plain", plain, 0, shared=True)
         # the row and length that targets are about: enough pairs for a median on a busy machine
-        add(n, MAIN, own[MAIN], 2 * repeats + 1 if n == 4096 else repeats, shared=True)
+        add(n, MAIN, jobs[MAIN], 2 * repeats + 1 if n == 4096 else repeats, shared=True)
         if n == (middle or [max(lengths)])[0]:
             for row, job in usual.items():
                 add(n, row, job, repeats)
     for n in sorted(growth if growth is not None else lengths):
         add(n, "plain", plain, 0, "last", True)
-        add(n, MAIN, own[MAIN], repeats if n == 4096 else 0, "last", True)
+        add(n, MAIN, jobs[MAIN], repeats if n == 4096 else 0, "last", True)
     have = {s.key for s in steps}
     for n in sorted(lengths):
         for row, job in usual.items():
             if key_of(n, row) not in have:
                 add(n, row, job, repeats)
     for n in sorted(lengths):
-        for row, job in own.items():
+        for row, job in jobs.items():
             if row != MAIN:
                 add(n, row, job, 1 if n >= 4096 else repeats, shared=True)
     return steps
@@ -292,11 +292,11 @@ class _Runner:
         start = time.monotonic()
         budget = pair_seconds * max(1.0, step.pairs / 3)
         while len(pairs) < step.pairs:
-            one, other = worker.ask(base), worker.ask(step.job)
-            for part in (one, other):
+            plain, watched = worker.ask(base), worker.ask(step.job)
+            for part in (plain, watched):
                 if part["outcome"] != record.MEASURED:
                     return _cell(step.job, part, values)
-            pairs.append([one["seconds"], other["seconds"]])
+            pairs.append([plain["seconds"], watched["seconds"]])
             spent = time.monotonic() - start
             if spent + spent / len(pairs) > budget:
                 break
@@ -349,11 +349,11 @@ class _Worker:
     def __enter__(self) -> _Worker:
         package = str(Path(__file__).resolve().parents[3])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {"PYTHONPATH": os.pathsep.join(paths)} if self.setup["own"] else {}
+        environment = {"PYTHONPATH": os.pathsep.join(paths)} if self.setup["own"] else {}
         threads = str(self.setup["threads"])
         env = {
             **os.environ,
-            **own,
+            **environment,
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",

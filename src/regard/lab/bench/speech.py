@@ -73,8 +73,8 @@ def half_minute(seconds: float = SECONDS) -> Any:
     from regard import zoo
 
     joined = np.concatenate([zoo.clip(name).samples for name in zoo.clips()])
-    wanted = round(16_000 * seconds)
-    return np.tile(joined, -(-wanted // len(joined)))[:wanted]
+    samples = round(16_000 * seconds)
+    return np.tile(joined, -(-samples // len(joined)))[:samples]
 
 
 def run(
@@ -152,7 +152,7 @@ def _memory(
     model: Any, plain: Callable[..., Any], look: Callable[..., Any], progress: Any
 ) -> dict[str, Any]:
     """Bytes at the peak of each way at each length, once the encoder has run, and what it keeps."""
-    made: dict[str, Any] = {"how": "", "peak": {}, "kept": {}}
+    memory: dict[str, Any] = {"how": "", "peak": {}, "kept": {}}
     plain(max_new_tokens=LENGTHS[-1], min_new_tokens=LENGTHS[-1])  # what is made once
     for length in LENGTHS:
         exact = {"max_new_tokens": length, "min_new_tokens": length}
@@ -170,16 +170,16 @@ def _memory(
                 def keep(way: Callable[[], Any] = way, kept: list[Any] = kept) -> None:
                     kept.append(way())
 
-                bytes_, made["how"] = _decoding(model, keep)
+                bytes_, memory["how"] = _decoding(model, keep)
                 grown.append(bytes_)
-            made["peak"][f"{name} {length}"] = sorted(grown)[1]
+            memory["peak"][f"{name} {length}"] = sorted(grown)[1]
             if name != "plain":
-                made["kept"][f"{name} {length}"] = kept[0].kept_bytes
-        progress(f"memory at {length} tokens: {made['peak']}")
+                memory["kept"][f"{name} {length}"] = kept[0].kept_bytes
+        progress(f"memory at {length} tokens: {memory['peak']}")
     few, many = LENGTHS
-    over = {n: made["peak"][f"facts {n}"] - made["peak"][f"plain {n}"] for n in LENGTHS}
-    made["grown"] = over[many] - over[few]
-    return made
+    over = {n: memory["peak"][f"facts {n}"] - memory["peak"][f"plain {n}"] for n in LENGTHS}
+    memory["grown"] = over[many] - over[few]
+    return memory
 
 
 def _decoding(model: Any, call: Callable[[], Any]) -> tuple[int, str]:
@@ -197,13 +197,13 @@ def _decoding(model: Any, call: Callable[[], Any]) -> tuple[int, str]:
 
     hook = model.get_encoder().register_forward_hook(ran)
     try:
-        whole, how = peak(call, device)
+        whole, counter = peak(call, device)
     finally:
         hook.remove()
     at = before[-1] if before else None
     if at is None:
-        return whole, how
-    return timer.since(at), f"{how}, from the end of the encoder on"
+        return whole, counter
+    return timer.since(at), f"{counter}, from the end of the encoder on"
 
 
 def judge(result: Result) -> list[dict[str, str]]:

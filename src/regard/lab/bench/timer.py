@@ -38,10 +38,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     >>> quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     {'q20': 2.0, 'q50': 3.5, 'q80': 5.0}
     """
-    found = torch.tensor(values, dtype=torch.float64).quantile(
+    points = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor(QUANTILES, dtype=torch.float64)
     )
-    return {f"q{round(100 * q)}": float(v) for q, v in zip(QUANTILES, found)}
+    return {f"q{round(100 * q)}": float(v) for q, v in zip(QUANTILES, points)}
 
 
 def peak(call: Callable[[], Any], device: str = "cpu") -> tuple[int, str]:

@@ -60,8 +60,8 @@ def key_of(tokens: int, row: str, logits: str = "all") -> str:
 def ratio(result: Result, tokens: int, row: str, logits: str = "all") -> dict[str, float] | None:
     """Median, low and high of row over plain time, or None."""
     cell = result.get(key_of(tokens, row, logits))
-    found: dict[str, float] | None = None if cell is None else cell.values.get("ratio")
-    return found
+    spread: dict[str, float] | None = None if cell is None else cell.values.get("ratio")
+    return spread
 
 
 def over(result: Result, tokens: int, row: str, logits: str = "all") -> float | None:
@@ -92,12 +92,12 @@ def lengths_of(result: Result, logits: str = "all") -> list[int]:
 
 def rows_of(result: Result) -> list[str]:
     """Rows of the model table: the plain model, watch rows, then the other routes."""
-    found = dict.fromkeys(k.split("/", 2)[2] for k in result.cells if k.split("/")[1] == "all")
-    watched = [r for r in found if _route(result, r) == "watch"]
-    others = [r for r in found if _route(result, r) not in ("watch", "plain")]
+    names = dict.fromkeys(k.split("/", 2)[2] for k in result.cells if k.split("/")[1] == "all")
+    watched = [r for r in names if _route(result, r) == "watch"]
+    others = [r for r in names if _route(result, r) not in ("watch", "plain")]
     order = ("received", "received + entropy", "all facts")
     watched.sort(key=lambda r: order.index(r) if r in order else len(order))
-    return [*(r for r in found if _route(result, r) == "plain"), *watched, *others]
+    return [*(r for r in names if _route(result, r) == "plain"), *watched, *others]
 
 
 def _route(result: Result, row: str) -> str:
@@ -166,30 +166,30 @@ def judge(result: Result) -> list[dict[str, Any]]:
 
 
 def _kernel(result: Result, limit: float) -> dict[str, Any]:
-    found = {n: kernel_ratio(result, n, "attend + received") for n in (4096, 8192)}
-    if any(r is None for r in found.values()):
+    ratios = {n: kernel_ratio(result, n, "attend + received") for n in (4096, 8192)}
+    if any(r is None for r in ratios.values()):
         return _open()
-    shown = ", ".join(f"{_times(r)} at {_k(n)}" for n, r in found.items() if r)
-    return _closed(all(r["median"] <= limit for r in found.values() if r), shown)
+    shown = ", ".join(f"{_times(r)} at {_k(n)}" for n, r in ratios.items() if r)
+    return _closed(all(r["median"] <= limit for r in ratios.values() if r), shown)
 
 
 def _forward(result: Result, limit: float) -> dict[str, Any]:
-    found = ratio(result, 4096, "received + entropy")
-    if found is None:
+    measured = ratio(result, 4096, "received + entropy")
+    if measured is None:
         return _open()
-    shown = _times(found)
+    shown = _times(measured)
     last = ratio(result, 4096, "received + entropy", "last")
     if last is not None:
         shown += f"; {_times(last)} when only the last logits are computed"
-    return _closed(found["median"] <= limit, shown)
+    return _closed(measured["median"] <= limit, shown)
 
 
 def _eager(result: Result, limit: float) -> dict[str, Any]:
-    own = ratio(result, 4096, "received + entropy")
+    watched = ratio(result, 4096, "received + entropy")
     for row in ("eager", "eager, layer by layer"):
         other = ratio(result, 4096, row)
-        if own is not None and other is not None:
-            times = other["median"] / own["median"]
+        if watched is not None and other is not None:
+            times = other["median"] / watched["median"]
             return _closed(times >= limit, f"{times:.1f} times faster than {row}")
     return _open()
 

@@ -52,14 +52,14 @@ class Memory:
 
     @classmethod
     def now(cls) -> int:
-        found = cls._status("VmRSS")
-        return cls.peak() if found is None else found
+        resident = cls._status("VmRSS")
+        return cls.peak() if resident is None else resident
 
     @classmethod
     def peak(cls) -> int:
-        found = cls._status("VmHWM")
-        if found is not None:
-            return found
+        highest = cls._status("VmHWM")
+        if highest is not None:
+            return highest
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024

@@ -92,9 +92,9 @@ class Claim:
             raise ValueError(
                 f"the claim {self.key!r} was measured as NaN: nothing can be concluded"
             )
-        said = self.judge(values)
-        if said not in VERDICTS:
-            raise ValueError(f"{said!r} is no verdict: choose one of {', '.join(VERDICTS)}")
+        verdict = self.judge(values)
+        if verdict not in VERDICTS:
+            raise ValueError(f"{verdict!r} is no verdict: choose one of {', '.join(VERDICTS)}")
         return replace(
             self,
             values=values,
@@ -102,7 +102,7 @@ class Claim:
             control=control,
             interval=interval,
             note=note,
-            verdict=said,
+            verdict=verdict,
         )
 
     def unmeasured(self) -> Claim:

@@ -27,15 +27,15 @@ def read(folder: str | Path | None = None) -> list[Result]:
     where = Path(folder) if folder is not None else results_folder()
     if not where.is_dir():
         raise InputError(f"there is no folder {where}: run `regard reproduce METHOD` first")
-    found = []
+    results = []
     for path in sorted(where.glob("*.json")):
         if path.name.startswith(".") or path.name.endswith(".quick.json"):
             continue
         try:
-            found.append(Result.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+            results.append(Result.from_dict(json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, KeyError, TypeError) as problem:
             raise InputError(f"{path} is not a result of `regard reproduce`: {problem}") from None
-    return found
+    return results
 
 
 def page(folder: str | Path | None = None, target: str | Path | None = None) -> Path:
@@ -57,7 +57,7 @@ def page_text(results: Iterable[Result]) -> str:
 
 
 def _section(result: Result) -> Section:
-    made = ", ".join(f"{n} {v}" for n, v in result.versions.items())
+    versions = ", ".join(f"{n} {v}" for n, v in result.versions.items())
     seeds = ", ".join(f"{n} {v}" for n, v in result.seeds.items())
     measured = [c for c in result.claims if c.verdict != "needs scale"]
     rows = [
@@ -89,8 +89,8 @@ def _section(result: Result) -> Section:
         file = f"../reproductions/{result.slug}.png"
         blocks += [f"![{' '.join(result.picture.split())}]({file})", result.picture]
     blocks.append(
-        f"`{result.command}`, {result.date}, {result.seconds:.0f} s on {result.device}; {made}; "
-        f"commit {result.commit or 'unknown'}, source {result.source}"
+        f"`{result.command}`, {result.date}, {result.seconds:.0f} s on {result.device}; "
+        f"{versions}; commit {result.commit or 'unknown'}, source {result.source}"
         + (f", weights {result.weights}." if result.weights else ".")
     )
     return Section(result.slug, blocks)

@@ -34,7 +34,7 @@ def problems(count: int, seed: int = 0) -> list[str]:
     True
     """
     draw = random.Random(seed)
-    made = []
+    tasks = []
     for number in range(count):
         a, b, c = draw.sample(_NAMES, 3)
         filled = _TEMPLATES[number % len(_TEMPLATES)].format(
@@ -49,5 +49,5 @@ def problems(count: int, seed: int = 0) -> list[str]:
             j=draw.randint(2, 8),
             big=draw.randint(90, 160),
         )
-        made.append(filled + ASK)
-    return made
+        tasks.append(filled + ASK)
+    return tasks

@@ -81,10 +81,10 @@ class Part:
         """The method, made for a prompt of so many tokens."""
         given = self.given(tokens, ratio, budget)
         try:
-            made: Handler = self.entry.run(**given)
+            handler: Handler = self.entry.run(**given)
         except TypeError as problem:  # a word where a number belongs, a setting left out
             raise InputError(f"{self.method} cannot be made with {given}: {problem}") from None
-        return made
+        return handler
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def read(
             method twice in it, both kinds of budget.
     """
     if ratios and budget is not None:
-        raise InputError("a budget is given as a ratio or as a number of rows: give one of them")
+        raise InputError("ratio and budget are mutually exclusive")
     for ratio in ratios:
         if not 0 < ratio <= 1:
             raise InputError(f"a ratio is the share of the prompt that is kept, not {ratio:g}")
@@ -178,13 +178,13 @@ def read(
         free = any(p.takes_budget() for p in parts)
         every: list[float | None] = [*dict.fromkeys(ratios)] if free and ratios else [None]
         for share in every:
-            one = Configuration(name, parts, share, budget if free else None)
-            if one.key in configurations:
+            configuration = Configuration(name, parts, share, budget if free else None)
+            if configuration.key in configurations:
                 raise InputError(f"the configuration {name!r} is given twice: take one out")
-            configurations[one.key] = one
-    for one in configurations.values():
-        for part in one.parts:
-            part.check(one.ratio, one.budget)
+            configurations[configuration.key] = configuration
+    for configuration in configurations.values():
+        for part in configuration.parts:
+            part.check(configuration.ratio, configuration.budget)
     return list(configurations.values())
 
 
@@ -227,8 +227,8 @@ def _kinds(method: catalog.Method) -> dict[str, Callable[[str], Any] | None]:
     """The settings of a method, each with what reads it from text, None for the common way."""
     if method.settings is None:
         return dict.fromkeys(inspect.signature(method.run).parameters)
-    own = [f for f in fields(method.settings) if f.metadata]  # type: ignore[arg-type]
-    kinds = {f.name: f.metadata["kind"] for f in own}
+    settings = [f for f in fields(method.settings) if f.metadata]  # type: ignore[arg-type]
+    kinds = {f.name: f.metadata["kind"] for f in settings}
     return {n: None if isinstance(k, type) else k for n, k in kinds.items()}
 
 

@@ -255,8 +255,8 @@ def _measure(
                 raise  # the plain model has no method to blame
             return {**cell, "refused": str(problem), "notes": []}
     read = meter.keys / meter.heads if meter.heads else None
-    for one in values:
-        one.update(held=size, read=read)
+    for scored in values:
+        scored.update(held=size, read=read)
     notes[:0] = ready.notes if ready else []
     seconds = round(time.perf_counter() - started, 3)
     return {**cell, "values": values, "notes": notes, "seconds": seconds}
@@ -281,11 +281,13 @@ def _notes() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield notes
-    for one in caught:
-        if package in Path(one.filename).resolve().parents:
-            notes += [str(one.message)] if str(one.message) not in notes else []
+    for warning in caught:
+        if package in Path(warning.filename).resolve().parents:
+            notes += [str(warning.message)] if str(warning.message) not in notes else []
         else:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 # -- reading a text with a cache -------------------------------------------------------------------

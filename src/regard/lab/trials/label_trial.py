@@ -37,16 +37,16 @@ def task(
     if given in TASKS or not (Path(given).suffix or Path(given).exists()):
         if template is not None:
             raise InputError("a template goes with a file: the built-in tasks bring their own")
-        found = sentences(given, examples, seed)
-        return TASKS[given], found
-    found = read_examples(given)[:examples]
-    how = Task(tuple(sorted({e.label for e in found})), template or "{text}\nLabel:")
-    fill(how.template, "")
-    return how, found
+        loaded = sentences(given, examples, seed)
+        return TASKS[given], loaded
+    loaded = read_examples(given)[:examples]
+    labelling = Task(tuple(sorted({e.label for e in loaded})), template or "{text}\nLabel:")
+    fill(labelling.template, "")
+    return labelling, loaded
 
 
 def batches(
-    model: Any, tokenizer: Any, examples: Sequence[Example], how: Task, *, name: str = "labels"
+    model: Any, tokenizer: Any, examples: Sequence[Example], task: Task, *, name: str = "labels"
 ) -> list[Batch]:
     """One text each: prompts differ in length, and nothing is padded.
 
@@ -57,16 +57,16 @@ def batches(
         InputError: an unknown label, labels that begin alike, a prompt of one token or too long.
     """
     check_model(model, tokenizer)
-    truth = truth_of([e.label for e in examples], how.labels)
-    tokens = label_tokens(tokenizer, how.labels)
-    found = []
+    truth = truth_of([e.label for e in examples], task.labels)
+    tokens = label_tokens(tokenizer, task.labels)
+    texts = []
     for number, (example, right) in enumerate(zip(examples, truth)):
-        ids = torch.as_tensor(tokenizer(fill(how.template, example.text))["input_ids"])
+        ids = torch.as_tensor(tokenizer(fill(task.template, example.text))["input_ids"])
         check_room(model, len(ids))
         if len(ids) < 2:
             raise InputError("a prompt of one token leaves no cache: give longer texts")
-        found.append(_batch(name, number, ids[None], tokens, right))
-    return found
+        texts.append(_batch(name, number, ids[None], tokens, right))
+    return texts
 
 
 def _batch(name: str, number: int, ids: Any, tokens: Any, right: int) -> Batch:

@@ -99,20 +99,20 @@ def labels(
     truth = torch.tensor(truth_of([label for _, label in pairs], names))
     tokens = label_tokens(tokenizer, names)
     prompts = [fill(template, text) for text, _ in pairs]
-    found = torch.empty(len(pairs))
+    scores = torch.empty(len(pairs))
     best = torch.empty(len(pairs), dtype=torch.long)
     with torch.no_grad(), apply(model, *methods):
         for places, inputs in batches(
             tokenizer, prompts, 1 if cached else batch_size, model.device
         ):
             logits = _last(model, inputs, cached)[:, tokens.to(model.device)].cpu()
-            found[places] = margins(logits, truth[places])
+            scores[places] = margins(logits, truth[places])
             best[places] = logits.argmax(-1)
     return Labelled(
         names,
         [names[n] for n in truth.tolist()],
         [names[n] for n in best.tolist()],
-        found.tolist(),
+        scores.tolist(),
     )
 
 
@@ -151,7 +151,7 @@ def read_examples(path: str | Path) -> list[Example]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}: give JSON lines with text and label")
-    found = []
+    examples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -164,10 +164,10 @@ def read_examples(path: str | Path) -> list[Example]:
             raise InputError(
                 f'{path}, line {number}: {{"text": "...", "label": "..."}} is expected, both words'
             )
-        found.append(Example(text, label))
-    if not found:
+        examples.append(Example(text, label))
+    if not examples:
         raise InputError(f"{path} holds no example")
-    return found
+    return examples
 
 
 # -- sentences made from templates ---------------------------------------------------------------
@@ -251,15 +251,15 @@ def sentences(task: str, count: int = 80, seed: int = 0) -> list[Example]:
     """
     if task not in TASKS:
         raise InputError(f"there is no built-in task {task!r}.{nearest(task, TASKS)}")
-    draw, made = random.Random(seed), dict[str, Example]()
+    draw, examples = random.Random(seed), dict[str, Example]()
     make = _review if task == "sentiment" else _fact
     names = TASKS[task].labels
     for _ in range(100 * count):
-        label = names[len(made) % len(names)]
+        label = names[len(examples) % len(names)]
         text = make(draw, label)
-        made.setdefault(text, Example(text, label))
-        if len(made) == count:
-            return list(made.values())
+        examples.setdefault(text, Example(text, label))
+        if len(examples) == count:
+            return list(examples.values())
     raise InputError(f"the templates make fewer than {count} different sentences: ask for fewer")
 
 

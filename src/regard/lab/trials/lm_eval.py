@@ -54,13 +54,13 @@ def tasks(names: Sequence[str], include: str | Path | None = None) -> tuple[Any,
     if include is not None and not Path(include).is_dir():
         raise InputError(f"there is no folder {include}: give one with the harness's YAML files")
     manager = TaskManager(include_path=None if include is None else str(include))
-    wanted = list(dict.fromkeys(n.strip() for n in names if n.strip()))
-    if not wanted:
+    requested = list(dict.fromkeys(n.strip() for n in names if n.strip()))
+    if not requested:
         raise InputError("name at least one task of the harness, for example --tasks arc_easy")
-    for name in wanted:
+    for name in requested:
         if name not in manager.all_tasks:
             raise InputError(f"the harness has no task {name!r}.{nearest(name, manager.all_tasks)}")
-    return manager, wanted
+    return manager, requested
 
 
 def run(
@@ -89,7 +89,7 @@ def run(
         InputError: no package, an unknown task, a task whose data cannot be had, a method that
             needs to know the length of a prompt beforehand.
     """
-    manager, wanted = tasks(names, include)
+    manager, requested = tasks(names, include)
     check_model(model, tokenizer)
     check(model, configurations)
     journal = journal if journal is not None else Journal(None, {})
@@ -98,7 +98,9 @@ def run(
         key, source = configuration.key, configuration.source
         known = journal.parts.get(key)
         if known is None or known["source"] != source:
-            scores = _evaluate(model, tokenizer, manager, wanted, configuration, limit, shots, seed)
+            scores = _evaluate(
+                model, tokenizer, manager, requested, configuration, limit, shots, seed
+            )
             journal.put(key, {"source": source, "scores": scores})
         results[key] = journal.parts[key]["scores"]
     return results
@@ -159,23 +161,23 @@ def _evaluate(
                 "harness fetches it from a hub, so connect, or unset HF_HUB_OFFLINE"
             ) from None
     return {
-        task: {name: float(x) for name, x in own.items() if isinstance(x, (int, float))}
-        for task, own in done["results"].items()
+        task: {name: float(x) for name, x in metrics.items() if isinstance(x, (int, float))}
+        for task, metrics in done["results"].items()
     }
 
 
 def table(result: dict[str, Any]) -> Table:
     """A row for each task and metric."""
     keys, rows = list(result["scores"]), []
-    for task, own in result["scores"][FULL].items():
-        for metric, base in own.items():
+    for task, metrics in result["scores"][FULL].items():
+        for metric, base in metrics.items():
             name = metric.split(",")[0]
             if name.endswith("_stderr") or name == "sample_len":
                 continue
             cells = []
             for key in keys:
                 value = result["scores"][key].get(task, {}).get(metric)
-                error = own.get(metric.replace(name, f"{name}_stderr", 1))
+                error = metrics.get(metric.replace(name, f"{name}_stderr", 1))
                 text = "-" if value is None else f"{value:.3f}"
                 if key == FULL and error is not None:
                     text += f" ± {error:.3f}"

@@ -32,9 +32,8 @@ INTRODUCTION = (
     "keys that a query head reads for a new token, counted at the attention call; both as shares "
     "of the full cache. A method that reads few keys is not a smaller cache: it holds all keys and "
     "values, copies some, and reads few of them in most steps. At an equal number of kept rows it "
-    "reads "
-    "about as much as the other methods and holds more than the full cache: it saves time, not "
-    "memory.",
+    "reads about as much as the other methods and holds more than the full cache: it saves time, "
+    "not memory.",
     "Intervals show the spread over these texts on one model. They say nothing of other models.",
 )
 
@@ -42,15 +41,15 @@ INTRODUCTION = (
 def load(path: str | Path) -> dict[str, Any]:
     """A saved result; InputError for a file that is none."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if found["trial"] not in TITLES or not found["rows"]:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        if result["trial"] not in TITLES or not result["rows"]:
             raise KeyError("trial")
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise InputError(
             f"{path} is no result of a trial ({type(problem).__name__}): make one with "
             "`regard trial ... --json FILE`"
         ) from None
-    return dict(found)
+    return dict(result)
 
 
 def page(paths: Sequence[str | Path]) -> str:
@@ -63,20 +62,20 @@ def page(paths: Sequence[str | Path]) -> str:
 def section(result: dict[str, Any]) -> Section:
     """One result."""
     scores = [Score(**s) for s in result["scores"]]
-    given = ", ".join(f"{k.replace('_', ' ')} {_said(v)}" for k, v in result["settings"].items())
+    given = ", ".join(f"{k.replace('_', ' ')} {_worded(v)}" for k, v in result["settings"].items())
     blocks: list[Block] = [f"{result['model']}; {given}."]
     tasks = list(dict.fromkeys(r["task"] for r in result["rows"]))
     if len(tasks) > 1:
         blocks.append(_ceilings(result, scores[0]))
     for task in sorted(tasks, key=lambda t: t != "all"):
-        own = [r for r in result["rows"] if r["task"] == task]
-        if len(own) == 1 and len(tasks) > 1:
+        rows = [r for r in result["rows"] if r["task"] == task]
+        if len(rows) == 1 and len(tasks) > 1:
             continue  # nothing to compare the ceiling with
-        table = grid(scores, own)
+        table = grid(scores, rows)
         title = heading(result, task).capitalize()
         blocks.append(Section(title, [table]) if len(tasks) > 1 else table)
-    if said := remarks(result)[1:]:
-        blocks.append(Items(said))
+    if lines := remarks(result)[1:]:
+        blocks.append(Items(lines))
     machine = result["environment"]
     blocks += [
         Code(result["command"]),
@@ -103,9 +102,9 @@ def _ceilings(result: dict[str, Any], score: Score) -> Table:
     return Table(columns, rows)
 
 
-def _said(value: Any) -> str:
+def _worded(value: Any) -> str:
     """
-    >>> _said([0.25, 0.5]), _said(True), _said(8)
+    >>> _worded([0.25, 0.5]), _worded(True), _worded(8)
     ('0.25, 0.5', 'yes', '8')
     """
     if isinstance(value, bool):

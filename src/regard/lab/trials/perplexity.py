@@ -49,14 +49,14 @@ def batches(
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     start = getattr(tokenizer, "bos_token_id", None)
     head = ids[:1] if ids and start is not None and ids[0] == start else []
-    body, own = ids[len(head) :], length - len(head)
-    if len(body) < documents * own:
+    body, room = ids[len(head) :], length - len(head)
+    if len(body) < documents * room:
         raise InputError(
-            f"the text has {len(body)} tokens, and {documents} documents of {own} need "
-            f"{documents * own}: give a longer text, or ask for less"
+            f"the text has {len(body)} tokens, and {documents} documents of {room} need "
+            f"{documents * room}: give a longer text, or ask for less"
         )
-    gap = (len(body) - own) // max(documents - 1, 1)
-    rows = torch.tensor([head + body[n * gap : n * gap + own] for n in range(documents)])
+    gap = (len(body) - room) // max(documents - 1, 1)
+    rows = torch.tensor([head + body[n * gap : n * gap + room] for n in range(documents)])
     return [
         _batch(
             rows[at : at + batch_size], tuple(range(at, min(at + batch_size, documents))), context

@@ -47,15 +47,15 @@ def names(given: str) -> list[str]:
     Raises:
         InputError: an unknown task, or none.
     """
-    wanted = [n.strip() for n in given.split(",") if n.strip()]
-    if wanted == ["all"]:
+    requested = [n.strip() for n in given.split(",") if n.strip()]
+    if requested == ["all"]:
         return list(TASKS)
-    for task in wanted:
+    for task in requested:
         if task not in TASKS:
             raise InputError(f"there is no task {task!r}.{nearest(task, [*TASKS, 'all'])}")
-    if not wanted:
+    if not requested:
         raise InputError(f"name at least one task, or all: {', '.join(TASKS)}")
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(requested))
 
 
 def batches(
@@ -81,13 +81,13 @@ def batches(
         InputError: an unknown task, a length that the model or the task cannot have.
     """
     check_model(model, tokenizer)
-    wanted = names(",".join(tasks))
+    chosen_tasks = names(",".join(tasks))
     for name, value in (("examples", examples), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} is at least 1, not {value}")
     check_room(model, length)
-    found: list[Batch] = []
-    for task in wanted:
+    groups: list[Batch] = []
+    for task in chosen_tasks:
         puzzles = [TASKS[task](random.Random(f"{seed}/{task}/{n}"), n) for n in range(examples)]
         rooms = [_room(p, tokenizer) for p in puzzles]
         size = length - max(rooms)
@@ -100,17 +100,21 @@ def batches(
             alike.setdefault(ids.shape[1], []).append(number)
         for numbers in alike.values():
             for at in range(0, len(numbers), batch_size):
-                own = tuple(numbers[at : at + batch_size])
-                rows = torch.cat([prompts[n] for n in own])
-                chosen = [puzzles[n] for n in own]
-                found.append(_batch(task, own, rows, chosen, [rooms[n] for n in own], tokenizer))
-    return found
+                row_numbers = tuple(numbers[at : at + batch_size])
+                rows = torch.cat([prompts[n] for n in row_numbers])
+                chosen = [puzzles[n] for n in row_numbers]
+                groups.append(
+                    _batch(
+                        task, row_numbers, rows, chosen, [rooms[n] for n in row_numbers], tokenizer
+                    )
+                )
+    return groups
 
 
 def _room(puzzle: Puzzle, tokenizer: Any) -> int:
     """How many tokens an answer may have."""
-    wanted = len(tokenizer(" ".join(puzzle.answers), add_special_tokens=False)["input_ids"])
-    return wanted + -(-wanted // 4) + 8
+    length = len(tokenizer(" ".join(puzzle.answers), add_special_tokens=False)["input_ids"])
+    return length + -(-length // 4) + 8
 
 
 def fit(
@@ -161,13 +165,13 @@ def _batch(
     tokenizer: Any,
 ) -> Batch:
     def measure(model: Any, cache: Any) -> list[Values]:
-        said = answer(model, cache, ids[:, -1:], max(rooms), _ends(model, tokenizer))
-        found: list[Values] = []
-        for row, room, puzzle in zip(said, rooms, puzzles):
+        answers = answer(model, cache, ids[:, -1:], max(rooms), _ends(model, tokenizer))
+        scores: list[Values] = []
+        for row, room, puzzle in zip(answers, rooms, puzzles):
             text = tokenizer.decode(row[:room], skip_special_tokens=True)
             hits = recall(text, puzzle.answers)
-            found.append({"recall": hits, "answers": list(puzzle.answers), "said": text})
-        return found
+            scores.append({"recall": hits, "answers": list(puzzle.answers), "said": text})
+        return scores
 
     return Batch(task, numbers, ids[:, :-1], measure)
 
@@ -184,14 +188,14 @@ def answer(
     last = last.to(model.device)
     stop = torch.tensor(list(ends), device=last.device, dtype=torch.long)
     done = torch.zeros(len(last), dtype=torch.bool, device=last.device)
-    said = []
+    tokens = []
     for _ in range(room):
         last = step(model, last, cache).argmax(-1, keepdim=True)
-        said.append(last)
+        tokens.append(last)
         done |= torch.isin(last[:, 0], stop)
         if bool(done.all()):
             break
-    rows, stops = torch.cat(said, 1).tolist(), set(ends)
+    rows, stops = torch.cat(tokens, 1).tolist(), set(ends)
     cut = [next((n for n, token in enumerate(row) if token in stops), len(row)) for row in rows]
     return [row[:n] for row, n in zip(rows, cut)]
 
@@ -199,15 +203,15 @@ def answer(
 def _ends(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer."""
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = list(given) if isinstance(given, (list, tuple)) else [given]
-    found.append(getattr(tokenizer, "eos_token_id", None))
-    return sorted({int(n) for n in found if n is not None})
+    ids = list(given) if isinstance(given, (list, tuple)) else [given]
+    ids.append(getattr(tokenizer, "eos_token_id", None))
+    return sorted({int(n) for n in ids if n is not None})
 
 
-def recall(said: str, wanted: Sequence[str]) -> float:
+def recall(text: str, answers: Sequence[str]) -> float:
     """Share of the wanted strings that an answer holds, whatever their case.
 
     >>> recall("They are 12 and 7.", ["12", "7", "30", "41"])
     0.5
     """
-    return sum(w.casefold() in said.casefold() for w in wanted) / len(wanted)
+    return sum(w.casefold() in text.casefold() for w in answers) / len(answers)

@@ -53,11 +53,11 @@ def _needles(
         f"One of the special magic numbers for {key} is: {n}." for key in chosen for n in given[key]
     ]
     draw.shuffle(facts)
-    wanted = draw.sample(chosen, asked)
-    answers = tuple(n for key in wanted for n in given[key])
+    asked_keys = draw.sample(chosen, asked)
+    answers = tuple(n for key in asked_keys for n in given[key])
     places = [draw.random() for _ in facts]
     filling = NOISE if noise else _from(draw, _sentences())
-    shown = wanted[0] if asked == 1 else f"{', '.join(wanted[:-1])}, and {wanted[-1]}"
+    shown = asked_keys[0] if asked == 1 else f"{', '.join(asked_keys[:-1])}, and {asked_keys[-1]}"
     is_one, are_one = len(answers) == 1, keys * values == 1
     what = "number" if is_one else "numbers"
     hidden = "A special magic number is" if are_one else "Some special magic numbers are"
@@ -111,23 +111,23 @@ def _from(draw: random.Random, pieces: Sequence[str]) -> list[str]:
 
 def _cut(pieces: Sequence[str], words: int) -> list[str]:
     """So many words of the pieces, over and over again; the last piece may be cut short."""
-    found: list[str] = []
+    parts: list[str] = []
     for piece in cycle(pieces):
         if words <= 0:
-            return found
-        own = piece.split()[:words]
-        words -= len(own)
-        found.append(" ".join(own))
-    return found
+            return parts
+        kept_words = piece.split()[:words]
+        words -= len(kept_words)
+        parts.append(" ".join(kept_words))
+    return parts
 
 
 def _hide(facts: Sequence[str], places: Sequence[float], filling: Sequence[str], words: int) -> str:
     """The facts at their places, 0 the front and 1 the end, between the sentences."""
     sentences = _cut(filling, words)
     at = [int(place * (len(sentences) + 1)) for place in places]
-    found = [(place, 0, n, fact) for n, (place, fact) in enumerate(zip(at, facts))]
-    found += [(place, 1, 0, sentence) for place, sentence in enumerate(sentences)]
-    return " ".join(piece for *_, piece in sorted(found))
+    pieces = [(place, 0, n, fact) for n, (place, fact) in enumerate(zip(at, facts))]
+    pieces += [(place, 1, 0, sentence) for place, sentence in enumerate(sentences)]
+    return " ".join(piece for *_, piece in sorted(pieces))
 
 
 # -- counting --------------------------------------------------------------------------------------

@@ -93,15 +93,15 @@ def read(image: Any) -> tuple[str | None, list[Found]]:
     grounds = {n: counts[n] for n, name in enumerate(names) if name in BACKGROUNDS}
     ground = max(grounds, key=lambda n: grounds[n])
     background = names[ground] if counts[ground] > 0.3 * len(border) else None
-    found = []
+    things = []
     for n, name in enumerate(names):
         if name not in COLORS:
             continue
         for region in _regions(label == n):
             thing = _thing(region, name)
             if thing is not None:
-                found.append(replace(thing, mask=_back(thing.mask, image)))
-    return background, sorted(found, key=lambda f: -float(f.mask.sum()))
+                things.append(replace(thing, mask=_back(thing.mask, image)))
+    return background, sorted(things, key=lambda f: -float(f.mask.sum()))
 
 
 def _back(mask: NDArray[np.bool_], image: Any) -> NDArray[np.bool_]:
@@ -112,32 +112,32 @@ def _back(mask: NDArray[np.bool_], image: Any) -> NDArray[np.bool_]:
     return np.asarray(shares > 0.5)
 
 
-def judge(image: Any, wanted: Scene) -> Verdict:
+def judge(image: Any, target: Scene) -> Verdict:
     """What an image got right of a scene.
 
     >>> drawn = scene(0)
     >>> judge(drawn.draw(64), drawn).present
     True
     """
-    background, found = read(image)
-    present = len(found) == len(wanted.things)
-    pairs = sorted((t.color, t.shape) for t in wanted.things)
-    binding = sorted((f.color, f.shape) for f in found) == pairs
+    background, things = read(image)
+    present = len(things) == len(target.things)
+    pairs = sorted((t.color, t.shape) for t in target.things)
+    binding = sorted((f.color, f.shape) for f in things) == pairs
     place = size = False
     if binding:
-        matched = _match(found, wanted)
-        place = wanted.relation is None or relation_of(*matched[:2]) == wanted.relation
-        size = "size" not in wanted.named or all(
-            f.size == t.size for f, t in zip(matched, wanted.things)
+        matched = _match(things, target)
+        place = target.relation is None or relation_of(*matched[:2]) == target.relation
+        size = "size" not in target.named or all(
+            f.size == t.size for f, t in zip(matched, target.things)
         )
     return Verdict(
         present,
-        sorted(f.color for f in found) == sorted(t.color for t in wanted.things),
-        sorted(f.shape for f in found) == sorted(t.shape for t in wanted.things),
+        sorted(f.color for f in things) == sorted(t.color for t in target.things),
+        sorted(f.shape for f in things) == sorted(t.shape for t in target.things),
         binding,
         place,
         size,
-        "background" not in wanted.named or background == wanted.background,
+        "background" not in target.named or background == target.background,
     )
 
 
@@ -178,13 +178,13 @@ def own_accuracy(numbers: Sequence[int], side: int = 64, **settings: Any) -> dic
     return result
 
 
-def _match(found: list[Found], wanted: Scene) -> list[Found]:
+def _match(things: list[Found], target: Scene) -> list[Found]:
     """The found things in the order of the scene's; those alike by the nearest place."""
     best: tuple[float, list[Found]] | None = None
-    for order in permutations(found):
-        if any((f.color, f.shape) != (t.color, t.shape) for f, t in zip(order, wanted.things)):
+    for order in permutations(things):
+        if any((f.color, f.shape) != (t.color, t.shape) for f, t in zip(order, target.things)):
             continue
-        far = sum(np.hypot(f.x - t.x, f.y - t.y) for f, t in zip(order, wanted.things))
+        far = sum(np.hypot(f.x - t.x, f.y - t.y) for f, t in zip(order, target.things))
         if best is None or far < best[0]:
             best = float(far), list(order)
     assert best is not None
@@ -235,7 +235,7 @@ def _family() -> NDArray[np.int64]:
 def _regions(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
     """Connected regions that are more than a soft edge: some pixel has all its neighbours."""
     core = ~_spread(~mask)
-    found = []
+    regions = []
     while core.any():
         region = np.zeros_like(mask)
         region[np.unravel_index(int(core.argmax()), core.shape)] = True
@@ -246,8 +246,8 @@ def _regions(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
             region = grown
         core &= ~region
         if region.mean() >= LEAST:
-            found.append(region)
-    return found
+            regions.append(region)
+    return regions
 
 
 def _spread(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -295,13 +295,13 @@ def _sampled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 @lru_cache(maxsize=1)
 def _outlines() -> list[NDArray[np.bool_]]:
     """Every shape, cut to its own bounds."""
-    found = []
+    outlines = []
     for shape in SHAPES:
         inside = _ideal(shape)
         rows, columns = np.nonzero(inside)
         inside = inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-        found.append(_sampled(inside))
-    return found
+        outlines.append(_sampled(inside))
+    return outlines
 
 
 @lru_cache(maxsize=len(SHAPES))

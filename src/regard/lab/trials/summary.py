@@ -73,22 +73,22 @@ def rows(
     """
     tasks = list(scores.values.get(FULL, {}))
     fair = [t for t in tasks if t not in scores.low]
-    made = []
+    table_rows = []
     for configuration in configurations:
-        own = scores.values.get(configuration.key, {})
+        values = scores.values.get(configuration.key, {})
         for task in tasks:
-            if task in own:
-                made.append(_row(trial, scores, configuration, task, [task]))
-        if len(tasks) > 1 and fair and all(t in own for t in fair):
-            made.append(_row(trial, scores, configuration, ALL, fair))
-    return made
+            if task in values:
+                table_rows.append(_row(trial, scores, configuration, task, [task]))
+        if len(tasks) > 1 and fair and all(t in values for t in fair):
+            table_rows.append(_row(trial, scores, configuration, ALL, fair))
+    return table_rows
 
 
 def _row(
     trial: str, scores: Scores, configuration: Configuration, name: str, tasks: list[str]
 ) -> dict[str, Any]:
-    own, plain = scores.values[configuration.key], scores.values[FULL]
-    pairs = [(own[t][n], plain[t][n]) for t in tasks for n in sorted(own[t])]
+    changed, plain = scores.values[configuration.key], scores.values[FULL]
+    pairs = [(changed[t][n], plain[t][n]) for t in tasks for n in sorted(changed[t])]
     row: dict[str, Any] = {
         "configuration": configuration.key,
         "name": configuration.name,
@@ -128,9 +128,9 @@ def table(result: dict[str, Any]) -> Page:
     tasks = list(dict.fromkeys(r["task"] for r in result["rows"]))
     sections = []
     for task in tasks:
-        own = [r for r in result["rows"] if r["task"] == task]
+        rows = [r for r in result["rows"] if r["task"] == task]
         title = heading(result, task) if len(tasks) > 1 else "all texts"
-        sections.append(Section(title, [grid(scores, own, task in result["low"], bars=True)]))
+        sections.append(Section(title, [grid(scores, rows, task in result["low"], bars=True)]))
     sections.append(Section("Notes", remarks(result)))
     return Page(f"{result['trial']} on {result['model']}", sections)
 
@@ -150,12 +150,12 @@ def grid(
     for row in rows:
         line = [Cell(row["configuration"])]
         for score in scores:
-            mean, own = shown_mean(score, row), row[score.key].get("difference")
+            mean, change = shown_mean(score, row), row[score.key].get("difference")
             most = max(abs(shown_mean(score, r)) for r in rows) or 1
             bar = Cell("█" * round(BAR * abs(mean) / most), "" if weak else "cyan")
             style = ""
-            if own is not None and not weak and (own["low"] > 0 or own["high"] < 0):
-                style = "green" if (own["mean"] > 0) == (score.better == "high") else "red"
+            if change is not None and not weak and (change["low"] > 0 or change["high"] < 0):
+                style = "green" if (change["mean"] > 0) == (score.better == "high") else "red"
             line += [
                 Cell(number(score, mean)),
                 bar if bars else Cell(interval(score, row)),
@@ -200,8 +200,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 def shown_mean(score: Score, row: dict[str, Any]) -> float:
     """The mean as it is shown."""
-    own = row[score.key]
-    return float(own["exp"]["mean"] if score.exponential else own["mean"])
+    stats = row[score.key]
+    return float(stats["exp"]["mean"] if score.exponential else stats["mean"])
 
 
 def percent(share: float | None) -> str:
@@ -222,19 +222,19 @@ def number(score: Score, x: float) -> str:
 
 def interval(score: Score, row: dict[str, Any]) -> str:
     """The interval of the mean, as it is shown."""
-    own = row[score.key]["exp"] if score.exponential else row[score.key]
-    return f"{number(score, own['low'])} to {number(score, own['high'])}"
+    stats = row[score.key]["exp"] if score.exponential else row[score.key]
+    return f"{number(score, stats['low'])} to {number(score, stats['high'])}"
 
 
 def difference(score: Score, row: dict[str, Any]) -> str:
     """The difference to the plain model with its interval, empty for the plain model itself."""
-    own = row[score.key].get("difference")
-    if own is None:
+    change = row[score.key].get("difference")
+    if change is None:
         return ""
     digits = 3 if score.exponential else 2
     return (
-        f"{_signed(own['mean'], digits)} ({_signed(own['low'], digits)} to "
-        f"{_signed(own['high'], digits)})"
+        f"{_signed(change['mean'], digits)} ({_signed(change['low'], digits)} to "
+        f"{_signed(change['high'], digits)})"
     )
 
 

@@ -60,18 +60,18 @@ def items(
     drawn_items: list[Item] = []
     for n, kind in enumerate(kinds):
         make = torch.Generator().manual_seed(1000 * seed + n)
-        own: list[Item] = []
-        while len(own) < count:
+        kept: list[Item] = []
+        while len(kept) < count:
             drawn = sample(
                 4 * count, generator=make, things=tuple(things), held_out=held_out,
                 digits=1.0 if kind == "digit" else 0.0,
             )  # fmt: skip
             asked = questions.ask(drawn, kind, make)
             fits = (asked.kind == questions.KINDS.index(kind)).nonzero()[:, 0]
-            chosen = fits[: count - len(own)]
+            chosen = fits[: count - len(kept)]
             pictures = (255 * drawn[chosen].images(SIDE)).round().byte().permute(0, 2, 3, 1)
             for at, pixels in zip(chosen.tolist(), pictures):
-                own.append(
+                kept.append(
                     Item(
                         Image.fromarray(pixels.numpy()),
                         questions.spell(asked.question[at]),
@@ -80,7 +80,7 @@ def items(
                         bool(asked.probe[at]),
                     )
                 )
-        drawn_items += own
+        drawn_items += kept
     return drawn_items
 
 
@@ -103,16 +103,16 @@ def read(processor: Any, given: Sequence[Item], device: Any = "cpu") -> Read:
     texts, answers = [], []
     for item in given:
         question = item.question.replace(" ?", "?").replace(" .", ".")
-        said = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         texts.append(
             processor.apply_chat_template(
-                [{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
         )
         answers.append(tokenizer(f" {item.answer}", add_special_tokens=False).input_ids)
     before, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        made = processor(
+        encoded = processor(
             images=[i.picture for i in given],
             text=[f"{t} {i.answer}" for t, i in zip(texts, given)],
             return_tensors="pt",
@@ -120,18 +120,18 @@ def read(processor: Any, given: Sequence[Item], device: Any = "cpu") -> Read:
         )
     finally:
         tokenizer.padding_side = before
-    length, most = made["input_ids"].shape[1], max(map(len, answers))
+    length, most = encoded["input_ids"].shape[1], max(map(len, answers))
     targets = torch.full((len(given), most), -1)
     where = torch.zeros_like(targets)
-    for row, own in enumerate(answers):
-        targets[row, : len(own)] = torch.tensor(own)
-        where[row, : len(own)] = torch.arange(length - len(own) - 1, length - 1)
-        if made["input_ids"][row, length - len(own) :].tolist() != own:
+    for row, answer in enumerate(answers):
+        targets[row, : len(answer)] = torch.tensor(answer)
+        where[row, : len(answer)] = torch.arange(length - len(answer) - 1, length - 1)
+        if encoded["input_ids"][row, length - len(answer) :].tolist() != answer:
             raise InputError(
                 "this tokenizer joins an answer with what stands before it, so the trial cannot "
                 "tell them apart: use a model whose chat template ends in a space or a new line"
             )
-    return Read({n: t.to(device) for n, t in made.items()}, targets.to(device), where.to(device))
+    return Read({n: t.to(device) for n, t in encoded.items()}, targets.to(device), where.to(device))
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def score(
         method: makes the context in which the model answers, such as a `regard.apply`; a new one
             for each batch.
     """
-    tokenizer, found = processor.tokenizer, list[dict[str, float]]()
+    tokenizer, scores = processor.tokenizer, list[dict[str, float]]()
     ids = {w: tokenizer(f" {w}", add_special_tokens=False).input_ids[0] for w in ("yes", "no")}
     for start in range(0, len(given), batch_size):
         some = given[start : start + batch_size]
@@ -160,30 +160,30 @@ def score(
         with method() if method is not None else nullcontext():
             logits = model(**batch.inputs).logits
         rows = torch.arange(len(some), device=logits.device)[:, None]
-        told = logits[rows, batch.where].float().log_softmax(-1)
+        log_probs = logits[rows, batch.where].float().log_softmax(-1)
         real = batch.targets >= 0
-        right = ((told.argmax(-1) == batch.targets) | ~real).all(1)
-        chance = told.gather(-1, batch.targets.clamp_min(0)[..., None])[..., 0]
+        right = ((log_probs.argmax(-1) == batch.targets) | ~real).all(1)
+        chance = log_probs.gather(-1, batch.targets.clamp_min(0)[..., None])[..., 0]
         total = (chance * real).sum(1)
         for n, item in enumerate(some):
-            one = {"right": float(right[n]), "log_probability": float(total[n])}
+            entry = {"right": float(right[n]), "log_probability": float(total[n])}
             if item.answer in ids:
                 other = ids["no" if item.answer == "yes" else "yes"]
-                one["margin"] = float(told[n, 0, ids[item.answer]] - told[n, 0, other])
-                one["yes"] = float(told[n, 0, ids["yes"]] > told[n, 0, ids["no"]])
-            found.append(one)
+                entry["margin"] = float(log_probs[n, 0, ids[item.answer]] - log_probs[n, 0, other])
+                entry["yes"] = float(log_probs[n, 0, ids["yes"]] > log_probs[n, 0, ids["no"]])
+            scores.append(entry)
         advance()
-    return found
+    return scores
 
 
 def summary(given: Sequence[Item], scores: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Accuracy by kind, over all, and of the probes of hallucination, each with its interval."""
     groups: dict[str, list[float]] = {}
-    for item, one in zip(given, scores):
-        groups.setdefault(item.kind, []).append(one["right"])
+    for item, entry in zip(given, scores):
+        groups.setdefault(item.kind, []).append(entry["right"])
         if item.probe:
-            groups.setdefault("existence probe", []).append(one["right"])
-    groups["all"] = [one["right"] for one in scores]
+            groups.setdefault("existence probe", []).append(entry["right"])
+    groups["all"] = [entry["right"] for entry in scores]
     return {
         name: {
             "right": mean(values),

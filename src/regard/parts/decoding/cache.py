@@ -199,11 +199,11 @@ def layers(
             f"{'an offloaded cache' if isinstance(cache, Cache) else type(cache).__name__}: leave "
             "past_key_values and cache_implementation out"
         )
-    wanted = {s.layer: s for s in sites if s.kind == "self"}
+    by_layer = {s.layer: s for s in sites if s.kind == "self"}
     if isinstance(cache, DynamicCache) and not cache.layers:
-        cache.layers.extend(DynamicLayer() for _ in range(max(wanted, default=-1) + 1))
-    found: dict[int, MethodLayer] = {}
-    for number, site in wanted.items():
+        cache.layers.extend(DynamicLayer() for _ in range(max(by_layer, default=-1) + 1))
+    method_layers: dict[int, MethodLayer] = {}
+    for number, site in by_layer.items():
         layer = cache.layers[number]
         if type(layer) is DynamicLayer:
             if layer.get_seq_length():
@@ -219,17 +219,17 @@ def layers(
                     "apply one of them"
                 )
             layer.open = True
-            found[number] = layer
+            method_layers[number] = layer
         elif not getattr(layer, "is_sliding", False):
             raise InputError(
                 f"{method} stores keys and values in a DynamicCache, not in layers of kind "
                 f"{type(layer).__name__}: leave past_key_values and cache_implementation out"
             )
-    if not found:
+    if not method_layers:
         raise InputError(
             f"every layer of this model looks through a sliding window: {method} has nothing to do"
         )
-    return found
+    return method_layers
 
 
 def held_bytes(cache: Any) -> int:

@@ -39,14 +39,14 @@ class Group:
         self.alike = heads is None or bool((heads == heads[:1]).all())
         # four bytes for each row that is held: the next larger type would double that
         self.positions = None if positions is None else positions.to(torch.int32)
-        self.keys, self.values = (Rows(self._own(x, positions)) for x in (keys, values))
+        self.keys, self.values = (Rows(self._rows_of(x, positions)) for x in (keys, values))
 
-    def _own(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def _rows_of(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """The rows `[batch, members, tokens or kept, dim]` of the group's heads."""
-        own = x if self.heads is None else self.of(x, self.heads)
+        rows = x if self.heads is None else self.of(x, self.heads)
         if positions is None:
-            return own
-        return own.gather(2, positions[..., None].expand(-1, -1, -1, x.shape[-1]))
+            return rows
+        return rows.gather(2, positions[..., None].expand(-1, -1, -1, x.shape[-1]))
 
     def of(self, x: Tensor, heads: Tensor) -> Tensor:
         """The heads `[batch, some]` of `[batch, heads, tokens, dim]`."""
@@ -56,8 +56,8 @@ class Group:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add new rows, given for all heads."""
-        self.keys.append(self._own(keys))
-        self.values.append(self._own(values))
+        self.keys.append(self._rows_of(keys))
+        self.values.append(self._rows_of(values))
 
     def select(self, rows: Tensor) -> None:
         """Keep these batch rows' lists, in this order; the keys and values go their own way."""
@@ -164,9 +164,9 @@ class Evicting(Handler):
         raise NotImplementedError
 
     def sites(self, sites: list[Site]) -> list[Site]:
-        own = [s for s in sites if s.kind == "self"]
-        self._own = [s for s in own if s.part == own[-1].part] if own else []
-        if not own:
+        self_sites = [s for s in sites if s.kind == "self"]
+        self._own = [s for s in self_sites if s.part == self_sites[-1].part] if self_sites else []
+        if not self_sites:
             raise InputError(f"{self.name} needs self-attention, and this model has none")
         return self._own
 
@@ -194,8 +194,8 @@ class Evicting(Handler):
                 f"{self.name} shortens the key-value cache, and this forward pass has none: run a "
                 "causal language model with use_cache=True"
             )
-        found = layers(cache, self._own, self.name, lambda _: KeptLayer(self.name))
-        self._found = {n: x for n, x in found.items() if isinstance(x, KeptLayer)}
+        method_layers = layers(cache, self._own, self.name, lambda _: KeptLayer(self.name))
+        self._found = {n: x for n, x in method_layers.items() if isinstance(x, KeptLayer)}
 
     def before(self, call: Call) -> Call | Sequence[Call] | None:
         layer = self._found.get(call.site.layer)

@@ -38,9 +38,9 @@ class Picked(Mask):
         columns = self.picked_columns[:, j]
         cells = []
         for b in range(len(rows)):
-            own = self.inner._cells(rows[b], columns[b], self.size)
-            own = own.expand(-1, -1, rows.shape[1], columns.shape[1])
-            cells.append(own[b if len(own) > 1 else 0])
+            allowed = self.inner._cells(rows[b], columns[b], self.size)
+            allowed = allowed.expand(-1, -1, rows.shape[1], columns.shape[1])
+            cells.append(allowed[b if len(allowed) > 1 else 0])
         ok = self.row_ok[:, at, None] & self.column_ok[:, None, j]
         return torch.stack(cells) & ok[:, None]
 
@@ -88,10 +88,10 @@ def over(call: Call, chosen: Tensor) -> State:
 
 def put(whole: Tensor, part: Tensor, places: Tensor, ok: Tensor) -> Tensor:
     """`whole` `[batch, heads, queries, ...]` with `part` at the real ones of the places."""
-    found = whole.clone()
+    merged = whole.clone()
     for b in range(len(places)):
-        found[b, :, places[b][ok[b]]] = part[b, :, ok[b]].to(found.dtype)
-    return found
+        merged[b, :, places[b][ok[b]]] = part[b, :, ok[b]].to(merged.dtype)
+    return merged
 
 
 def _picked(

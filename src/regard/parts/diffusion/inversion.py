@@ -108,32 +108,32 @@ def schedule(pipe: Any, steps: int) -> Any:
     spacing = config.get("timestep_spacing", "leading")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # settings that other schedulers have and DDIM has not
-        made = DDIMScheduler.from_config(
+        ddim = DDIMScheduler.from_config(
             config,
             clip_sample=False,
             thresholding=False,
             timestep_spacing=spacing if spacing in ("leading", "trailing") else "leading",
         )
-    made.set_timesteps(steps, device=pipe.unet.device)
-    return made
+    ddim.set_timesteps(steps, device=pipe.unet.device)
+    return ddim
 
 
-def undo(ddim: Any, said: Tensor, time: Tensor, latents: Tensor) -> Tensor:
+def undo(ddim: Any, prediction: Tensor, time: Tensor, latents: Tensor) -> Tensor:
     """The latents from which a step with this prediction leads to `latents`.
 
     A DDIM step is linear in latents and prediction; its two factors are read off the scheduler.
     """
-    one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    own = float(ddim.step(none, time, one).prev_sample)
-    other = float(ddim.step(one, time, none).prev_sample)
-    return (latents - other * said) / own
+    ones, zeros = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    latents_factor = float(ddim.step(zeros, time, ones).prev_sample)
+    prediction_factor = float(ddim.step(ones, time, zeros).prev_sample)
+    return (latents - prediction_factor * prediction) / latents_factor
 
 
 def predict(pipe: Any, latents: Tensor, time: Tensor, embeds: Tensor) -> Tensor:
     """What the UNet says of latents `[rows, ...]` under text encodings `[rows, tokens, dim]`."""
-    said = pipe.unet(latents, time, encoder_hidden_states=embeds, return_dict=False)[0]
-    assert isinstance(said, Tensor)
-    return said
+    prediction = pipe.unet(latents, time, encoder_hidden_states=embeds, return_dict=False)[0]
+    assert isinstance(prediction, Tensor)
+    return prediction
 
 
 def invert(
@@ -169,15 +169,15 @@ def invert(
         raise InputError(f"latents are [1, channels, height, width], not {tuple(latents.shape)}")
     ddim = schedule(pipe, steps)
     latents = latents.to(pipe.unet.device)
-    found = [latents]
+    trajectory = [latents]
     with torch.no_grad():
         embeds = encode_text(pipe, prompt).to(latents.dtype)
         for time in ddim.timesteps.flip(0):
             latents = undo(ddim, predict(pipe, latents, time, embeds), time, latents)
-            found.append(latents)
+            trajectory.append(latents)
             if progress is not None:
                 progress()
-    return Inverted(found, ddim.timesteps, prompt, steps)
+    return Inverted(trajectory, ddim.timesteps, prompt, steps)
 
 
 def fingerprint(pipe: Any, *tensors: Tensor) -> str:
@@ -197,9 +197,9 @@ def good_enough(step: int) -> float:
     return 1e-5 + 2e-5 * step
 
 
-def guided(said: Tensor, without: Tensor, guidance: float) -> Tensor:
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance of two predictions."""
-    return without + guidance * (said - without)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def fit_null(
@@ -233,11 +233,11 @@ def fit_null(
     time = ddim.timesteps[step]
     rate = lr * (1 - step / (2 * len(ddim.timesteps)))
     with torch.no_grad():
-        said = predict(pipe, latents, time, embeds)
+        conditional = predict(pipe, latents, time, embeds)
 
     def reached(null: Tensor) -> Tensor:
-        said_both = guided(said, predict(pipe, latents, time, null), guidance)
-        out = ddim.step(said_both, time, latents).prev_sample
+        prediction = guided(conditional, predict(pipe, latents, time, null), guidance)
+        out = ddim.step(prediction, time, latents).prev_sample
         assert isinstance(out, Tensor)
         return out
 
@@ -297,7 +297,7 @@ def null_text(
     with torch.no_grad():
         empty = encode_text(pipe, "").to(latents.dtype)
         given = encode_text(pipe, inverted.prompt).to(latents.dtype) if embeds is None else embeds
-    null, found = empty, []
+    null, embeddings = empty, []
     for step in range(inverted.steps):
         null, latents, _ = fit_null(
             pipe,
@@ -312,10 +312,10 @@ def null_text(
             lr=lr,
             stop=stop,
         )
-        found.append(null)
+        embeddings.append(null)
         if progress is not None:
             progress()
-    return found
+    return embeddings
 
 
 @contextmanager
@@ -377,7 +377,7 @@ def replay(
             progress()
         return given
 
-    own, factor = pipe.scheduler, pipe.vae_scale_factor
+    scheduler, factor = pipe.scheduler, pipe.vae_scale_factor
     pipe.scheduler = schedule(pipe, steps)
     try:
         with torch.no_grad(), Session(pipe, handlers):
@@ -394,6 +394,6 @@ def replay(
                 callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
             ).images
     finally:
-        pipe.scheduler = own
+        pipe.scheduler = scheduler
     assert isinstance(out, Tensor)
     return out

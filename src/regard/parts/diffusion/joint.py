@@ -55,13 +55,13 @@ class JointMaps(WordMaps):
     _grid: Grid = field(default=(), init=False, repr=False)
 
     def sites(self, sites: list[Site]) -> list[Site]:
-        own = super().sites(sites)
-        if any(s.kind != "joint" for s in own):
+        joint_sites = super().sites(sites)
+        if any(s.kind != "joint" for s in joint_sites):
             raise ReachError(
                 "this model's text and image attend to each other in no call: WordMaps shows how "
                 "its image looks at the text, which is all there is"
             )
-        return own
+        return joint_sites
 
     def _clear(self) -> None:
         super()._clear()
@@ -82,8 +82,10 @@ class JointMaps(WordMaps):
             self._put("sees", looks[:, :, image].unflatten(2, place.grid))
             self._put("between", looks.gather(2, at) @ layout.weights)
             if self.patches:
-                wanted = torch.tensor([self._number(p, place.grid) for p in self.patches])
-                share = rows_of(call, state, wanted.to(call.q.device) + place.image.start, rows)
+                patch_queries = torch.tensor([self._number(p, place.grid) for p in self.patches])
+                share = rows_of(
+                    call, state, patch_queries.to(call.q.device) + place.image.start, rows
+                )
                 share = self._mean(call, share)
                 self._put("patches", share[:, :, image].unflatten(2, place.grid))
         self._count, self._grid = self._count + 1, place.grid

@@ -79,8 +79,8 @@ def denoise_once(
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:
-    made = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
-    return made.to(like)
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    return noise.to(like)
 
 
 def _encode(pipe: Any, texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -47,18 +47,18 @@ def align(source: Sequence[int], target: Sequence[int]) -> list[int | None]:
         for j in range(1, columns_ + 1):
             pair = best[i - 1][j - 1] + (1 if source[i - 1] == target[j - 1] else -1)
             best[i][j] = max(pair, best[i][j - 1], best[i - 1][j])
-    found: list[int | None] = [None] * columns_
+    matches: list[int | None] = [None] * columns_
     i, j = rows, columns_
     while i and j:
         same = source[i - 1] == target[j - 1]
         if same and best[i][j] == best[i - 1][j - 1] + 1:
             i, j = i - 1, j - 1
-            found[j] = i
+            matches[j] = i
         elif best[i][j] == best[i][j - 1]:
             j -= 1
         else:
             i -= 1
-    return found
+    return matches
 
 
 def word_span(prompt: str, words: str) -> tuple[int, int]:
@@ -103,13 +103,15 @@ def span_columns(tokenizer: Any, prompt: str, start: int, end: int) -> list[int]
     Raises:
         InputError: they are cut off.
     """
-    found = [n for n, (a, b) in enumerate(token_spans(tokenizer, prompt)) if a < end and b > start]
-    if not found or found[-1] >= tokenizer.model_max_length - 1:
+    columns = [
+        n for n, (a, b) in enumerate(token_spans(tokenizer, prompt)) if a < end and b > start
+    ]
+    if not columns or columns[-1] >= tokenizer.model_max_length - 1:
         raise InputError(
             f"{prompt[start:end]!r} lies behind the {tokenizer.model_max_length} tokens that the "
             "text encoder reads: shorten the prompt"
         )
-    return found
+    return columns
 
 
 def token_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -120,9 +122,9 @@ def token_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 def of_row(call: Call, row: int, value: Tensor) -> Call:
     """One row's queries and keys over other values `[1, heads, keys, dim]`."""
-    one = slice(row, row + 1)
-    bias = call.bias[one] if call.bias is not None and len(call.bias) > 1 else call.bias
-    return call.change(q=call.q[one], k=call.k[one], v=value, bias=bias, live=None)
+    rows = slice(row, row + 1)
+    bias = call.bias[rows] if call.bias is not None and len(call.bias) > 1 else call.bias
+    return call.change(q=call.q[rows], k=call.k[rows], v=value, bias=bias, live=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +139,9 @@ class Columns:
     take: Tensor
     keep: Tensor
 
-    def of(self, source: Tensor, own: Tensor) -> Tensor:
+    def of(self, source: Tensor, edit: Tensor) -> Tensor:
         """The edited maps of explicit ones, `[..., columns]`."""
-        return source @ self.take.to(source) + own * self.keep.to(own)
+        return source @ self.take.to(source) + edit * self.keep.to(edit)
 
     def over(self, call: Call, source: int, edit: int) -> Tensor:
         """The edited maps over the edit's values, `[1, heads, queries, dim]`: no map is made.
@@ -182,11 +184,11 @@ def swapped(tokenizer: Any, source: str, target: str) -> Columns:
     >>> bool((made.take == torch.eye(24)).all()), float(made.keep.sum())
     (True, 0.0)
     """
-    one, two = source.split(), target.split()
-    if len(one) != len(two):
+    source_words, target_words = source.split(), target.split()
+    if len(source_words) != len(target_words):
         raise InputError(
-            f"a word swap needs as many words on both sides, not {len(one)} and {len(two)}: "
-            "refine the prompt instead"
+            f"a word swap needs as many words on both sides, not {len(source_words)} and "
+            f"{len(target_words)}: refine the prompt instead"
         )
     length = tokenizer.model_max_length
     take, keep = torch.zeros(length, length), torch.zeros(length)
@@ -218,14 +220,14 @@ def refined(tokenizer: Any, source: str, target: str) -> Columns:
     [0.0, 0.0, 1.0, 0.0, 0.0]
     """
     length = tokenizer.model_max_length
-    one, two = token_ids(tokenizer, source), token_ids(tokenizer, target)
+    source_ids, target_ids = token_ids(tokenizer, source), token_ids(tokenizer, target)
     take, keep = torch.zeros(length, length), torch.zeros(length)
-    for m, n in enumerate(align(one, two)):
+    for m, n in enumerate(align(source_ids, target_ids)):
         if n is None:
             keep[m] = 1.0
         else:
             take[n, m] = 1.0
-    for m in range(len(two), length):
+    for m in range(len(target_ids), length):
         take[m, m] = 1.0
     return Columns(take, keep)
 
@@ -296,8 +298,8 @@ class PromptToPrompt(Handler):
 
     def before(self, call: Call) -> Call | None:
         place = denoising(call)
-        wanted = place.step < self.self_steps and call.q.shape[2] <= self.self_cells
-        if call.site.kind != "self" or not wanted:
+        replaced = place.step < self.self_steps and call.q.shape[2] <= self.self_cells
+        if call.site.kind != "self" or not replaced:
             return None
         source, edit = self._pair(call)
         q, k = call.q.clone(), call.k.clone()

@@ -3,9 +3,8 @@
 The attention of image tokens on the key columns of a word, averaged over heads, layers and steps.
 Columns are computed as `exp(score - lse)`, for the words' own keys alone, and added up as they
 come: what is kept is `[elements, words, height, width]` for each resolution, however many steps
-run.
-The idea is that of DAAM (Tang et al., 2022, arXiv 2210.04885) for UNets; for joint attention the
-text columns of the image queries take the place of cross-attention.
+run. The idea is that of DAAM (Tang et al., 2022, arXiv 2210.04885) for UNets; for joint attention
+the text columns of the image queries take the place of cross-attention.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ class WordMaps(Handler):
         if isinstance(self.words, str):
             raise InputError(f"words is a list: give [{self.words!r}]")
         if self.words is not None and self.tokens is not None:
-            raise InputError("words and tokens are two ways to say it: give one")
+            raise InputError("words and tokens are mutually exclusive")
         if self.combine not in ("mean", "sum"):
             raise InputError(f"combine is 'mean' or 'sum', not {self.combine!r}")
         if self.by not in (None, "step", "layer"):
@@ -114,21 +113,21 @@ class WordMaps(Handler):
             raise InputError(f"steps is (first, after the last), not {self.steps}")
 
     def sites(self, sites: list[Site]) -> list[Site]:
-        own = [s for s in sites if s.text]
-        if not own:
+        text_sites = [s for s in sites if s.text]
+        if not text_sites:
             raise ReachError(
                 "word maps need cross-attention or joint attention of an image to text, and this "
                 "model has none: use a diffusion pipeline"
             )
-        wrong = sorted(set(self.layers or []) - {s.layer for s in own})
+        wrong = sorted(set(self.layers or []) - {s.layer for s in text_sites})
         if wrong:
             raise InputError(
                 f"layer {wrong[0]} does not look at text: choose from "
-                f"{sorted({s.layer for s in own})}"
+                f"{sorted({s.layer for s in text_sites})}"
             )
         self._clear()
         self._run = -1
-        return [s for s in own if self.layers is None or s.layer in self.layers]
+        return [s for s in text_sites if self.layers is None or s.layer in self.layers]
 
     def _clear(self) -> None:
         self._sums, self._each, self._layout, self._of = {}, {}, None, None
@@ -144,7 +143,7 @@ class WordMaps(Handler):
                 f"{place.unknown}, so words have no columns: regard.watch measures its facts"
             )
         rows = place.conditional
-        if not len(rows) or place.grid is None or not self._wanted(place.step):
+        if not len(rows) or place.grid is None or not self._in_steps(place.step):
             return
         layout = self._columns(place, call)
         with torch.no_grad():
@@ -176,7 +175,7 @@ class WordMaps(Handler):
             )
         return share[:, list(self.heads or [])]
 
-    def _wanted(self, step: int) -> bool:
+    def _in_steps(self, step: int) -> bool:
         return self.steps is None or self.steps[0] <= step < self.steps[1]
 
     # -- words to columns -------------------------------------------------------------------------
@@ -203,19 +202,22 @@ class WordMaps(Handler):
         return self._placed[at]
 
     def _given(self, elements: int, room: int) -> _Layout:
-        tokens = {name: [int(c) for c in own] for name, own in (self.tokens or {}).items()}
-        wrong = [c for own in tokens.values() for c in own if not 0 <= c < room]
+        tokens = {
+            name: [int(c) for c in word_columns]
+            for name, word_columns in (self.tokens or {}).items()
+        }
+        wrong = [c for word_columns in tokens.values() for c in word_columns if not 0 <= c < room]
         if wrong:
             raise InputError(f"column {wrong[0]} is out of range: there are {room} text tokens")
         return self._lay([tokens] * elements)
 
     def _read(self, prompts: Prompts, elements: int) -> _Layout:
-        found: list[dict[str, list[int]]] = []
+        per_prompt: list[dict[str, list[int]]] = []
         missing: dict[str, int] = {}
         cut: dict[str, str] = {}
         several = len(set(prompts.texts or []))
         for element in range(elements):
-            own: dict[str, list[int]] = {}
+            word_columns: dict[str, list[int]] = {}
             reads = prompts.reads(element)
             places: list[tuple[str, Phrase, str]] = []
             for text in reads if self.words is None else []:
@@ -234,26 +236,28 @@ class WordMaps(Handler):
                 raise InputError(f"the prompt {reads[0]!r} holds no word to map: name some words")
             for name, phrase, text in places:
                 try:
-                    own[name] = prompts.columns(element, phrase.start, phrase.end, text)
+                    word_columns[name] = prompts.columns(element, phrase.start, phrase.end, text)
                 except InputError as problem:
                     cut[name] = str(problem)
-            found.append(own)
+            per_prompt.append(word_columns)
         for name, count in missing.items():
             if count == elements:
                 raise InputError(f"{name!r} is in none of the prompts: name a word of them")
-        if not any(found):
+        if not any(per_prompt):
             raise InputError(next(iter(cut.values())))
-        return self._lay(found, cut)
+        return self._lay(per_prompt, cut)
 
-    def _lay(self, found: list[dict[str, list[int]]], cut: dict[str, str] | None = None) -> _Layout:
-        names = list(dict.fromkeys(name for own in found for name in own))
-        width = max(sum(map(len, own.values())) for own in found)
-        keys = torch.zeros(len(found), width, dtype=torch.long)
-        weights = torch.zeros(len(found), width, len(names))
-        known = torch.zeros(len(found), len(names), dtype=torch.bool)
-        for row, own in enumerate(found):
+    def _lay(
+        self, per_prompt: list[dict[str, list[int]]], cut: dict[str, str] | None = None
+    ) -> _Layout:
+        names = list(dict.fromkeys(name for word_columns in per_prompt for name in word_columns))
+        width = max(sum(map(len, word_columns.values())) for word_columns in per_prompt)
+        keys = torch.zeros(len(per_prompt), width, dtype=torch.long)
+        weights = torch.zeros(len(per_prompt), width, len(names))
+        known = torch.zeros(len(per_prompt), len(names), dtype=torch.bool)
+        for row, word_columns in enumerate(per_prompt):
             at = 0
-            for name, cols in own.items():
+            for name, cols in word_columns.items():
                 word = names.index(name)
                 keys[row, at : at + len(cols)] = torch.tensor(cols)
                 weights[row, at : at + len(cols), word] = (

@@ -170,10 +170,10 @@ class CrossRows(Handler):
                 "speech model, such as whisper-tiny.en"
             )
         part = cross[0].part.removesuffix(" cross")
-        own = [s for s in sites if s.kind == "self" and s.part == part]
+        self_sites = [s for s in sites if s.kind == "self" and s.part == part]
         # The first self-attention of the decoder tells at which position a call begins.
-        self._self_site = own[0].index if own else None
-        return [*cross, *own[:1]]
+        self._self_site = self_sites[0].index if self_sites else None
+        return [*cross, *self_sites[:1]]
 
     def after(self, call: Call, state: State) -> None:
         if call.site.index == self._self_site:
@@ -221,10 +221,10 @@ class CrossRows(Handler):
             self.received[layer] += self._last[layer] + real[:, :-1].sum(1)
             self._last[layer] = real[:, -1].clone()
 
-    def _add(self, layer: int, found: Tensor) -> None:
+    def _add(self, layer: int, values: Tensor) -> None:
         """Keep some numbers of a few tokens; many small tensors would take more than they hold."""
         kept = self.scalars.setdefault(layer, [])
-        kept.append(found)
+        kept.append(values)
         if len(kept) == PIECES:
             kept[:] = [torch.cat(kept, 2)]
 
@@ -340,8 +340,8 @@ def cross_attention(
         live_rows = CrossRows(frames, heads, maps=maps, rows=rows) if live else None
         if live_rows is not None and frames is None and seconds is not None:
             live_rows.frames = _real_frames(model, inputs, seconds)
-        made, start, states = _transcribe(model, inputs, settings, live_rows)
-        tokens, prompt = made, list(start) if prompt is None else list(prompt)
+        heard, start, states = _transcribe(model, inputs, settings, live_rows)
+        tokens, prompt = heard, list(start) if prompt is None else list(prompt)
         collected = live_rows
     elif prompt is None:
         prompt = default_prompt(model, processor, language, task)
@@ -362,13 +362,13 @@ def cross_attention(
             )[0]
         if given:
             fit = _fit(model, hidden[0, len(prompt) - 1 : -1], tokens)
-    found = collected.result(len(tokens))
-    total = found.pop("all_frames")
+    facts = collected.result(len(tokens))
+    total = facts.pop("all_frames")
     step = None if seconds is None else seconds[1] / total
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = pieces(tokenizer, tokens) if tokenizer is not None else [f" {n}" for n in tokens]
-    real = found["received"].shape[2]
-    seen = CrossAttention(tokens, texts, list(prompt), real, total, step, **found)
+    real = facts["received"].shape[2]
+    seen = CrossAttention(tokens, texts, list(prompt), real, total, step, **facts)
     seen.fit = fit
     _time(seen)
     return seen
@@ -414,8 +414,10 @@ def prepare(model: Any, processor: Any, audio: Any) -> tuple[dict[str, Any], Any
             f"the clip lasts {len(samples) / rate:.1f} s, and the model hears "
             f"{longest / rate:.0f} s at once: cut it"
         )
-    made = extractor(samples, sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
-    inputs = {k: v.to(model.device) for k, v in made.items() if torch.is_tensor(v)}
+    features = extractor(
+        samples, sampling_rate=rate, return_tensors="pt", return_attention_mask=True
+    )
+    inputs = {k: v.to(model.device) for k, v in features.items() if torch.is_tensor(v)}
     name = model.main_input_name
     if inputs[name].is_floating_point():
         inputs[name] = inputs[name].to(model.dtype)
@@ -482,11 +484,11 @@ def _transcribe(
     session = Session(model, [rows] if rows is not None else [])
     with torch.no_grad(), _listening(model) as heard:
         if rows is None:
-            made = model.generate(**inputs, **settings)
+            generated = model.generate(**inputs, **settings)
         else:
             with session:
-                made = model.generate(**inputs, **settings)
-    ids = (made if torch.is_tensor(made) else made["sequences"])[0].tolist()
+                generated = model.generate(**inputs, **settings)
+    ids = (generated if torch.is_tensor(generated) else generated["sequences"])[0].tolist()
     prompt = heard["prompt"]
     if ids[: len(prompt)] == prompt:
         ids = ids[len(prompt) :]
@@ -538,7 +540,7 @@ def default_prompt(
     """
     settings = model.generation_config
     start = settings.decoder_start_token_id
-    made = [int(model.config.decoder_start_token_id if start is None else start)]
+    ids = [int(model.config.decoder_start_token_id if start is None else start)]
     if getattr(settings, "is_multilingual", False):
         known = settings.lang_to_id
         code = (language or "en").lower()
@@ -548,29 +550,29 @@ def default_prompt(
         if code not in known:
             raise InputError(f"the model knows no language {language!r}: write it as en, it or de")
         tasks = settings.task_to_id
-        wanted = task or "transcribe"
-        if wanted not in tasks:
+        chosen = task or "transcribe"
+        if chosen not in tasks:
             raise InputError(f"the task is transcribe or translate, not {task!r}")
-        made += [known[code], tasks[wanted]]
+        ids += [known[code], tasks[chosen]]
     last = getattr(settings, "no_timestamps_token_id", None)
-    return made if last is None else [*made, int(last)]
+    return ids if last is None else [*ids, int(last)]
 
 
 def _checked(model: Any, tokens: Sequence[int], prompt: Sequence[int]) -> list[int]:
     """The transcript as a list, after checking that the decoder can take it."""
-    made = [int(n) for n in tokens]
-    if not made:
+    ids = [int(n) for n in tokens]
+    if not ids:
         raise InputError("the transcript is empty: no words were heard, or none were given")
-    wrong = [n for n in made if not 0 <= n < model.config.vocab_size]
+    wrong = [n for n in ids if not 0 <= n < model.config.vocab_size]
     if wrong:
         raise InputError(f"the transcript does not fit: the model has no token {wrong[0]}")
     room = getattr(model.config, "max_target_positions", None)
-    if room is not None and len(prompt) + len(made) > room:
+    if room is not None and len(prompt) + len(ids) > room:
         raise InputError(
-            f"the transcript has {len(made)} tokens, and the decoder has room for "
+            f"the transcript has {len(ids)} tokens, and the decoder has room for "
             f"{room - len(prompt)}: cut the clip and the transcript"
         )
-    return made
+    return ids
 
 
 def _fit(model: Any, hidden: Tensor, tokens: Sequence[int]) -> float | None:
@@ -587,12 +589,12 @@ def _fit(model: Any, hidden: Tensor, tokens: Sequence[int]) -> float | None:
 def _time(seen: CrossAttention) -> None:
     """Set the words, with times where an encoder step has a length."""
     step, tokens = seen.seconds_per_frame, len(seen.tokens)
-    found = group(seen.pieces)
+    spans = group(seen.pieces)
     if step is None or seen.aligned.shape[0] == 0:
-        seen.words = [Word(text, a, b, float("nan"), float("nan")) for text, a, b in found]
+        seen.words = [Word(text, a, b, float("nan"), float("nan")) for text, a, b in spans]
         return
     first = (starts(seen.aligned) * step).tolist()
     if len(first) == tokens:  # no step predicted the end
         first.append(seen.frames * step)
     seen.token_starts = first[:tokens]
-    seen.words = [Word(text, a, b, first[a], first[b]) for text, a, b in found]
+    seen.words = [Word(text, a, b, first[a], first[b]) for text, a, b in spans]

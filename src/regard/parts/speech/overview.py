@@ -42,7 +42,7 @@ def overview(
     for layer, rows in seen.layers.items():
         maps[f"layer {layer}"] = seen.word_map(rows)
     words = _words(seen, theirs, truth)
-    made: dict[str, Any] = {
+    page: dict[str, Any] = {
         "kind": "speech",
         "meta": {**(meta or {}), "heads": seen.entropy.shape[1], "layers": len(seen.layers)},
         "transcript": seen.text,
@@ -65,8 +65,8 @@ def overview(
         "errors": _errors(words),
     }
     if spectrogram is not None:
-        made["spectrogram"] = _numbers(_coarse(_bins(spectrogram.float().cpu()), COLUMNS))
-    return made
+        page["spectrogram"] = _numbers(_coarse(_bins(spectrogram.float().cpu()), COLUMNS))
+    return page
 
 
 def _words(
@@ -80,9 +80,9 @@ def _words(
     around = (places - centre[:, None]).square()
     spread = ((rows * around).sum(-1) / held).sqrt()
     known = _known(seen, truth)
-    made = []
+    entries = []
     for i, word in enumerate(seen.words):
-        own: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "text": word.text,
             "first": word.first,
             "last": word.last,
@@ -94,11 +94,11 @@ def _words(
             "dropped": float(seen.dropped[:, :, word.first : word.last].mean()),
         }
         if theirs is not None and word.first < len(theirs):
-            own["theirs"] = float(theirs[word.first])
+            entry["theirs"] = float(theirs[word.first])
         if known is not None:
-            own["true_start"], own["true_end"] = map(float, known[i])
-        made.append(own)
-    return made
+            entry["true_start"], entry["true_end"] = map(float, known[i])
+        entries.append(entry)
+    return entries
 
 
 def _known(seen: CrossAttention, truth: dict[str, Any] | None) -> Any:
@@ -112,10 +112,10 @@ def _errors(words: list[dict[str, Any]]) -> dict[str, float]:
     known = [w for w in words if w.get("true_start") is not None and w["start"] is not None]
     if not known:
         return {}
-    made = {"start": sum(abs(w["start"] - w["true_start"]) for w in known) / len(known)}
+    errors = {"start": sum(abs(w["start"] - w["true_start"]) for w in known) / len(known)}
     if all("theirs" in w for w in known):
-        made["theirs"] = sum(abs(w["theirs"] - w["true_start"]) for w in known) / len(known)
-    return made
+        errors["theirs"] = sum(abs(w["theirs"] - w["true_start"]) for w in known) / len(known)
+    return errors
 
 
 def _head_maps(seen: CrossAttention) -> list[dict[str, Any]]:
@@ -125,11 +125,11 @@ def _head_maps(seen: CrossAttention) -> list[dict[str, Any]]:
     order = seen.monotone.flatten().argsort(descending=True).tolist()
     heads = seen.monotone.shape[1]
     named = set(seen.alignment_heads)
-    made = []
+    maps = []
     for flat in order[:HEADS]:
         row, head = divmod(flat, heads)
         layer = list(seen.layers)[row]
-        made.append(
+        maps.append(
             {
                 "layer": layer,
                 "head": head,
@@ -138,7 +138,7 @@ def _head_maps(seen: CrossAttention) -> list[dict[str, Any]]:
                 "cells": _numbers(_coarse(seen.word_map(seen.maps[layer][head]), SMALL)),
             }
         )
-    return made
+    return maps
 
 
 def _coarse(rows: Tensor, columns: int) -> Tensor:

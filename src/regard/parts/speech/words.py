@@ -40,20 +40,20 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     A piece that begins a word begins with a space (except the first), whatever the tokenizer's own
     mark is.
     """
-    made: list[str] = []
+    texts: list[str] = []
     waiting: list[int] = []
     for token in tokens:
         waiting.append(int(token))
         text = tokenizer.decode(waiting, skip_special_tokens=False)
         if "\N{REPLACEMENT CHARACTER}" in text and len(waiting) < 4:
-            made.append("")  # the first bytes of a character
+            texts.append("")  # the first bytes of a character
             continue
         name = tokenizer.convert_ids_to_tokens(waiting[0])
         if isinstance(name, str) and name.startswith("▁") and not text.startswith(" "):
             text = " " + text  # SentencePiece drops the space at the beginning of what it decodes
-        made.append(text)
+        texts.append(text)
         waiting = []
-    return made
+    return texts
 
 
 def group(texts: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -117,8 +117,8 @@ def warp(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         i, j = path[-1]
         step = came[i, j]
         path.append((i - (step != 2), j - (step != 1)))
-    found: np.ndarray = np.array(path[::-1]) - 1
-    return found[:, 0], found[:, 1]
+    steps: np.ndarray = np.array(path[::-1]) - 1
+    return steps[:, 0], steps[:, 1]
 
 
 def median(rows: Tensor, width: int = FILTER) -> Tensor:
@@ -176,7 +176,7 @@ def spearman(values: Tensor) -> Tensor:
     )
 
 
-def word_errors(said: str, heard: str) -> tuple[int, int]:
+def word_errors(reference: str, heard: str) -> tuple[int, int]:
     """Return the word edits from `said` to `heard` and the words of `said`; their ratio is the
     word error rate. Case and punctuation do not count.
 
@@ -188,7 +188,7 @@ def word_errors(said: str, heard: str) -> tuple[int, int]:
         kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower())
         return kept.split()
 
-    want, got = plain(said), plain(heard)
+    want, got = plain(reference), plain(heard)
     row = list(range(len(got) + 1))
     for i, word in enumerate(want, 1):
         last, row[0] = row[0], i

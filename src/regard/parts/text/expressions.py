@@ -68,7 +68,7 @@ def words(text: str, stop_words: frozenset[str] = STOP_WORDS) -> list[Word]:
     ]
 
 
-def head(text: str, own: Sequence[Word], parser: str | Parser) -> list[Word]:
+def head(text: str, candidates: Sequence[Word], parser: str | Parser) -> list[Word]:
     """The content words of the noun phrase at the head of an expression, without place words.
 
     The first noun phrase of the parser if the expression begins with it, else the words up to the
@@ -78,17 +78,17 @@ def head(text: str, own: Sequence[Word], parser: str | Parser) -> list[Word]:
     >>> [w.text for w in head(text, words(text), "rules")]
     ['woman']
     """
-    found: list[Phrase] = noun_phrases(text, parser)
+    phrases: list[Phrase] = noun_phrases(text, parser)
     first = len(text) - len(text.lstrip())
-    end = next((p.end for p in found if p.start == first), len(text))
+    end = next((p.end for p in phrases if p.start == first), len(text))
     kept: list[Word] = []
-    for word in own:
+    for word in candidates:
         name = word.text.lower()
         if word.start >= end or (kept and (name in PLACES or name in _ENDS)):
             break
         if word.content and name not in PLACES:
             kept.append(word)
-    return kept or [w for w in own if w.content]
+    return kept or [w for w in candidates if w.content]
 
 
 def places(text: str) -> list[str]:
@@ -97,7 +97,7 @@ def places(text: str) -> list[str]:
     >>> places("the blue square on the left"), places("the man who left the room")
     (['left'], [])
     """
-    found: dict[str, str] = {}
+    by_axis: dict[str, str] = {}
     for m in re.finditer(r"\w+", text):
         name = m.group().lower()
         if name not in PLACES:
@@ -107,8 +107,8 @@ def places(text: str) -> list[str]:
         if not verb:
             toward = PLACES[name]
             axis = "middle" if toward is None else "across" if toward[0] else "along"
-            found.setdefault(axis, name)
-    return list(found.values())
+            by_axis.setdefault(axis, name)
+    return list(by_axis.values())
 
 
 def ramp(name: str, height: int, width: int) -> Tensor:

@@ -61,13 +61,13 @@ def noun_phrases(text: str, parser: str | Parser = "spacy", least: int = 2) -> l
         spans = _rule(text)
     else:
         raise InputError(f"there is no parser {parser!r}.{nearest(parser, PARSERS)}")
-    found = []
+    phrases = []
     for start, end in dict.fromkeys(sorted(spans, key=lambda s: (s[0], -s[1]))):
         if not 0 <= start < end <= len(text):
             raise InputError(f"the parser gave characters {start} to {end} of {len(text)}")
         if len(text[start:end].split()) >= least:
-            found.append(Phrase(text[start:end], start, end))
-    return found
+            phrases.append(Phrase(text[start:end], start, end))
+    return phrases
 
 
 def default_parser() -> tuple[str, str]:
@@ -88,22 +88,22 @@ def locate(phrases: Sequence[str], text: str) -> list[Phrase]:
     Raises:
         InputError: a phrase does not stand in the text as whole words.
     """
-    found, after = [], dict[str, int]()
+    located, after = [], dict[str, int]()
     for phrase in phrases:
-        wanted = " ".join(phrase.split()).lower()
-        if not wanted:
+        needle = " ".join(phrase.split()).lower()
+        if not needle:
             raise InputError("a phrase is empty: give words of the prompt")
-        pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, wanted.split())) + r"(?!\w)"
-        hit = re.compile(pattern, re.IGNORECASE).search(text, after.get(wanted, 0))
+        pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, needle.split())) + r"(?!\w)"
+        hit = re.compile(pattern, re.IGNORECASE).search(text, after.get(needle, 0))
         if hit is None:
-            more = "a second time " if wanted in after else ""
+            more = "a second time " if needle in after else ""
             raise InputError(
                 f"phrase {phrase!r} is not found {more}in prompt {text!r}: give words as they "
                 "stand there"
             )
-        after[wanted] = hit.end()
-        found.append(Phrase(text[hit.start() : hit.end()], hit.start(), hit.end()))
-    return found
+        after[needle] = hit.end()
+        located.append(Phrase(text[hit.start() : hit.end()], hit.start(), hit.end()))
+    return located
 
 
 @lru_cache(maxsize=1)
