@@ -49,6 +49,7 @@ INTRODUCTION = (
     "the reason. *Cannot be built*: the rules that shrink configurations, or those that try "
     "inputs, found nothing that runs: nothing is said of these classes.",
 )
+SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
 FACTS = ("received", "entropy")
 
 MAPPINGS = {
@@ -128,7 +129,7 @@ def ready(given: Class) -> tuple[Any, Inputs]:
 
     cls = getattr(transformers, given.name)
     own = cls.config_class or CONFIG_MAPPING[given.type]
-    ways = [(rotary, spread) for rotary in (False, True) for spread in (True, False)]
+    ways = [(rotary, spread) for rotary in (None, [2, 3, 3], [1, 1, 2]) for spread in (True, False)]
     problem: Exception | None = None
     for rotary, spread in ways:
         try:
@@ -230,7 +231,7 @@ def _generation(model: Any, inputs: Inputs) -> str:
         torch.manual_seed(0)
         copies = {n: x.clone() for n, x in given.items()}
         with torch.no_grad():
-            return model.generate(**copies, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+            return model.generate(**copies, **SETTINGS)
 
     try:
         plain = write()

@@ -88,6 +88,7 @@ class _Softmaxes(TorchFunctionMode):
             v = given["value"]
             unit = torch.eye(v.shape[-2], dtype=v.dtype).expand(*v.shape[:-1], -1)
             self.maps[self.stack[-1]].append(func(**{**given, "value": unit}))
-        elif out.dim() >= 3:
+        # over another axis it is no map, but a kernel or a gate
+        elif out.dim() >= 3 and bool(torch.allclose(out.sum(-1), torch.ones(()))):
             self.maps[self.stack[-1]].append(out.detach())
         return out

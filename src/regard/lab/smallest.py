@@ -71,14 +71,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 
-def small(config: Any, rotary: bool = False) -> Any:
+def small(config: Any, rotary: list[int] | None = None) -> Any:
     """A configuration of the same class, as small as the rules make it.
 
     Args:
-        rotary: with rotary positions in time, height and width.
+        rotary: how many rotary frequencies go to time, height and width.
     """
     given = {name: vars(config).get(name, value) for name, value in config.to_dict().items()}
     layers = next((given[n] for n in given if re.fullmatch(r"(num_hidden|n|num)_layers?", n)), None)
@@ -109,6 +108,8 @@ def small(config: Any, rotary: bool = False) -> Any:
             most = next((size for pattern, size in SIZES if re.search(pattern, name)), value)
             if nested:  # widths of stages hang together
                 most = {SIDE: 4 * SIDE, 8: 4}.get(most, value) if "patch" not in name else value
+            if name == "window_size" and "spatial_merge_size" in given:  # in pixels
+                most = SIDE
             if name == "head_dim" and value == given.get("qk_rope_head_dim"):
                 most = 8
             if re.search(r"(key_value|kv)_heads", name) and value == given.get(
@@ -120,7 +121,8 @@ def small(config: Any, rotary: bool = False) -> Any:
             fields[name] = min(value, most)
     fields |= TOGETHER.get(type(config).model_type, {})
     if rotary and "rope_parameters" in given:
-        fields["rope_parameters"] = MROPE
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": rotary}
+        fields["rope_parameters"] = rope
     for _ in range(6):
         try:
             return type(config)(**fields)
@@ -170,6 +172,8 @@ def candidates(model: Any, kind: str) -> Iterator[Inputs]:
         yield from ({**x, **answer} for x in sent)
         return
     words = {"input_ids": ids["input_ids"]}
+    if "qformer_input_ids" in takes:
+        words["qformer_input_ids"] = _ids(5)
     codes = _number(model.config, 1, "num_codebooks")
     if codes > 1 and not answer:  # a row for every codebook
         yield {"input_ids": _ids(TOKENS).repeat(codes, 1)}
