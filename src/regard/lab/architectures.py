@@ -43,11 +43,13 @@ INTRODUCTION = (
     "The smallest random model of every class in the causal, masked, seq2seq, image-text, vision, "
     "audio and video mappings of transformers, put to the test by "
     "`regard check --all-architectures`.",
-    "*Right*: the facts equal those of eager attention with the same weights (float32, 1e-4), the "
-    "outputs while watched equal the plain ones, `generate` writes the same tokens, and an image "
-    "or a sound that the class takes was sent and changed its output. *Refused*: one error names "
-    "the reason. *Cannot be built*: the rules that shrink configurations, or those that try "
-    "inputs, found nothing that runs: nothing is said of these classes.",
+    "*Right*: the facts of every module that ran equal those of eager attention with the same "
+    "weights (float32, 1e-4), the outputs while watched equal the plain ones, and `generate`, where "
+    "it runs plainly, writes the same tokens. A picture or a sound was sent to the classes whose "
+    "line in the JSON names it, and changed their output; the others read tokens alone. "
+    "*Refused*: one error names the reason. *Cannot be built*: the rules that shrink "
+    "configurations, or those that try inputs, found nothing that runs: nothing is said of these "
+    "classes.",
 )
 SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 1}
 FACTS = ("received", "entropy")
