@@ -44,9 +44,9 @@ INTRODUCTION = (
     "audio and video mappings of transformers, put to the test by "
     "`regard check --all-architectures`.",
     "*Right*: the facts of every module that ran equal those of eager attention with the same "
-    "weights (float32, 1e-4), the outputs while watched equal the plain ones, and `generate`, where "
-    "it runs plainly, writes the same tokens. A picture or a sound was sent to the classes whose "
-    "line in the JSON names it, and changed their output; the others read tokens alone. "
+    "weights (float32, 1e-4), the outputs while watched equal the plain ones, and `generate`, "
+    "where it runs plainly, writes the same tokens. A picture or a sound was sent to the classes "
+    "whose line in the JSON names it, and changed their output; the others read tokens alone. "
     "*Refused*: one error names the reason. *Cannot be built*: the rules that shrink "
     "configurations, or those that try inputs, found nothing that runs: nothing is said of these "
     "classes.",
