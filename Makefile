@@ -80,6 +80,7 @@ docs: env ## regenerate the pages that are made from code and results
 	@$(BIN)/python -m regard.lab.bench.kernels_page
 	@$(BIN)/python -m regard.lab.bench.parallel docs/bench-parallel.md benchmarks/results/parallel-*.json
 	@$(BIN)/python -m regard.lab.bench.pages
+	@$(BIN)/python -m regard.lab.architectures
 	@$(BIN)/python -m regard.lab.trials.page docs/trials.md benchmarks/results/quality-*.json
 
 clean: ## remove the environment and everything built

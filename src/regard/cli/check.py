@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from regard.cli.common import check_output, count, load, working, write_json
+from regard.errors import InputError
 from regard.zoo.options import Loading, placed
 
 COLORS = {"ok": "green", "failed": "bold red", "n/a": "dim"}
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="A name of `regard models`, a folder or a hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A name of `regard models`, a folder or a hub id.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Length of the random input.")] = "24",
     json: Annotated[
         Path | None, typer.Option(help="Write the findings as JSON here; - for stdout.")
+    ] = None,
+    all_architectures: Annotated[
+        bool,
+        typer.Option(
+            "--all-architectures",
+            help="Check the smallest random model of every class of transformers.",
+        ),
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Classes whose kind or name this regular expression finds.")
     ] = None,
     *,
     loading: Loading,
@@ -32,11 +45,20 @@ def check(
     [bold]Example[/]
 
       regard check smollm2-135m
+      regard check --all-architectures --only "^vision" --json vision.json
     """
+    check_output(json)
+    if all_architectures:
+        if model is not None:
+            raise InputError("--all-architectures builds its own models: leave MODEL out")
+        _architectures(only, json)
+    if model is None:
+        raise InputError("name a model to check, or add --all-architectures")
+    if only is not None:
+        raise InputError("--only chooses among classes: add --all-architectures")
     from regard.lab.check import check as run
 
     length = count(tokens)
-    check_output(json)
     loaded, _ = load(model, loading)
     with working("checking"):
         report = run(loaded, tokens=length)
@@ -54,3 +76,18 @@ def check(
             )
         )
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _architectures(only: str | None, json: Path | None) -> NoReturn:
+    from regard.lab import architectures
+    from regard.progress import bar
+
+    chosen = architectures.classes(only)
+    with bar(len(chosen), "classes") as step:
+        outcomes = list(architectures.sweep(chosen, step))
+    write_json(architectures.result(outcomes), json)
+    if json is None or str(json) != "-":
+        from regard.report.document import show
+
+        show(architectures.table(outcomes))
+    raise typer.Exit(int(any(o.result == architectures.WRONG for o in outcomes)))
