@@ -23,6 +23,9 @@ VERBS: dict[str, str] = {
 }
 """The verbs, and what a person gets from each."""
 
+DIGITS = 18  # of a whole number as typed: what 64 bits hold
+MOST = 1_000_000  # numbers of a list as typed
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -133,8 +136,8 @@ def whole_or_all(text: str | int) -> int | None:
     word = str(text).strip().lower()
     if word in ("0", "all", "none"):
         return None
-    if not word.isdecimal():
-        raise InputError(f"{text!r} is neither a whole number nor 0 for all")
+    if not word.isdecimal() or len(word) > DIGITS:
+        raise InputError(f"{str(text)[:40]!r} is neither a whole number nor 0 for all")
     return int(word)
 
 
@@ -150,8 +153,11 @@ def whole_numbers(text: Any) -> tuple[int, ...]:
     for piece in text.replace("/", ",").split(","):
         first, dash, last = piece.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise InputError(f"{text!r} is no list of whole numbers such as 0,3,5-7")
+        right = first.isdecimal() and last.isdecimal() and len(first + last) <= 2 * DIGITS
+        if not right or int(first) > int(last):
+            raise InputError(f"{text[:40]!r} is no list of whole numbers such as 0,3,5-7")
+        if len(numbers) + int(last) - int(first) >= MOST:
+            raise InputError(f"{text[:40]!r} is more than {MOST:,} numbers: give fewer")
         numbers += range(int(first), int(last) + 1)
     return tuple(numbers)
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_file, check_output, count, write_json
+from regard.cli.common import check_output, count, write_json
+from regard.cli.pages import check_places
 from regard.errors import InputError
 from regard.files import write_text
 
@@ -67,8 +68,7 @@ def parallel(
         from regard.lab.bench import parallel as bench
         from regard.lab.bench import parallel_page
 
-        for path in (out, html):
-            check_file(path)
+        check_places(None, out, html)
         names = [n.strip() for n in schemes.split(",") if n.strip()]
         pair = pair_of(heads)
         rows = count(tokens_per_rank)
