@@ -60,7 +60,11 @@ def build(
     noun_phrases("a", recipe.parser)
     check_places(json, html)
     check_folder(out)
-    given = read_prompts(_lines(prompts))
+    lines = _lines(prompts)
+    try:
+        given = read_prompts(lines)
+    except InputError as problem:
+        raise InputError(f"{prompts}: {problem}") from None
     folder = diffusion.make_folder(out)
     _announce(given, recipe)
     lines = []
