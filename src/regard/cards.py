@@ -23,6 +23,10 @@ VERBS: dict[str, str] = {
 }
 """The verbs, and what a person gets from each."""
 
+DIGITS = 18  # of a whole number as typed: what 64 bits hold
+HUGE = 2.0**63  # numbers stay below
+MOST = 1_000_000  # numbers of a list as typed
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -133,8 +137,8 @@ def whole_or_all(text: str | int) -> int | None:
     word = str(text).strip().lower()
     if word in ("0", "all", "none"):
         return None
-    if not word.isdecimal():
-        raise InputError(f"{text!r} is neither a whole number nor 0 for all")
+    if not word.isdecimal() or len(word) > DIGITS:
+        raise InputError(f"{str(text)[:40]!r} is neither a whole number nor 0 for all")
     return int(word)
 
 
@@ -150,8 +154,11 @@ def whole_numbers(text: Any) -> tuple[int, ...]:
     for piece in text.replace("/", ",").split(","):
         first, dash, last = piece.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise InputError(f"{text!r} is no list of whole numbers such as 0,3,5-7")
+        right = first.isdecimal() and last.isdecimal() and len(first + last) <= 2 * DIGITS
+        if not right or int(first) > int(last):
+            raise InputError(f"{text[:40]!r} is no list of whole numbers such as 0,3,5-7")
+        if len(numbers) + int(last) - int(first) >= MOST:
+            raise InputError(f"{text[:40]!r} is more than {MOST:,} numbers: give fewer")
         numbers += range(int(first), int(last) + 1)
     return tuple(numbers)
 
@@ -192,7 +199,7 @@ def check(name: str, value: Any, one: Any) -> None:
     if among is not None:
         if value not in among and not (rule.get("function") and callable(value)):
             hint = nearest(value, among) if isinstance(value, str) and len(among) > 1 else ""
-            raise InputError(f"{name} is one of {', '.join(among)}, not {value!r}.{hint}")
+            raise InputError(f"{name} is one of {', '.join(among)}, not {_shown(value)}.{hint}")
         return
     bounds = {n: rule.get(n) for n in ("above", "least", "below", "to")}
     numeric = any(b is not None for b in bounds.values()) or isinstance(default, (int, float))
@@ -201,13 +208,22 @@ def check(name: str, value: Any, one: Any) -> None:
     whole = rule.get("whole")
     whole = isinstance(default, int) if whole is None else whole
     right = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    right = right and math.isfinite(value)
+    right = right and -HUGE < value < HUGE  # NaN is not
     right = right and (bounds["above"] is None or value > bounds["above"])
     right = right and (bounds["least"] is None or value >= bounds["least"])
     right = right and (bounds["below"] is None or value < bounds["below"])
     right = right and (bounds["to"] is None or value <= bounds["to"])
     if not right or (rule.get("odd") and value % 2 == 0):
-        raise InputError(f"{name} is {allowed(one)}, not {value!r}: {rule['help']}")
+        raise InputError(f"{name} is {allowed(one)}, not {_shown(value)}: {rule['help']}")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: no more of it than a person reads."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def allowed(one: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from regard.errors import InputError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: beside its place first, then renamed."""
@@ -41,3 +43,15 @@ def real(path: Path) -> Path:
 def straight(path: Path) -> bool:
     """Whether something other than a file or a folder lies there: a device, a pipe."""
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_folder(path: Path) -> Path:
+    """Refuse an output folder that can be neither made nor written; nothing is made yet."""
+    path = path.expanduser()
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        what = "is a file" if there == path else f"cannot be made: {there} is a file"
+        raise InputError(f"{path} {what}: name a folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{path}: no permission to write there: choose another folder")
+    return path

@@ -57,9 +57,8 @@ def _code(error: Exception) -> int:
 def _line(error: BaseException, code: int) -> str:
     """The error in one line, with the file an OSError is about."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return plain(f"{error.filename}: {error.strerror}")
-    text = plain(" ".join(str(error).split())) or type(error).__name__
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        return f"{_short(plain(str(error.filename)))}: {error.strerror}"
+    text = _short(plain(" ".join(str(error).split()))) or type(error).__name__
     if code != OWN_FAULT:
         return text
     from regard import __version__
@@ -68,6 +67,10 @@ def _line(error: BaseException, code: int) -> str:
         f"{type(error).__name__}: {text}. This is a fault of regard {__version__}, not of the "
         "input: run the command again with REGARD_DEBUG=1 and report what it prints"
     )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def plain(text: str) -> str:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import bench_costs, parallel
-from regard.cli.common import check_file, check_output, count, write_json
+from regard.cli.common import check_file, count, write_json
 from regard.cli.derive import Commands
+from regard.cli.pages import check_places
 from regard.cli.parallel import pair_of
 from regard.errors import InputError
 from regard.zoo.options import Loading
@@ -123,8 +124,7 @@ def bench_kernels(
     sizes = [count(n) for n in lengths.split(",") if n.strip()]
     if not sizes:
         raise InputError("--lengths is empty: write, for example, 1k,4k")
-    for path in (out, html):
-        check_file(path)
+    check_places(None, out, html)
     from regard.lab.bench import kernels as bench
     from regard.lab.bench import kernels_page
     from regard.lab.bench.registry import load
@@ -174,8 +174,7 @@ def facts(
 
     from regard.lab.bench import facts as bench
 
-    for path in (out, page):
-        check_file(path)
+    check_places(None, out, page)
     result = bench.run(
         [count(n) for n in lengths.split(",") if n.strip()],
         heads=pair_of(heads),
@@ -244,8 +243,7 @@ def show(
     """
     from rich.console import Console
 
-    check_file(html)
-    check_output(json)
+    check_places(json, html)
     from regard.lab.bench import patterns_page
 
     made = patterns_page.cases(masks, size, seed)

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_file, count
+from regard.cli.common import count
+from regard.cli.pages import check_places
 from regard.zoo.options import Loading
 
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
@@ -67,8 +68,7 @@ def measure(
     bench: Any, out: Path | None, page: Path | None, model: str, loading: Loading, **settings: Any
 ) -> None:
     """Run a bench of one model, and say what became of its targets."""
-    for path in (out, page):
-        check_file(path)
+    check_places(None, out, page)
     finish(bench, bench.run(model, loading=loading, out=out, **settings), out, page)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from regard.cards import DIGITS, whole_numbers
 from regard.errors import InputError, nearest
 from regard.files import real, straight, write_text
 from regard.zoo.options import Loading
@@ -112,16 +113,10 @@ def load(name: str | None, loading: Loading | None = None) -> tuple[Any, Any]:
 
 def numbers(given: str | None, what: str) -> list[int] | None:
     """ "0,3,5-7" as a list of ints."""
-    if given is None:
-        return None
-    found: list[int] = []
-    for piece in given.split(","):
-        first, dash, last = piece.strip().partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise InputError(f"--{what} takes numbers such as 0,3,5-7, not {given!r}")
-        found += range(int(first), int(last) + 1)
-    return found
+    try:
+        return None if given is None else list(whole_numbers(given))
+    except InputError as problem:
+        raise InputError(f"--{what} takes numbers such as 0,3,5-7: {problem}") from None
 
 
 def count(given: str) -> int:
@@ -129,6 +124,6 @@ def count(given: str) -> int:
     text = given.strip().lower()
     factor = {"k": 1024, "m": 1024 * 1024}.get(text[-1:], 1)
     digits = text[:-1] if factor > 1 else text
-    if not digits.isdecimal() or int(digits) < 1:
-        raise InputError(f"{given!r} is not a length: write 4096 or 4k")
+    if not digits.isdecimal() or len(digits) > DIGITS or int(digits) < 1:
+        raise InputError(f"{given[:40]!r} is not a length: write 4096 or 4k")
     return int(digits) * factor

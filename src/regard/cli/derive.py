@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import os
 from collections.abc import Callable
 from copy import copy
 from dataclasses import MISSING, Field, fields
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from regard.cards import Checked, bounds_of
 from regard.errors import InputError
@@ -99,13 +102,46 @@ class Commands(typer.Typer):
         self.callback()(_nothing)
 
     def command(self, name: str | None = None, **more: Any) -> Callable[..., Any]:
-        register = super().command(name, **more)
+        register = super().command(name, cls=Command, **more)
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             register(flat(function) if not hasattr(function, "__signature__") else function)
             return function
 
         return add
+
+
+class Command(TyperCommand):
+    """A command that refuses, before any work, what no option of any command can mean."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for one in self.params:
+            given = ctx.params.get(str(one.name))
+            for value in given if isinstance(given, (list, tuple)) else [given]:
+                if problem := _unusable(value):
+                    word = one.opts[-1] if one.param_type_name == "option" else str(one.name)
+                    raise InputError(f"{word} {problem}")
+        return super().invoke(ctx)
+
+
+def _unusable(value: Any) -> str:
+    """Why nobody can use a value, "" where somebody may.
+
+    >>> _unusable(float("nan")), _unusable("words")
+    ('is a finite number, not nan', '')
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is a finite number, not {value}"
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"is a number of at most 63 bits, not one of {value.bit_length()}"
+    if isinstance(value, (str, Path)) and "\0" in str(value):
+        return f"holds a zero byte: {str(value)[:40]!r}"
+    if isinstance(value, str) and not value.isascii() and not os.path.exists(value):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"is not UTF-8: {value[:40]!r}"
+    return ""
 
 
 def _nothing() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from regard.cards import DIGITS
 from regard.cli.common import err, numbers, working, write_json
 from regard.errors import InputError
+from regard.files import check_folder
 from regard.zoo.options import Loading, placed
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -64,10 +65,12 @@ def seeds(given: str) -> list[int]:
     ([0, 1, 2], [0, 3, 5, 6, 7])
     """
     text = given.strip()
-    if text.isdecimal():
-        if int(text) < 1:
-            raise InputError("--seeds needs at least one seed: give 8, or 0,3,5-7")
-        return list(range(int(text)))
+    if text.isdecimal() and not text.strip("0"):
+        raise InputError("--seeds needs at least one seed: give 8, or 0,3,5-7")
+    if text.isdecimal() and len(text) <= DIGITS:
+        text = f"0-{int(text) - 1}"
+    elif text.isdecimal():
+        raise InputError(f"--seeds {text[:40]!r} is no number of seeds: give 8, or 0,3,5-7")
     chosen = numbers(text, "seeds") or []
     if not chosen or len(set(chosen)) < len(chosen):
         raise InputError(
@@ -89,15 +92,11 @@ def make_folder(path: Path) -> Path:
     Raises:
         InputError: a file stands there, or the folder cannot be written.
     """
-    path = path.expanduser()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file: name a folder for the images")
+    path = check_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise InputError(f"{path} cannot be made: {problem.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"{path}: no permission to write there: choose another folder")
     return path
 
 

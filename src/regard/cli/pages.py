@@ -18,14 +18,14 @@ def command() -> str:
     return shlex.join(["regard", *sys.argv[1:]])
 
 
-def check_outputs(html: Path | None, json: Path | None) -> None:
+def check_outputs(html: Path | None, json: Path | None, *files: Path | None) -> None:
     """Refuse, before any work is done, what could not be written or drawn in the end.
 
     Raises:
-        InputError: a place that cannot be written to, or one place for both.
+        InputError: a place that cannot be written to, or one place for two.
         ImportError: a page without plotly; names the extra.
     """
-    check_places(json, html)
+    check_places(json, html, *files)
     if html is not None:
         from regard.report.figures import plotly
 

@@ -13,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import check_file, check_output, count, write_json
+from regard.cards import DIGITS
+from regard.cli.common import check_output, count, write_json
+from regard.cli.pages import check_places
 from regard.errors import InputError
 from regard.files import write_text
 
@@ -67,8 +69,7 @@ def parallel(
         from regard.lab.bench import parallel as bench
         from regard.lab.bench import parallel_page
 
-        for path in (out, html):
-            check_file(path)
+        check_places(None, out, html)
         names = [n.strip() for n in schemes.split(",") if n.strip()]
         pair = pair_of(heads)
         rows = count(tokens_per_rank)
@@ -187,9 +188,14 @@ def see_shared(model: Any, ids: Any, facts: Any, wanted: tuple[Any, Any], ranks:
 def pair_of(heads: str) -> tuple[int, int]:
     """ "64:8" or "64" as query and key heads."""
     parts = heads.split(":")
-    if len(parts) > 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
-        raise InputError(f"--heads takes query and key heads such as 64:8, not {heads!r}")
+    if len(parts) > 2 or not all(_count(p) for p in parts):
+        raise InputError(f"--heads takes query and key heads such as 64:8, not {heads[:40]!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def _count(text: str) -> int:
+    digits = text.strip()
+    return int(digits) if digits.isdecimal() and len(digits) <= DIGITS else 0
 
 
 def first_rank() -> bool:

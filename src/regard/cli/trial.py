@@ -53,8 +53,8 @@ def perplexity(
     with_: With = "",
     text: Annotated[str, typer.Option(help="@file or @name: a long text.")] = "@northanger-abbey",
     context: Annotated[str, typer.Option(help="Tokens that fill the cache: 1024 or 1k.")] = "1k",
-    continuation: Annotated[int, typer.Option(help="Tokens scored after them.")] = 64,
-    documents: Annotated[int, typer.Option(help="Pieces of the text.")] = 8,
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens scored after them.")] = 64,
+    documents: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 8,
     ratio: Ratio = None,
     budget: Budget = None,
     batch_size: BatchSize = 8,
@@ -103,7 +103,7 @@ def ruler(
     with_: With = "",
     tasks: Annotated[str, typer.Option(help="Names of tasks, or all.")] = "all",
     length: Annotated[str, typer.Option(help="Tokens of prompt and answer: 512 or 1k.")] = "512",
-    examples: Annotated[int, typer.Option(help="Prompts of each task.")] = 20,
+    examples: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 20,
     skip_low: Annotated[
         bool, typer.Option(help="Tasks too hard for the plain model: leave the methods out.")
     ] = False,
@@ -174,7 +174,7 @@ def labels(
         Path | None,
         typer.Option(help="Head list of `regard calibrate`, for methods that take one."),
     ] = None,
-    examples: Annotated[int, typer.Option(help="Texts at most.")] = 80,
+    examples: Annotated[int, typer.Option(min=1, help="Texts at most.")] = 80,
     ratio: Ratio = None,
     budget: Budget = None,
     seed: Seed = 0,

@@ -19,7 +19,8 @@ def train(
     name: Annotated[str, typer.Argument(help="shapes-vae, shapes-sd, shapes-vlm, ...")],
     out: Annotated[Path, typer.Option(help="Folder for the weights; replaced when it is whole.")],
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="Length of the training; of the recipe if not.")
+        float | None,
+        typer.Option(min=0.01, max=10_000, help="Length of the training; of the recipe if not."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,

@@ -224,13 +224,7 @@ def run(
     """
     if slug not in available():
         raise InputError(f"there is no reproduction of {slug!r}.{nearest(slug, available())}")
-    folder = Path(out) if out is not None else results_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise InputError(f"the folder {folder} cannot be made: {problem.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"the folder {folder} cannot be written: name another with out=")
+    folder = files.check_folder(Path(out) if out is not None else results_folder())
     entry, loading = catalog.method(slug), loading or Loading()
     claims = entry.load("claims")
     default = getattr(claims, "MODEL", MODEL)
@@ -249,6 +243,7 @@ def run(
         "quick": quick,
         "source": source,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / f".{slug}{'.quick' if quick else ''}.partial.json", key) as journal:
         measured = claims.measure(Setup(loaded, tokenizer, name, quick, journal, progress))
         keys = [c.key for c in measured.claims]

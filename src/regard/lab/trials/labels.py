@@ -152,13 +152,17 @@ def read_examples(path: str | Path) -> list[Example]:
     if not path.is_file():
         raise InputError(f"there is no file {path}: give JSON lines with text and label")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: give JSON lines with text and label") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             data = json.loads(line)
             text, label = data["text"], data["label"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = label = None
         if not isinstance(text, str) or not isinstance(label, str) or not text or not label:
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import Loading, check_file, err, load, working
+from regard.cli.common import Loading, err, load, working
 from regard.cli.pages import check_outputs, command, deliver
 from regard.cli.see_speech import check_words, chosen
 
@@ -50,8 +50,7 @@ def explain(
 
       regard explain @minutes --frames real --masks 300 --segments 120,240 --width 4
     """
-    check_outputs(html, json)
-    check_file(resume)
+    check_outputs(html, json, resume)
     check_words(transcript, task)
     from regard.zoo import audio as sound
 

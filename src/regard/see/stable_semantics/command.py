@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import diffusion
-from regard.cli.common import check_file, check_output, err, write_json
+from regard.cli.common import err, write_json
+from regard.cli.pages import check_places
 from regard.errors import InputError
-from regard.files import write_text
+from regard.files import check_folder, write_text
 from regard.zoo.options import Loading
 
 from .card import Settings
@@ -57,9 +58,13 @@ def build(
     if ray is not None:
         on_disk.need_ray()
     noun_phrases("a", recipe.parser)
-    check_file(html)
-    check_output(json)
-    given = read_prompts(_lines(prompts))
+    check_places(json, html)
+    check_folder(out)
+    lines = _lines(prompts)
+    try:
+        given = read_prompts(lines)
+    except InputError as problem:
+        raise InputError(f"{prompts}: {problem}") from None
     folder = diffusion.make_folder(out)
     _announce(given, recipe)
     lines = []

@@ -68,7 +68,7 @@ def read_prompts(lines: Iterable[str]) -> list[Prompt]:
                     str(given.get("source", "")),
                     str(given.get("licence", "")),
                 )
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(
                     f'line {number} of the prompts is damaged: write {{"prompt": "...", '
                     '"source": "...", "licence": "..."}'

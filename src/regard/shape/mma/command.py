@@ -29,7 +29,10 @@ def train(
         int, typer.Option(min=0, help="Draw so many scenes once; 0: new ones every step.")
     ] = 4096,
     tower_minutes: Annotated[
-        float, typer.Option(min=0.01, help="Length of the training of the vision tower, once.")
+        float,
+        typer.Option(
+            min=0.01, max=10_000, help="Length of the training of the vision tower, once."
+        ),
     ] = 5.0,
 ) -> None:
     """Train the same small model with a causal mask and with modality-mutual attention.

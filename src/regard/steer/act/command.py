@@ -32,7 +32,7 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=2, help="Examples of each task at most.")] = 60,
     by: Annotated[str, typer.Option(help="What a head must raise: margin or accuracy.")] = "margin",
     least: Annotated[float, typer.Option(help="Keep heads that raise it by more.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep so many heads at most.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Keep so many heads at most.")] = None,
     beta: Annotated[float, typer.Option(help="Share of its attention a sink keeps.")] = 0.4,
     alpha: Annotated[float, typer.Option(help="A sink receives over alpha / N.")] = 5.0,
     threshold: Annotated[

@@ -403,5 +403,5 @@ def _read_heads(path: Path) -> tuple[dict[int, list[int]], dict[str, Any] | None
         shape = data.get("model") if "heads" in data else None
         heads = data.get("heads", data)
         return {int(layer): list(map(operator.index, own)) for layer, own in heads.items()}, shape
-    except (ValueError, AttributeError, TypeError) as problem:
+    except (ValueError, AttributeError, TypeError, RecursionError) as problem:
         raise InputError(f'{path} is no head list: {{"layer": [heads]}} is expected') from problem

@@ -14,6 +14,7 @@ from regard.cli import diffusion
 from regard.cli.common import check_output
 from regard.cli.derive import flat
 from regard.errors import InputError
+from regard.files import check_folder
 from regard.zoo.options import Loading, placed
 
 from .card import Settings
@@ -61,6 +62,7 @@ def run(
     target, local = wanted(caption, edit, refine, reweight)
     weights = factors(reweight)
     check_output(json)
+    check_folder(out)
     picture = read_all([image])[0]
     need_diffusers()
     from .method import DynamicPromptLearning

@@ -10,6 +10,7 @@ import typer
 
 from regard.cli import diffusion
 from regard.cli.common import check_output
+from regard.files import check_folder
 from regard.zoo.options import Loading, placed
 
 from .card import Settings
@@ -46,6 +47,7 @@ def run(
     method = StructuredDiffusion(**settings.settings())
     method.find(prompt)  # a phrase that the prompt lacks is refused before the model is loaded
     check_output(json)
+    check_folder(out)
     pipe = diffusion.load(model, loading)
     keywords = diffusion.settings(pipe, steps, guidance, size)
     apply(pipe, method)  # refuses a pipeline that it cannot act on
