@@ -381,7 +381,7 @@ def test_masks_show(capsys: Any, tmp_path: Path) -> None:
         (["kernels", "--kernels", ""], "no kernel was named"),
         (["kernels", "--lengths", "\u00b2"], "is not a length"),
         (["kernels", "--heads", "8:\u00b2"], "--heads takes"),
-        (["kernels", "--memory-limit", "inf"], "a number of GiB above 0, got inf"),
+        (["kernels", "--memory-limit", "inf"], "--memory-limit is a finite number, not inf"),
         (["kernels", "--threads", "100000"], "cores of this machine, got 100000"),
         (["kernels", "--device", "cpux"], "unknown device 'cpux'"),
         (["facts", "--device", "meta"], "unknown device 'meta'"),

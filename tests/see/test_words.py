@@ -240,7 +240,7 @@ def test_bad_input(sd: Any) -> None:
         some["star"]
     with pytest.raises(InputError, match="words is a list"):
         WordMaps("square")
-    with pytest.raises(InputError, match="give one"):
+    with pytest.raises(InputError, match="mutually exclusive"):
         WordMaps(["square"], tokens={"square": [1]})
     with pytest.raises(InputError, match="column 99 is out of range"):
         run(sd, WordMaps(tokens={"square": [99]}))
