@@ -155,7 +155,6 @@ def test_all_configurations_are_checked_before_the_first_runs(
         (["perplexity", "--json", "no/where.json"], "does not exist"),
         (["ruler", "--tasks", "multi-kex"], "Did you mean 'multi-key'"),
         (["ruler", "--length", "20"], "greater length"),
-        (["ruler", "--examples", "0"], "Invalid value for '--examples'"),
         (["labels", "--task", "smell"], "no built-in task"),
         (["labels", "--task", "none.jsonl"], "no file none.jsonl"),
         (["labels", "--heads", "h.json"], "--heads goes with act"),
