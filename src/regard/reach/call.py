@@ -42,12 +42,14 @@ class Facts:
     Attributes:
         handler: who asked for them.
         offsets: position of the first query and of the first key, as the facts count them.
+        record: what the handler knows of the run so far.
         state, sums: what came out; None before the call is computed.
     """
 
     handler: Any
     facts: Sequence[Fact]
     offsets: tuple[int, int]
+    record: Any = None
     state: State | None = None
     sums: list[Sums] | None = None
 

@@ -106,8 +106,8 @@ class Collector(Handler):
         some = self.heads is not None or call.heads is not None or call.positions is not None
         if self.exact_outputs or some or call.repeats or call.q.dtype not in _SWEPT:
             return None
-        offsets = self._offsets(call, self._running(call))
-        return Facts(self, self._facts(call.site), offsets)
+        record = self._running(call)
+        return Facts(self, self._facts(call.site), self._offsets(call, record), record)
 
     def _offsets(self, call: Call, record: Record | None) -> tuple[int, int]:
         """Where this call stands in its run."""
@@ -139,13 +139,13 @@ class Collector(Handler):
                 )
             of_key = [h // (q.shape[1] // k.shape[1]) for h in self.heads]
             q, k, lse = q[:, self.heads], k[:, of_key], lse[:, self.heads]
-        record = self._running(call)
-        offsets = self._offsets(call, record)
         given = call.measured
         if given is not None and given.handler is self and given.state is state:
             assert given.sums is not None
-            sums = given.sums
+            record, offsets, sums = given.record, given.offsets, given.sums
         else:
+            record = self._running(call)
+            offsets = self._offsets(call, record)
             sums = self._measure(call, q, k, lse, facts, offsets)
         trace = call.k[:, 0, :, 0].detach().clone()
         queries = q.shape[2]
