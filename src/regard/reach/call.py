@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.core import Mask, State, attend
+from regard.core import Fact, Mask, State, attend, attend_and_measure
+from regard.core.facts import Sums
 
 from .denoising import Denoising
 
@@ -35,6 +36,25 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """Facts of a call that are summed up in the sweep which computes its State.
+
+    Attributes:
+        handler: who asked for them.
+        offsets: position of the first query and of the first key, as the facts count them.
+        record: what the handler knows of the run so far.
+        state, sums: what came out; None before the call is computed.
+    """
+
+    handler: Any
+    facts: Sequence[Fact]
+    offsets: tuple[int, int]
+    record: Any = None
+    state: State | None = None
+    sums: list[Sums] | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """One attention call, as a handler sees it.
 
@@ -54,6 +74,7 @@ class Call:
             same map for two halves of the values).
         past: tokens that the cache held as the forward pass began; None where that is not known.
         denoising: step, guidance and segments, when the call comes from a diffusion model.
+        measured: facts that the computation of the State gave on the way, where asked for.
         phase: "prefill" when the first query is the first token, else "decode".
     """
 
@@ -75,6 +96,7 @@ class Call:
     repeats: bool = False
     past: int | None = None
     denoising: Denoising | None = None
+    measured: Facts | None = None
 
     @property
     def phase(self) -> str:
@@ -96,6 +118,23 @@ class Call:
             bias=self.bias,
             sinks=self.sinks,
         )
+
+    def attend_and_measure(self, asked: Facts) -> tuple[Call, State]:
+        """The State, and the call that holds the facts which came with it."""
+        state, sums = attend_and_measure(
+            self.q,
+            self.k,
+            self.v,
+            asked.facts,
+            mask=self.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            bias=self.bias,
+            sinks=self.sinks,
+            live=self.live,
+            offsets=asked.offsets,
+        )
+        return self.change(measured=replace(asked, state=state, sums=sums)), state
 
 
 class Handler:
@@ -135,6 +174,12 @@ class Handler:
 
         A method whose heads look at different keys returns one call per group of heads; together
         they name every head of the given call once.
+        """
+        return None
+
+    def measures(self, call: Call) -> Facts | None:
+        """Facts to sum up while the State of this call is computed; `after` finds them in
+        `call.measured`, unless another session's came first.
         """
         return None
 

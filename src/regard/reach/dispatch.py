@@ -13,7 +13,7 @@ from torch import Tensor
 from regard.core import State
 from regard.errors import ReachError
 
-from .call import Call, Handler, Site
+from .call import Call, Facts, Handler, Site
 
 
 class Acting(Protocol):
@@ -32,6 +32,8 @@ class Acting(Protocol):
     def wants(self, site: Site) -> bool: ...
 
     def before(self, call: Call) -> list[Call]: ...
+
+    def measures(self, call: Call) -> Facts | None: ...
 
     def after(self, call: Call, state: State) -> State: ...
 
@@ -184,11 +186,20 @@ def run(module: Any, call: Call) -> State:
         calls = [new for old in calls for new in session.before(_at(old, placed))]
     states = []
     for part in calls:
-        state = part.attend()
+        part, state = _attend(part, entries)
         for session, placed in entries:
             state = session.after(_at(part, placed), state)
         states.append(state)
     return states[0] if len(calls) == 1 and calls[0].heads is None else gather(call, calls, states)
+
+
+def _attend(call: Call, entries: list[tuple[Acting, Call]]) -> tuple[Call, State]:
+    """The State, and in the same sweep the facts of the first session that asks for some."""
+    for session, placed in entries:
+        asked = session.measures(_at(call, placed))
+        if asked is not None:
+            return call.attend_and_measure(asked)
+    return call, call.attend()
 
 
 def _at(call: Call, placed: Call) -> Call:

@@ -88,6 +88,9 @@ class SharedCollector(Collector):
             raise InputError(str(error)) from None
         super().__init__(facts, layers, heads, part)
 
+    def measures(self, call: Call) -> None:
+        return None  # the rows of a call lie on several ranks
+
     def after(self, call: Call, state: State) -> State | None:
         assert isinstance(call, SharedCall) and call.run is not None
         total = call.run.comm.sum(call.q.sum(dtype=torch.float32) + call.k.sum())

@@ -13,7 +13,7 @@ from regard.core import State
 from regard.errors import InputError, ReachError
 
 from . import dispatch, transformers
-from .call import Call, Handler, Site
+from .call import Call, Facts, Handler, Site
 from .compiled import eagerly, is_compiled
 from .turns import Turns
 
@@ -156,6 +156,15 @@ class Session:
             if call.site.index in indices:
                 calls = [new for old in calls for new in _listed(handler.before(old), old)]
         return calls
+
+    def measures(self, call: Call) -> Facts | None:
+        """The facts that the first of its handlers asks for, to be summed up with the State."""
+        for handler, indices in zip(self.handlers, self._wanted):
+            if call.site.index in indices:
+                asked = handler.measures(call)
+                if asked is not None:
+                    return asked
+        return None
 
     def after(self, call: Call, state: State) -> State:
         """The State as its handlers change it, in order."""

@@ -233,7 +233,7 @@ def _attention(
         real = attention_mask if handed is None or handed.plain is None else handed.plain(True)
         result: tuple[Tensor, Any] = plain(module, query, key, value, real, *args, **kwargs)
         return result
-    names = list(inspect.signature(plain).parameters)[5:]
+    names = list(inspect.signature(plain).parameters)[5:] if args else []
     given = {**dict(zip(names, args)), **kwargs}
     call = _call(plain, module, query, key, value, attention_mask, given)
     verify(call, module, plain, (query, key, value), attention_mask, given)

@@ -136,13 +136,10 @@ def attend_and_measure(
         sums = [f.begin(view) for f in facts]
 
         def visit(tile: Tile) -> None:
-            for fact, total in zip(facts, sums):
-                fact.add(total, tile, view)
+            _add(facts, sums, tile, view)
 
         log_p = any(f.log_p for f in facts)
-        near = max((f.near for f in facts if f.near is not None), default=0)
-        cuts = (0, near) if near or any(f.positional for f in facts) else ()
-        out, lse = rows.sweep(inputs, visit, log_p=log_p, sinks=sinks, live=live, cuts=cuts)
+        out, lse = rows.sweep(inputs, visit, log_p=log_p, sinks=sinks, live=live)
         sums = _completed(facts, sums, _counted(lse, live), sinks, view)
         return State(out.to(q.dtype), lse), sums
 
@@ -220,9 +217,15 @@ def _by_tiles(facts: Sequence[Fact], tiles: Tiles, live: Tensor | None, view: Vi
         if live is not None:
             tile.live = live[tile.batch, tile.rows]
             tile.p.mul_(tile.live[:, None, None, :, None])  # exactly 0, not e to a large power
-        for fact, total in zip(facts, sums):
-            fact.add(total, tile, view)
+        _add(facts, sums, tile, view)
     return sums
+
+
+def _add(facts: Sequence[Fact], sums: list[Sums], tile: Tile, view: View) -> None:
+    for fact, total in zip(facts, sums):
+        part = tile if fact.near is None else tile.within(fact.near)
+        if part is not None:
+            fact.add(total, part, view)
 
 
 def received(

@@ -151,13 +151,16 @@ class Thumbnail(Fact):
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
         width, n = int(sums["width"]), sums["sum"].shape[-1]
-        i = (tile.i + view.key_offset) // width
-        first, last = int(i[0]), int(i[-1])
+        start = tile.rows.start + tile.shift + view.key_offset
+        first = start // width
+        last = (start + len(tile.i) - 1) // width
         if first == last:
-            part = tile.p.sum(-2, keepdim=True)
+            part = tile.received()[..., None, :]
         else:
-            part = torch.nn.functional.one_hot(i - first).to(tile.p.dtype).T @ tile.p
-        low, lead = divmod(int(tile.j[0]) + view.key_offset, width)
+            ends = [min((n + 1) * width - start, len(tile.i)) for n in range(first, last + 1)]
+            bins = zip([0, *ends], ends)
+            part = torch.stack([tile.p[..., a:b, :].sum(-2) for a, b in bins], -2)
+        low, lead = divmod(tile.cols.start + view.key_offset, width)
         part = torch.nn.functional.pad(part, (lead, -(lead + len(tile.j)) % width))
         part = part.unflatten(-1, (-1, width)).sum(-1)
         cols = slice(low, low + part.shape[-1])

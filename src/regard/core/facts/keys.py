@@ -44,7 +44,7 @@ class Received(Fact):
         chosen = self._chosen(tile, view)
         if chosen is None:
             return
-        part = (tile.p if chosen is _ALL else tile.times(chosen)).sum(-2)
+        part = tile.received() if chosen is _ALL else tile.times(chosen).sum(-2)
         sums["sum"][tile.batch, tile.heads, :, tile.cols] += part
 
     def fused(

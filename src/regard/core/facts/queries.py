@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -64,13 +65,14 @@ class Distance(Fact):
         return "distance"
 
     def add(self, sums: Sums, tile: Tile, view: View) -> None:
-        if tile.reach[0] < 0:  # keys on both sides
-            away = (tile.i[:, None] - tile.j).to(tile.p.dtype).abs_()
-            part = tile.times(away).sum(-1)
-        else:  # |i - j| = (i - i0) + (i0 - j), neither negative
-            d = (tile.i[0] - tile.j).to(tile.p.dtype)
-            part = tile.p @ d + tile.p.sum(-1) * (tile.i - tile.i[0]).to(d.dtype)
-        sums["sum"][tile.batch, tile.heads, :, tile.rows] += part
+        total, before = sums["sum"][tile.batch, tile.heads, :, tile.rows], tile.ahead_of(0)
+        if before:  # keys that no query stands before: |i - j| = (i - i0) + (i0 - j)
+            p, d = tile.p[..., :before], (tile.i[0] - tile.j[:before]).to(tile.p.dtype)
+            looked = tile.looked() if before == len(tile.j) else p.sum(-1)
+            total += p @ d + looked * (tile.i - tile.i[0]).to(d.dtype)
+        if before < len(tile.j):
+            away = _away(tile, before)
+            total += (tile.p[..., before:] * away).sum(-1)
 
     def fused(
         self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
@@ -106,8 +108,7 @@ class WindowedDistance(Fact):
         low, high = tile.reach
         if low >= self.window or high <= -self.window:
             return
-        away = (tile.i[:, None] - tile.j).to(tile.p.dtype).abs_()
-        saved = self.window - away.clamp_max_(self.window)
+        saved = self.window - _away(tile).clamp_max(self.window)
         at = (tile.batch, tile.heads, slice(None), tile.rows)
         sums["sum"][at] -= tile.times(saved).sum(-1)
 
@@ -177,3 +178,18 @@ class Collision(Fact):
         self, q: Tensor, k: Tensor, lse: Tensor, mask: Mask | None, scale: float
     ) -> Tensor | None:
         return identities.collision(q, k, lse, mask=mask, scale=scale)
+
+
+def _away(tile: Tile, start: int = 0) -> Tensor:
+    """|i - j| of the queries and of the keys from `start` on, `[rows, cols]`."""
+    shape = (len(tile.i), len(tile.j) - start)
+    first = tile.reach[1] - len(tile.i) + 1 - start
+    return _distances(*shape, first, tile.p.dtype, tile.p.device)
+
+
+@lru_cache(maxsize=32)  # the same along a diagonal
+def _distances(
+    rows: int, cols: int, first: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    i = torch.arange(rows, device=device)[:, None] + first
+    return (i - torch.arange(cols, device=device)).abs().to(dtype)

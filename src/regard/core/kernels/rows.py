@@ -8,7 +8,6 @@ over tiles compute them twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,7 +38,6 @@ def sweep(
     log_p: bool = False,
     sinks: Tensor | None = None,
     live: Tensor | None = None,
-    cuts: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)`; `visit` sees every tile of probabilities on the way.
 
@@ -47,10 +45,8 @@ def sweep(
         log_p: whether tiles know their entropy.
         sinks: learned sink logit of each head, `[heads]`.
         live: `[batch, queries]`, false for queries whose probabilities are 0 in the tiles.
-        cuts: distances from the block's queries at which tiles end: facts of near keys need not
-            look at far ones.
     """
-    call = _Rows(inputs, cuts)
+    call = _Rows(inputs)
     v = inputs.v.to(call.work).contiguous()
     out = v.new_zeros(call.batch, call.kv_heads, call.groups, call.queries, v.shape[-1])
     lse = v.new_full(out.shape[:-1], -torch.inf)
@@ -110,16 +106,15 @@ class _Block(NamedTuple):
 class _Rows(Tiles):
     """Whole rows of scores, block by block."""
 
-    def __init__(self, inputs: Inputs, cuts: tuple[int, ...]) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         q, k, _, mask, scale, softcap, bias = inputs
         size = Size(QUERIES, max(k.shape[2], 1), STEP, CELLS)
         super().__init__(q, k, mask, scale, softcap, bias, size=size)
-        self.cuts = cuts
 
     def all(self) -> Iterator[tuple[slice, slice, slice, _Block]]:
         """(batch, kv heads, queries, block) for all queries that may see a key."""
         for b, h, rows, a in self.places():
-            runs = self._cut(self.plan[a], rows)
+            runs = [(start, min(stop, self.keys), state) for start, stop, state in self.plan[a]]
             if runs:
                 yield b, h, rows, self._block(b, h, rows, runs)
 
@@ -151,14 +146,3 @@ class _Rows(Tiles):
             tile = self._finish(part, state, b, h, rows, slice(start, stop))
             tiles.append((tile, column))
         return _Block(s, stretches, tiles)
-
-    def _cut(self, runs: list[tuple[int, int, int]], rows: slice) -> list[tuple[int, int, int]]:
-        """The runs, ending with the keys, cut at the distances asked for."""
-        shift = self.keys - self.queries
-        ends = {end for d in self.cuts for end in (rows.start + shift - d, rows.stop + shift + d)}
-        pieces = []
-        for start, stop, state in runs:
-            stop = min(stop, self.keys)
-            edges = [start, *sorted(e for e in ends if start < e < stop), stop]
-            pieces += [(a, b, state) for a, b in pairwise(edges)]
-        return pieces

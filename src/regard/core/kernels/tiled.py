@@ -11,7 +11,7 @@ so that any number of facts are measured in one pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,8 @@ class Tile:
     p: Tensor = field(init=False)  # probabilities, where the tile has been exponentiated
     live: Tensor | None = None  # [batch, rows], false for a query that does not count
     entropies: Tensor | None = None  # of the rows, where they are known without the scores
+    _received: Tensor | None = None  # read through `received` and `looked`, once for all facts
+    _looked: Tensor | None = None
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -86,6 +88,45 @@ class Tile:
                 raise RuntimeError("the scores are gone: a fact that reads log p sets log_p = True")
             self.entropies = -self.times(self.scores).sum(-1)
         return self.entropies
+
+    def received(self) -> Tensor:
+        """`p` summed over the rows."""
+        if self._received is None:
+            self._received = self.p.sum(-2)
+        return self._received
+
+    def looked(self) -> Tensor:
+        """`p` summed over the keys."""
+        if self._looked is None:
+            self._looked = self.p.sum(-1)
+        return self._looked
+
+    def ahead_of(self, distance: int) -> int:
+        """How many of the keys lie `distance` positions or more before the first query."""
+        first = self.rows.start + self.shift - self.cols.start
+        return min(max(first - distance + 1, 0), len(self.j))
+
+    def within(self, distance: int) -> Tile | None:
+        """The keys that are no further than this from some query; None where none is."""
+        low = self.ahead_of(distance + 1)
+        last = self.rows.stop - 1 + self.shift - self.cols.start
+        high = min(max(last + distance + 1, 0), len(self.j))
+        if low == 0 and high == len(self.j):
+            return self
+        if low >= high:
+            return None
+        part = slice(low, high)
+        cols = slice(self.cols.start + low, self.cols.start + high)
+        allowed = self.allowed
+        if allowed is not None and allowed.shape[-1] > 1:
+            allowed = allowed[..., part]
+        # what is known of whole rows is not known of these keys
+        near = replace(
+            self, cols=cols, scores=self.scores[..., part], allowed=allowed, j=self.j[part],
+            entropies=None, _received=None, _looked=None,
+        )  # fmt: skip
+        near.p = self.p[..., part]
+        return near
 
     def times(self, x: Tensor) -> Tensor:
         """`p * x` in a buffer that the next call overwrites: a fresh tensor this large costs
