@@ -380,3 +380,21 @@ def test_a_bidirectional_model_with_a_cache_writes_the_same() -> None:
         with regard.watch(model, ["received", "entropy"]):
             watched = torch.stack(model.generate(ids, **how).logits)
     torch.testing.assert_close(watched, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_one_mask_for_all_rows_of_a_batch() -> None:
+    """LayoutLM makes a mask of one row, whatever the batch."""
+    from transformers import LayoutLMConfig, LayoutLMModel
+
+    torch.manual_seed(0)
+    config = LayoutLMConfig(
+        vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_2d_position_embeddings=64,
+    )  # fmt: skip
+    model = LayoutLMModel(config).eval()
+    with torch.no_grad():
+        plain = model(IDS % 100).last_hidden_state
+        with regard.watch(model, ["received"]) as seen:
+            watched = model(IDS % 100).last_hidden_state
+    torch.testing.assert_close(watched, plain, rtol=1e-4, atol=1e-5)
+    assert seen["received"][0].shape == (len(IDS), 4, IDS.shape[1])

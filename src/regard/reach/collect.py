@@ -211,9 +211,9 @@ class Collector(Handler):
             return None
         if call.query_offset != record.end:
             raise ReachError(
-                f"the cache was cut back from {record.end} to {call.query_offset} tokens (assisted "
-                "decoding does that), so sums over it cannot go on: watch a plain generation, or "
-                "one forward over the finished text"
+                f"the cache went from {record.end} to {call.query_offset} tokens (assisted "
+                "decoding cuts it back, DeepSeek-V4 compresses it), so sums over it cannot go on: "
+                "watch a plain generation, or one forward over the finished text"
             )
         old, new = record.trace, call.k[:, 0, :, 0]
         kept = min(old.shape[1], new.shape[1] - call.q.shape[2])
@@ -222,8 +222,9 @@ class Collector(Handler):
             new[:, new.shape[1] - call.q.shape[2] - kept : new.shape[1] - call.q.shape[2]],
         ):
             raise ReachError(
-                "the keys in the cache are other ones than before (beam search changes their "
-                "places, a quantized cache their values), so sums over it cannot go on: watch with "
+                f"the keys of {call.site.name} are other ones than before, so sums over a "
+                "generation cannot go on: beam search changes their places, a quantized cache "
+                "their values, and some models append another text to them (T5Gemma 2). Watch with "
                 "num_beams=1 and a plain cache, or watch one forward over the finished text"
             )
         return record

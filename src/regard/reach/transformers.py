@@ -294,6 +294,8 @@ def _call(
         offsets = (key.shape[2] - q_length, 0)
     if site.kind == "cross":
         live = padding_of_text(len(query), q_length)
+    if live is not None and len(live) < len(query):  # one mask for all rows
+        live = live.expand(len(query), -1)
     live = dispatch.without_ended(live, len(query), q_length)
     if bias is not None:
         bias = bias[..., : key.shape[2]]
