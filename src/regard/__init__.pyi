@@ -16,6 +16,9 @@ from regard.see.sink_emergence.method import Sinks as Sinks
 from regard.see.sink_emergence.method import sinks as sinks
 from regard.see.stable_semantics.method import ChunkMaps as ChunkMaps
 from regard.see.stable_semantics.method import Recipe as Recipe
+from regard.shape.localist.calibrate import calibrate_dial as calibrate_dial
+from regard.shape.localist.method import LocalityDial as LocalityDial
+from regard.shape.localist.rules import Rule as Rule
 from regard.shape.mma.method import MMA as MMA
 from regard.shape.mma.roles import Roles as Roles
 from regard.shape.mma.roles import mma_mask as mma_mask
