@@ -9,6 +9,8 @@ from regard.parts.diffusion.words import WordMaps as WordMaps
 from regard.see.cross_attention_explanation.method import Explanation as Explanation
 from regard.see.cross_attention_explanation.method import explain as explain
 from regard.see.preplan_anchor.coupling import couplings as couplings
+from regard.see.preplan_anchor.credit import credit_weights as credit_weights
+from regard.see.preplan_anchor.credit import token_credit as token_credit
 from regard.see.preplan_anchor.method import Rhythm as Rhythm
 from regard.see.preplan_anchor.method import rhythm as rhythm
 from regard.see.refam.method import RefAM as RefAM
