@@ -117,7 +117,7 @@ def solve(numbers: Sequence[int], target: int) -> tuple[str, str] | None:
 
 def countdown(count: int, seed: int = 0, *, numbers: int = 3, instruct: bool = False) -> list[Task]:
     """Make a target of two or three numbers, each used once."""
-    make, tasks = random.Random(seed), []
+    make, tasks = random.Random(seed), list[Task]()
     while len(tasks) < count:
         drawn = [make.randint(1, 9) for _ in range(make.randint(2, numbers))]
         signs = [make.choice("+-*") for _ in drawn[1:]]

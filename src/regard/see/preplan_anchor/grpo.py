@@ -34,7 +34,7 @@ def trainer_class() -> Any:
     except ImportError as problem:
         raise ImportError('reinforcement learning needs TRL: pip install "regard[rl]"') from problem
 
-    class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    class CreditGRPOTrainer(GRPOTrainer):
         """`GRPOTrainer` whose advantages are weighted by token.
 
         Args:

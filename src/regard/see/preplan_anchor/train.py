@@ -81,7 +81,7 @@ def train(
         )  # fmt: skip
         pace.append([step, share])
 
-    class Look(TrainerCallback):  # type: ignore[misc]
+    class Look(TrainerCallback):
         """Accuracy on new tasks while it trains."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -68,7 +68,12 @@ def run(
     from .answering import answered
 
     asked, given = read_text(question), _metadata(metadata)
-    content = {"documents": documents, "question": asked, "toward": wanted, "metadata": given}
+    content: dict[str, Any] = {
+        "documents": documents,
+        "question": asked,
+        "toward": wanted,
+        "metadata": given,
+    }
     loaded, tokenizer = load(model, loading)
     with working("answering at both settings"):
         result = answered(
@@ -127,4 +132,126 @@ def _metadata(given: list[str] | None) -> dict[str, str]:
     return made
 
 
-COMMANDS = {"run": run}
+def train(
+    data: Annotated[
+        str, typer.Option(help="topics: synthetic texts that interleave two of four topics.")
+    ] = "topics",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each of the two trainings.")] = 400,
+    batch: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 32,
+    length: Annotated[int, typer.Option(min=8, help="Tokens a text.")] = 64,
+    width: Annotated[int, typer.Option(min=8, help="Width; a multiple of 16.")] = 64,
+    rho: Annotated[float, typer.Option(min=0, max=10, help="Weight of the group penalty.")] = 1e-3,
+    mu: Annotated[float, typer.Option(min=0, max=100, help="Weight of -ln fidelity.")] = 0.1,
+    beta: Annotated[float, typer.Option(min=0.01, max=1000, help="Dial strength, nats.")] = 8.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and texts.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON of the run.")] = Path("localist-training.json"),
+) -> None:
+    """Train a model with locality drawn anew for each batch, and the same one without.
+
+    Prints perplexity, entropy, fidelity and leakage over the dial for both, and certificate D1.
+    """
+    from regard.report.document import show
+    from regard.report.table import Table, right
+    from regard.zoo.options import pick_device
+
+    from .topics import Topics
+    from .training import Plan, dial_table, train_topics
+
+    _only_topics(data)
+    check_places(None, out)
+    if width % 16:
+        raise InputError(f"--width is a multiple of 16, not {width}")
+    plan = Plan(steps=steps, batch=batch, length=length, width=width, rho=rho, mu=mu, beta=beta,
+                seed=seed)  # fmt: skip
+    topics, place = Topics(), pick_device(device)
+    found: dict[str, Any] = {}
+    for name, localist in (("localist", True), ("plain", False)):
+        with working(f"training, {name}"):
+            model, facts = train_topics(topics, plan, localist=localist, device=place)
+        found[name] = {"training": facts, "dial": dial_table(model, topics, plan)}
+    settings = {n: getattr(plan, n) for n in plan.__dataclass_fields__}
+    write_json({"settings": {"data": data, **settings}, **found}, out)
+    names = ("perplexity", "accuracy", "entropy_bits", "fidelity", "leakage")
+    columns = ["model", "dial", *(right(n, "{:.4f}".format) for n in names), "violations"]
+    rows = [
+        [
+            name,
+            f"{row['locality']:g}",
+            *(row[n] for n in names),
+            str(sum(row["violations"].values())),
+        ]
+        for name, one in found.items()
+        for row in one["dial"]
+    ]
+    show(Table(columns, rows))
+    for name, value in found["localist"]["training"]["certificate"].items():
+        show(f"{name}: {'-' if value is None else value}")
+
+
+def recruit(
+    data: Annotated[
+        str, typer.Option(help="topics: two of four topics and noise that the model knows.")
+    ] = "topics",
+    known: Annotated[int, typer.Option(min=2, max=4, help="Topics known at the start.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the model.")] = 200,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of each of the two shards.")] = 256,
+    eta: Annotated[
+        float, typer.Option(min=0.001, help="Bits a block saves beyond its cost.")
+    ] = 10.0,
+    anchors: Annotated[int, typer.Option(min=1, help="Tokens that name a block, at most.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of a block's map to logits.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and texts.")] = 0,
+    out: Annotated[Path, typer.Option(help="JSON of the trace.")] = Path("recruitment.json"),
+) -> None:
+    """Add blocks to a model that knows some of the topics, while that shortens the description.
+
+    Prints every candidate with the bits that it saves and costs, and whether it was taken.
+    """
+    from regard.report.document import show
+    from regard.report.table import Table, right
+
+    from .recruit import recruit as run_recruitment
+    from .recruit import shard
+    from .topics import Topics
+    from .training import Plan, train_topics
+
+    _only_topics(data)
+    check_places(None, out)
+    topics = Topics(noise=8, seed=seed)
+    plan = Plan(steps=steps, length=64, width=32, heads=2, seed=seed)
+    texture: dict[str, Any] = {"run": 14, "noisy": 0.2}
+    among = tuple(range(known))
+    with working("training the model that knows some topics"):
+        model, _ = train_topics(topics, plan, localist=False, among=among, **texture)
+    with working("recruiting"):
+        shards = [shard(model, topics.draw(texts, 64, seed + n, **texture)) for n in (1, 2)]
+        first = 1 + topics.glue
+        have = [list(range(first + n * topics.words, first + (n + 1) * topics.words))
+                for n in among]  # fmt: skip
+        trace = run_recruitment(*shards, known=have, eta=eta, anchors=anchors, rank=rank, seed=seed)
+    result = {
+        "start": trace.start,
+        "end": trace.end,
+        "steps": trace.rows,
+        "blocks": [b.tokens for b in trace.blocks],
+    }
+    write_json(result, out)
+    bits = "{:+.0f}".format
+    columns = ["step", "tokens", right("bits saved", bits), right("bits paid", bits), "taken",
+               right("description", "{:.0f}".format)]  # fmt: skip
+    rows = [
+        [r["step"], " ".join(map(str, r["tokens"])), r["saved"], r["paid"],
+         "yes" if r["accepted"] else "no", r["length"]]
+        for r in trace.rows
+    ]  # fmt: skip
+    show(Table(columns, rows))
+    show(f"{trace.start:.0f} bits at the start, {trace.end:.0f} at the end.")
+
+
+def _only_topics(data: str) -> None:
+    if data != "topics":
+        raise InputError(f"--data is topics, not {data}: texts of your own are not read yet")
+
+
+COMMANDS = {"run": run, "train localist": train, "train recruit": recruit}

@@ -102,7 +102,7 @@ def of_scores(scores: Tensor, inside: Tensor, outside: Tensor) -> dict[str, Tens
     """`Rows` of score rows `[..., keys]`, less what is about block 0; `inside` and `outside` are
     disjoint booleans that broadcast.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, member in (("in", inside), ("out", outside)):
         z = scores.masked_fill(~member, -torch.inf)
         top = z.amax(-1)

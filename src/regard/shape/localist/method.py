@@ -155,9 +155,9 @@ class LocalityDial(Settings, Handler):
         """A forward pass begins: its padding, and the blocks of its tokens."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        whole = torch.is_tensor(mask) and mask.dim() == 2
-        self._mask = mask != 0 if whole else None
+        asks = getattr(cache, "get_seq_length", None)
+        start = int(asks()) if asks is not None else 0
+        self._mask = (mask != 0) if torch.is_tensor(mask) and mask.dim() == 2 else None
         self._known = {}
         if not start:
             self._totals, self._fired, self._ids, self._held = {}, {}, None, None
