@@ -325,7 +325,7 @@ def test_the_command_answers_at_both_settings(
         (["--docs", docs[0], *asked], "two at least"),
         (["--docs", *docs, *asked[2:]], "--toward"),
         (["--docs", *docs, "--toward", "c", *asked[2:]], "none of"),
-        (["--docs", *docs, *asked, "--locality", "0"], "above 0"),
+        (["--docs", *docs, *asked, "--locality", "0"], "locality"),
         (["--docs", *docs, *asked, "--leakage", "2"], "between 0 and 1"),
         (["--docs", *docs, *asked, "--metadata", "x"], "key=value"),
     ):

@@ -70,3 +70,10 @@ class Settings(Checked):
     )
     sigma: float = setting(4.0, "tokens a nat, in the distance bias", above=0)
     check: bool = setting(True, "measure leakage, entropy and bounds on every call")
+
+
+@dataclass(eq=False)
+class RunSettings(Settings):
+    """The same for `regard run localist`, which shows the dial at 0 beside this."""
+
+    locality: float = setting(0.6, "the dial; the answer at 0 is shown beside it", above=0, to=1)

@@ -13,11 +13,12 @@ from regard.errors import InputError, nearest
 from regard.files import write_text
 from regard.zoo.options import Loading
 
-from .card import Settings
+from .card import RunSettings
+from .rules import read_rules
 
 
 def run(
-    settings: Settings,
+    settings: RunSettings,
     loading: Loading,
     docs: Annotated[
         list[str],
@@ -41,7 +42,7 @@ def run(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if any.")] = True,
     html: Annotated[Path | None, typer.Option(help="Write the audit sheet here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Everything as JSON; - for stdout.")] = None,
+    json: Annotated[Path | None, typer.Option(help="All as one JSON; - for stdout.")] = None,
 ) -> None:
     """Answer a question about documents at dial 0 and at the dial, toward some of the documents.
 
@@ -63,8 +64,8 @@ def run(
             raise InputError("documents are blocks: leave --bias at blocks")
         if not 0 < (leakage or 0) < 1:
             raise InputError(f"--leakage lies between 0 and 1, not {leakage}")
-    if not settings.locality:
-        raise InputError("--locality is above 0: the answer at 0 is shown beside it")
+    for rule in read_rules(settings.rules):
+        rule.check(list(documents))
     from .answering import answered
 
     asked, given = read_text(question), _metadata(metadata)
