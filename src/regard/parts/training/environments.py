@@ -180,12 +180,12 @@ def _reasoning_gym(name: str) -> Environment:
         import reasoning_gym
     except ImportError:
         raise InputError(
-            f"{name!r} is a task of reasoning-gym, which is not installed: pip install "
+            f"{name[:40]!r} is a task of reasoning-gym, which is not installed: pip install "
             "reasoning-gym, or take one of " + ", ".join(OWN)
         ) from None
     known = list(reasoning_gym.factory.DATASETS)
     if name not in known:
-        raise InputError(f"reasoning-gym has no task {name!r}.{nearest(name, known)}")
+        raise InputError(f"reasoning-gym has no task {name[:40]!r}.{nearest(name, known)}")
     held: dict[int, Any] = {}
 
     def sample(count: int, seed: int = 0, *, instruct: bool = True) -> list[Task]:

@@ -9,6 +9,7 @@ import typer
 
 from regard.cli.common import check_file
 from regard.errors import InputError
+from regard.files import check_folder
 from regard.zoo.options import Loading
 
 from .card import CreditSettings
@@ -54,6 +55,8 @@ def grpo(
     from .train import SIGNS, Run, train
 
     check_file(out)
+    if save is not None:
+        check_folder(save)
     if signs not in SIGNS:
         raise InputError(f"--signs is one of {', '.join(SIGNS)}, not {signs}")
     if batch * accumulate % generations:

@@ -54,15 +54,17 @@ def train(
         save: a folder for the trained model.
         start: model and tokenizer to begin with, in place of `run.model`; the model is trained.
     """
+    task_env = environment(run.env)
+    loading = loading or Loading()
+    instruct = run.model != "small" and start is None
+    if instruct:
+        start = _start(run, task_env, loading)
     make = trainer_class()
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig
 
-    task_env = environment(run.env)
-    loading = loading or Loading()
     model, tokenizer = start or _start(run, task_env, loading)
-    instruct = run.model != "small" and start is None
     chat = instruct and bool(getattr(tokenizer, "chat_template", None))
     tasks = task_env.sample(TASKS, seed=run.seed + 1, instruct=instruct)
     prompts = [[{"role": "user", "content": t.prompt}] if chat else t.prompt for t in tasks]

@@ -186,7 +186,7 @@ def train(
         for row in one["dial"]
     ]
     show(Table(columns, rows))
-    for name, value in found["localist"]["training"]["certificate"].items():
+    for name, value in found["localist"]["training"].get("certificate", {}).items():
         show(f"{name}: {'-' if value is None else value}")
 
 

@@ -192,7 +192,7 @@ def train_topics(
         if report is not None:
             report(step, losses[-1])
     facts: dict[str, Any] = {"loss": losses[:: max(1, plan.steps // 20)], "zero groups": zeros}
-    if localist:
+    if localist and plan.rho:  # without a penalty there is no threshold
         optimizer.zero_grad()
         for n in range(4):
             ids = topics.draw(plan.batch, plan.length, 31 + n, among, **texts).to(device)
