@@ -71,6 +71,10 @@ OWN = {  # of single commands
     "run dynamic-prompt-learning": {"caption": "a cat", "edit": "cat -> dog"},
     "run swap-anything": {"target": "square"},
     "run steer": {"eta": "0"},
+    "run localist": {"docs": "words.txt", "more": "prompts.txt", "toward": "words"},
+    "train localist": {"steps": "1", "batch": "2", "length": "12", "width": "16", "data": "topics"},
+    "train recruit": {"steps": "1", "texts": "2", "data": "topics"},
+    "train grpo": {"steps": "1", "taught": "1", "checked": "1", "generations": "2"},
 }
 FREE = {"seed": ("-1",), "random_sinks": ("-1",)}  # numbers below 0 that are fine
 

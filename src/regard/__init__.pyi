@@ -9,6 +9,8 @@ from regard.parts.diffusion.words import WordMaps as WordMaps
 from regard.see.cross_attention_explanation.method import Explanation as Explanation
 from regard.see.cross_attention_explanation.method import explain as explain
 from regard.see.preplan_anchor.coupling import couplings as couplings
+from regard.see.preplan_anchor.credit import credit_weights as credit_weights
+from regard.see.preplan_anchor.credit import token_credit as token_credit
 from regard.see.preplan_anchor.method import Rhythm as Rhythm
 from regard.see.preplan_anchor.method import rhythm as rhythm
 from regard.see.refam.method import RefAM as RefAM
@@ -16,6 +18,9 @@ from regard.see.sink_emergence.method import Sinks as Sinks
 from regard.see.sink_emergence.method import sinks as sinks
 from regard.see.stable_semantics.method import ChunkMaps as ChunkMaps
 from regard.see.stable_semantics.method import Recipe as Recipe
+from regard.shape.localist.calibrate import calibrate_dial as calibrate_dial
+from regard.shape.localist.method import LocalityDial as LocalityDial
+from regard.shape.localist.rules import Rule as Rule
 from regard.shape.mma.method import MMA as MMA
 from regard.shape.mma.roles import Roles as Roles
 from regard.shape.mma.roles import mma_mask as mma_mask

@@ -25,9 +25,14 @@ CARD = Card(
     exports=(
         "Rhythm",
         "coupling.couplings",
+        "credit.credit_weights",
+        "credit.token_credit",
     ),
     takes="answer",
-    examples=('regard run preplan-anchor --prompt "Tom has 3 apples and buys 4. How many?" -n 80',),
+    examples=(
+        'regard run preplan-anchor --prompt "Tom has 3 apples and buys 4. How many?" -n 80',
+        "regard train grpo --credit coupled --model DIR --env countdown",
+    ),
 )
 
 
@@ -75,3 +80,61 @@ class Settings(Checked):
         among=("local", "top"),
     )
     top: float = setting(0.4, "share of tokens that rule top takes", above=0, to=1)
+
+
+CREDITS = (
+    "coupled", "local", "global", "uniform", "random", "bottom", "bottom-local", "entropy"
+)  # fmt: skip
+
+
+def number_or_none(typed: Any) -> float | None:
+    """A number as typed; "median" and "none" leave the choice to the response."""
+    if typed is None or str(typed).strip().lower() in ("none", "median", "quantile"):
+        return None
+    try:
+        return float(typed)
+    except ValueError:
+        raise InputError(f"{str(typed)[:40]!r} is no number") from None
+
+
+@dataclass(eq=False)
+class CreditSettings(Checked):
+    """How tokens of a response are credited; the paper's values where it gives them."""
+
+    credit: str = setting(
+        "coupled", "tokens that are amplified: those of the rhythm, or a control", among=CREDITS
+    )
+    amplify: float = setting(1.5, "weight of an amplified token; 1 is stock GRPO", least=0, to=100)
+    top: float = setting(0.4, "share of a response's tokens that are amplified", above=0, to=1)
+    alpha: float = setting(
+        0.5, "share of an anchor's bonus that moves to its preplan token", least=0, to=1
+    )
+    lead: int = setting(3, "tokens before an anchor where its preplan token may stand", least=1)
+    window: int = setting(10, "tokens at which the look-back is clipped", least=1)
+    horizon: tuple[int, int | None] = setting(
+        (10, 50),
+        "influence comes from so many tokens later; 10,100 in the revision",
+        kind=horizon_of,
+    )
+    quantile: float = setting(0.3, "share of heads that are local, and global", above=0, to=0.5)
+    layers: str | Sequence[int] = setting(
+        "middle", "layers looked at: middle, all or numbers", kind=layers_of
+    )
+    low_waad: float | None = setting(
+        None, "look-back up to which an anchor hands on; the response's median", kind=number_or_none
+    )
+    high_change: float | None = setting(
+        None,
+        "change of look-back from which a token may preplan; that of the top share",
+        kind=number_or_none,
+    )
+    normalize: bool = setting(False, "divide by the mean weight of the response")
+    seed: int = setting(0, "of the credit called random", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.horizon
+        if low < 0 or (high is not None and high < low):
+            raise InputError(
+                f"the horizon is (lo, hi) tokens later with 0 <= lo <= hi, not {self.horizon}"
+            )

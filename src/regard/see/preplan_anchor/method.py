@@ -250,6 +250,15 @@ class _Facts(Collector):
 def _session(
     model: Any, facts: list[Fact], layers: str | Sequence[int], without: bool
 ) -> tuple[Session, _Facts]:
+    numbers = chosen_layers(model, layers)
+    collector = _Facts(facts, numbers, without)
+    return Session(model, [collector]), collector
+
+
+def chosen_layers(model: Any, layers: str | Sequence[int]) -> list[int]:
+    """The layers by number: all, five of the middle third, or those named; where windows bound the
+    distance in some of them, the others.
+    """
     probe = Session(model)
     numbers = sorted({s.layer for s in probe.sites if s.kind == "self"})
     kinds = getattr(model.config.get_text_config(), "layer_types", None)
@@ -264,8 +273,7 @@ def _session(
         numbers = full or numbers
     if not numbers:
         raise InputError("no layer is left to look at: name at least one")
-    collector = _Facts(facts, numbers, without)
-    return Session(model, [collector]), collector
+    return numbers
 
 
 def _one_row(input_ids: Any, attention_mask: Any, start: int) -> tuple[Tensor, int]:
