@@ -32,3 +32,15 @@ class Words:
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(f"w{n}" for n in ids)
+
+
+def word_tokenizer(text: str) -> Any:
+    """A tokenizer whose tokens are the words of a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    split = pre_tokenizers.Whitespace()
+    words = ["<unk>", *dict.fromkeys(word for word, _ in split.pre_tokenize_str(text))]
+    backend = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")

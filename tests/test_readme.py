@@ -35,9 +35,9 @@ def test_guide(tmp_path: Path) -> None:
     from regard.zoo.scenes import scene
     from regard.zoo.tiny import inputs, tiny
 
-    from .models import deep
+    from .models import deep, word_tokenizer
 
-    settings, parts, steering, guided, pictures, algebra = blocks("docs/guide.md")
+    settings, rows, parts, steering, guided, pictures, algebra = blocks("docs/guide.md")
     model = tiny("llama")
     ids = torch.randint(3, 100, (1, 190), generator=torch.Generator().manual_seed(0))
     names: dict[str, Any] = {"regard": regard, "model": model, "batch": {"input_ids": ids}}
@@ -45,6 +45,12 @@ def test_guide(tmp_path: Path) -> None:
     with torch.no_grad():
         exec(compile(code.replace('["mass"][11]', '["mass"][1]'), "guide", "exec"), names)
     assert names["seen"]["mass"][1].shape[:2] == (1, 2)
+
+    text = "the cat sat on the mat because it was tired"
+    tokenizer = word_tokenizer(text)
+    with torch.no_grad(), regard.watch(model, tokenizer=tokenizer) as seen:
+        model(tokenizer(text, return_tensors="pt").input_ids)
+    exec(compile(rows.replace("[3]", "[1]"), "guide", "exec"), {"seen": seen})
 
     whisper = tiny("whisper")
     with torch.no_grad(), regard.watch(whisper, ["received"]) as seen:

@@ -18,6 +18,7 @@ from regard.cli.taken import KINDS, taken
 from regard.errors import InputError
 
 DEFAULT = "smollm2-135m"
+CLICKED = 128  # tokens of a text whose rows are all kept, for a click on the page
 FACTS = ("mean_received", "entropy", "distance", "waad", "influence", "thumbnail")
 
 
@@ -53,6 +54,13 @@ def see(
     facts: Annotated[
         str, typer.Option(help="Facts to measure, by name; fewer run faster.")
     ] = ",".join(FACTS),
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What this token looks at: a word of the text, word:1 for its second place, or a "
+            "position (-1 the last). Can be given several times."
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option(help="Also time the plain model, for the ratio.")
     ] = False,
@@ -89,6 +97,8 @@ def see(
       regard see "The cat sat on the mat because it was tired."
 
       regard see @book.txt --max-tokens 8k --html out.html --json out.json
+
+      regard see "The cat sat because it was tired." --row it --html out.html
 
       regard see @northanger-abbey --model path/to/checkpoint --layers 0-3
 
@@ -127,13 +137,13 @@ def see(
     with parallel.one_voice(context_parallel) if context_parallel else nullcontext():
         _see(
             wanted.given, model or DEFAULT, loading, count(max_tokens), html, json, names, chosen,
-            compare, context_parallel,
+            compare, context_parallel, row or [],
         )  # fmt: skip
 
 
 # which kinds of input an option is for; those that are not named here are for all
 FOR = {
-    **dict.fromkeys(("max_tokens", "facts", "context_parallel"), ("text",)),
+    **dict.fromkeys(("max_tokens", "facts", "context_parallel", "row"), ("text",)),
     **dict.fromkeys(("layers", "heads"), ("text", "prompt")),
     "compare": ("text", "sound"),
     **dict.fromkeys(("transcript", "language", "task"), ("sound",)),
@@ -162,26 +172,52 @@ def _see(
     wanted: tuple[Any, Any],
     compare: bool,
     ranks: int | None,
+    asked: list[str],
 ) -> None:
+    if asked and ranks is not None:
+        raise InputError("--row reads one process: leave it out, or --context-parallel")
     if compare and ranks is not None:
         raise InputError("--compare times one process: leave it out, or --context-parallel")
     check_outputs(html, json)
+    from regard.core import Rows
+
     content = read_text(text)
     loaded, tokenizer = load(model, loading)
     ids, notes = _tokens(content, loaded, tokenizer, limit)
+    from regard.watching.tokens import pieces
+
+    words = pieces(tokenizer, ids[0].tolist())
+    chosen = [_positions(token, words) for token in asked]
+    rows = tuple(range(len(words))) if len(words) <= CLICKED else tuple(sorted({*sum(chosen, ())}))
     if ranks is None:
-        seen, meta = _run(loaded, ids, names, wanted, compare)
+        facts = [*names, *([Rows(rows)] if rows and "rows" not in names else [])]
+        seen, meta = _run(loaded, ids, facts, wanted, compare)
     else:
         seen, meta = parallel.see_shared(loaded, ids, names, wanted, ranks), {}
         if not parallel.first_rank():
             return
     from regard.report import terminal, write_page
     from regard.watching.overview import overview
-    from regard.watching.tokens import pieces
 
-    words = pieces(tokenizer, ids[0].tolist())
-    page = overview(seen, tokens=words, model_name=model, notes=notes, command=command(), **meta)
+    page = overview(
+        seen, tokens=words, model_name=model, notes=notes, command=command(), asked=chosen, **meta
+    )
     deliver(page, notes, show=terminal.show, write_page=write_page, json=json, html=html)
+
+
+def _positions(given: str, words: list[str]) -> tuple[int, ...]:
+    """The tokens that `--row` means: a position, a word, or word:1 for its second place."""
+    from regard.watching.rows import positions
+
+    if given.lstrip("-").isdecimal():
+        return positions(int(given), words)
+    word, _, place = given.rpartition(":")
+    if word and place.isdecimal():
+        return positions(word, words, int(place))
+    try:
+        return positions(given, words)
+    except InputError as error:
+        raise InputError(str(error).replace("occurrence=", f"--row {given}:1")) from None
 
 
 def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, list[str]]:
@@ -220,7 +256,7 @@ def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, 
 
 
 def _run(
-    model: Any, ids: Any, facts: list[str], wanted: tuple[Any, Any], compare: bool
+    model: Any, ids: Any, facts: list[Any], wanted: tuple[Any, Any], compare: bool
 ) -> tuple[Any, dict[str, Any]]:
     """One watched forward with a progress bar, and what it cost."""
     import torch

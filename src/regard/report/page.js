@@ -34,7 +34,7 @@
   let data;
   try { data = JSON.parse(await unpack("data")); }
   catch (error) { return fail("The data of this page are damaged: " + error.message); }
-  const { tokens, views, marks } = data;
+  const { tokens, views, marks, rows = [] } = data;
 
   /* ---- the text ---- */
   if (tokens.length && views.length && $("reader")) startReader();
@@ -63,6 +63,37 @@
       label.append(input, make("span", v.label));
       $("views").append(label);
     });
+
+    /* A view of what one token looks at, for short texts. */
+    const chosen = rows.length ? make("label", undefined, "choice") : null;
+    if (chosen) {
+      const input = make("input");
+      input.type = "radio"; input.name = "view";
+      chosen.append(input, make("span"));
+      chosen.hidden = true;
+      $("views").append(chosen);
+    }
+    function rowOf(i) {
+      const values = tokens.map((_, k) => rows[i][k] ?? null);
+      const known = values.filter((v) => v > 0).sort((a, b) => a - b);
+      const count = Math.max(...views.map((v) => v.edges.length));
+      const high = known[Math.max(0, known.length - 2)] || 1, low = Math.max(known[0] || 0, high / 100);
+      const edges = high > low
+        ? Array.from({ length: count }, (_, k) => low * Math.pow(high / low, (k + 1) / (count + 1))) : [];
+      const top = values.map((_, k) => k).filter((k) => values[k] > 0)
+        .sort((a, b) => values[b] - values[a]).slice(0, 12);
+      return { label: `what “${shown(tokens[i])}” looks at`, unit: "share", scale: "log", values, edges, top,
+        help: `exact attention of token ${i} on each key, mean over layers and heads` };
+    }
+    function lookFrom(i) {
+      if (!chosen || !rows[i]) return;
+      view = rowOf(i);
+      const [input, label] = chosen.children;
+      label.textContent = view.label;
+      input.checked = true; chosen.hidden = false;
+      input.onchange = () => { view = rowOf(i); paint(); };
+      paint();
+    }
 
     if (Object.keys(sets).length) {
       const label = make("label");
@@ -203,13 +234,14 @@
     const hit = (event) => event.target.closest && event.target.closest("span[data-i]");
     words.addEventListener("pointerover", (event) => { const s = hit(event); if (s) tell(+s.dataset.i, s); });
     words.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hide(); });
-    words.addEventListener("click", (event) => { const s = hit(event); if (s) go(+s.dataset.i, false); else hide(); });
+    words.addEventListener("click", (event) => { const s = hit(event); if (s) { lookFrom(+s.dataset.i); go(+s.dataset.i, false); } else hide(); });
     words.addEventListener("scroll", hide, { passive: true });
     words.addEventListener("blur", hide);
     addEventListener("scroll", hide, { passive: true });
     const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, PageDown: PAGE, PageUp: -PAGE };
     function key(event) {
       if (event.key === "Escape") return hide();
+      if (event.key === "Enter" && current >= 0) return lookFrom(current);
       let to = null;
       if (event.key in step) to = (current < 0 ? page * PAGE - Math.sign(step[event.key]) : current) + step[event.key];
       else if (event.key === "Home") to = 0;

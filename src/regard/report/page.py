@@ -97,6 +97,7 @@ def render_page(overview: Overview) -> str:
             "tokens": tokens,
             "views": _views(overview, tokens) if tokens else [],
             "marks": _marks(overview, len(tokens)),
+            "rows": overview.get("clicked") or [],
         },
     ).html()
 
@@ -155,11 +156,13 @@ READER = """<div id="reader" hidden><fieldset id="views"><legend>Colour by</lege
 def _text_section(overview: Overview, tokens: Sequence[str]) -> Section | None:
     if not tokens or not overview.get("views"):
         return None
+    clicked = overview.get("clicked")
     return Section(
         "The text, coloured by attention",
         [Html(READER)],
         "The stronger the tint, the higher the value. Point at a token, tap it, or use the arrow "
-        "keys to read its values.",
+        "keys to read its values."
+        + (" Click a token to colour the text by what it looks at." if clicked else ""),
         "Text",
         "text",
     )

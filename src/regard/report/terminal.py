@@ -34,10 +34,17 @@ def summary(overview: Overview, *, top: int = 8) -> RenderableType:
     parts: list[RenderableType] = [Text(clean(title), style="bold")]
     facts = [[Cell(big, "bold cyan"), words] for big, words in headline(overview)]
     first = Table(["", ""], facts) if facts else None
-    for part in (first, _sinks(overview), _tokens(overview, top), _cost(overview)):
+    rows = [_row(row) for row in overview.get("rows") or []]
+    for part in (first, *rows, _sinks(overview), _tokens(overview, top), _cost(overview)):
         if part is not None:
             parts += [Text(), part]
     return Group(*parts)
+
+
+def _row(row: Mapping[str, Any]) -> Table:
+    names = ["layer", "reads most, mean over heads", "largest share of a head"]
+    lines = [[visible(cell) for cell in line] for line in row["layers"]]
+    return Table(names, lines, f"What “{visible(str(row['token']))}” looks at", keys=1)
 
 
 def _sinks(overview: Overview) -> RenderableType | None:

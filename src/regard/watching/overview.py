@@ -26,6 +26,7 @@ from regard.reach.sites import setting
 from regard.versions import versions
 
 from .heads import Heads, head_split, peaks
+from .rows import table_of
 from .sinks import EPSILON, hidden_sinks, sink_rate
 from .tokens import pieces
 
@@ -34,6 +35,7 @@ LISTED = 20_000  # values of a fact that JSON lists one by one
 LINES = 8  # views of one fact that has several: rows, columns, segments
 TAIL = 16  # the last tokens are seen by few queries, so what they receive on average says little
 _BOTH_WAYS = "mean attention of all queries on this key, over layers and heads"
+_ROW_HELP = "exact attention of this token on each key, mean over layers and heads"
 _HELP = {
     "received": (
         "attention received",
@@ -156,6 +158,7 @@ def overview(
     row: int = 0,
     title: str | None = None,
     model_name: str | None = None,
+    asked: Sequence[Sequence[int]] = (),
     **meta: Any,
 ) -> dict[str, Any]:
     """Everything the report shows, from the facts that were watched; what was not is left out.
@@ -165,6 +168,8 @@ def overview(
         tokens: the pieces of the text; decoded with the tokenizer that `regard.load` brought when
             None.
         row: which row of the batch.
+        asked: tokens whose rows, watched with `core.Rows`, are shown in words; each by the
+            positions of its pieces.
         meta: further entries of the "meta" block (seconds, plain_seconds, peak_mib, notes,
             command).
     """
@@ -218,6 +223,7 @@ def overview(
     if entropy is not None or distance is not None:
         page["heads"] = _heads(entropy, distance)
     _add_rhythm(page, seen, distance, row)
+    _add_rows(page, seen, asked, row)
     shown = stack(seen, "thumbnail", row)
     if shown is not None:
         page["thumbnails"] = _thumbnails(seen, shown, alpha, entropy, distance)
@@ -238,8 +244,10 @@ def _series(seen: Any, fact: Fact, row: int) -> dict[str, Tensor]:
         return {}
     mean = stacked[1].mean((0, 1))
     if isinstance(fact, Rows):
-        asked = [n for n in fact.queries if n < seen.record.end]
-        return {f"row of token {n}": line for n, line in list(zip(asked, mean))[:LINES]}
+        if len(fact.queries) >= seen.record.end > LINES:  # all of them: shown as they are asked for
+            return {}
+        kept = [n for n in fact.queries if n < seen.record.end]
+        return {f"row of token {n}": line for n, line in list(zip(kept, mean))[:LINES]}
     if isinstance(fact, Columns):
         return {f"column of token {n}": mean[:, i] for i, n in enumerate(fact.keys[:LINES])}
     if isinstance(fact, Mass):
@@ -248,6 +256,26 @@ def _series(seen: Any, fact: Fact, row: int) -> dict[str, Tensor]:
     if fact.name == "received" and "mean_received" in seen:
         return {"received_sum": mean}
     return {names.get(fact.name, fact.name): mean}
+
+
+def _add_rows(page: dict[str, Any], seen: Any, asked: Sequence[Sequence[int]], row: int) -> None:
+    """The rows that were asked for, and those of all tokens of a short text for a click."""
+    facts = [f for f in seen.facts if isinstance(f, Rows)]
+    if not facts or seen.record.site.kind != "self":
+        return
+    tokens = page["tokens"]
+    page["rows"] = []
+    for places in asked:
+        layers = seen.rows(list(places), row=row)
+        text = "".join(tokens[n] for n in places).strip()
+        view = _view(f"what “{text}” looks at", layers.stack().mean((0, 1)).cpu(), len(tokens))
+        page["views"] = {f"row of {places}": {**view, "help": _ROW_HELP}, **page["views"]}
+        page["rows"].append(
+            {"token": text, "positions": list(places), "layers": table_of(layers, tokens)}
+        )
+    stacked = stack(seen, facts[0], row)
+    if stacked is not None and len(facts[0].queries) == seen.record.end == len(tokens):
+        page["clicked"] = stacked[1].mean((0, 1)).double().round(decimals=4).tolist()
 
 
 def _top(seen: Any, fact: TopKeys, row: int) -> tuple[Tensor, Tensor]:
@@ -428,6 +456,15 @@ def _tokens(seen: Any, row: int, given: Sequence[str] | None) -> list[str]:
     if seen.tokenizer is None:
         return numbers + [f"‹{n}›" for n in known]
     return numbers + pieces(seen.tokenizer, known)
+
+
+def text_of(seen: Any, row: int) -> tuple[list[str], Sequence[int]]:
+    """The tokens of a row of the batch in pieces, and their positions."""
+    batch = len(seen.input_ids) if seen.input_ids is not None else 1
+    if not 0 <= row < batch:
+        raise InputError(f"row {row} is out of range: the batch has {batch}, from 0")
+    places = _places(seen, row)
+    return _tokens(seen, row, None), places
 
 
 def _title(tokens: list[str]) -> str:

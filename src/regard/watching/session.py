@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from regard.core import FACTS, Fact
+from regard.core import FACTS, Fact, Rows
 from regard.errors import InputError, NeedsMatrix, nearest
 from regard.reach import Collector, Handler, Session, Site
 from regard.reach.sites import setting
@@ -125,6 +125,10 @@ class Layers(Mapping[int, Any]):
     def __len__(self) -> int:
         return sum(s.part == self._main for s in self._values)
 
+    def sites(self) -> list[tuple[Site, Any]]:
+        """Site and value of every layer of the main part."""
+        return [(s, v) for s, v in self._values.items() if s.part == self._main]
+
     def stack(self) -> Any:
         """All layers of the main part as one tensor, `[layers, batch, heads, ...]`.
 
@@ -177,6 +181,7 @@ class Watch(Session):
         super().__init__(model, [self._collector])
         _check_heads(model, heads)
         self.input_ids: Any = None
+        self.inputs: dict[str, Any] | None = None  # of the forward that began the run
         self.tokenizer: Any = tokenizer if tokenizer is not None else _tokenizer(model)
         self.seconds = 0.0
 
@@ -193,11 +198,14 @@ class Watch(Session):
         self._started = time.perf_counter()
         if not torch.is_tensor(ids) or ids.is_floating_point():
             self.input_ids = None  # given as embeddings: what is known of another text is not this
+            self.inputs = None
         else:
             cache = kwargs.get("past_key_values")
             going_on = (
                 self.input_ids is not None and cache is not None and cache.get_seq_length() > 0
             )
+            if not going_on:
+                self.inputs = None if args[1:] else dict(kwargs)
             ids = ids.detach().cpu()
             self.input_ids = torch.cat([self.input_ids, ids], 1) if going_on else ids
 
@@ -262,6 +270,45 @@ class Watch(Session):
     def whole(self) -> bool:
         """Whether all layers and heads were measured."""
         return self._collector.layers is None and self._collector.heads is None
+
+    def rows(
+        self, token: str | int | Sequence[int], *, occurrence: int | None = None, row: int = 0
+    ) -> Layers:
+        """What a token looks at: its exact row of every layer of the main part, `[heads, keys]`.
+
+        The rows come from one more forward over the same inputs, under the methods that are applied
+        when you ask; no map is kept. Rows that were watched (`core.Rows`) cost nothing more.
+
+        Args:
+            token: a word as it stands in the text, or the position of a token, from the end where
+                negative; of several pieces, or positions, their mean.
+            occurrence: which one, from 0, where the text holds the word several times.
+            row: which row of the batch.
+
+        >>> import regard
+        >>> model = regard.zoo.tiny("llama")
+        >>> with regard.watch(model) as seen:
+        ...     _ = model(torch.arange(10)[None])
+        >>> seen.rows(-1)[0].shape  # of the last token, in layer 0
+        torch.Size([4, 10])
+
+        Raises:
+            InputError: a word that the text does not hold or holds several times, a position or a
+                row beyond it.
+            ReachError: what was seen cannot be run again from its token ids.
+        """
+        from .overview import text_of
+        from .rows import positions, seen_again
+
+        pieces, places = text_of(self, row)
+        chosen = positions(token, pieces, occurrence)
+        queries = [places[n] for n in chosen]
+        watched = [f for f in self.facts if isinstance(f, Rows) and {*queries} <= {*f.queries}]
+        fact, seen = (watched[0], self) if watched else (Rows(tuple(queries)), None)
+        layers = (seen or seen_again(self, queries))[fact]
+        where = [fact.queries.index(n) for n in queries]
+        values = {s: v[row][:, where].mean(1) for s, v in layers.sites()}
+        return Layers(values, self.record.site.part)
 
     def table(self) -> list[dict[str, Any]]:
         """One row a layer of the main part: the mean of each fact over batch, heads and tokens.
