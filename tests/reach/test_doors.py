@@ -362,7 +362,8 @@ def test_a_prompt_in_chunks_is_no_prompt() -> None:
         model.generate(IDS[:1], **kw)
 
 
-def test_a_bidirectional_model_with_a_cache_writes_the_same() -> None:
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_bidirectional_model_with_a_cache_writes_the_same(padding: int) -> None:
     """Its mask is as wide as the new tokens alone, and it looks at every cached key."""
     from transformers import BertConfig, BertLMHeadModel
 
@@ -372,14 +373,23 @@ def test_a_bidirectional_model_with_a_cache_writes_the_same() -> None:
         intermediate_size=64,
     )  # fmt: skip
     model = BertLMHeadModel(config).eval()
-    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
-           "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
-    ids = torch.randint(5, 100, (1, 12))
+    ids = torch.randint(5, 100, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    how = {
+        "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+        "attention_mask": mask, "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
     with torch.no_grad():
         plain = torch.stack(model.generate(ids, **how).logits)
-        with regard.watch(model, ["received", "entropy"]):
+        with regard.watch(model, ["received", "entropy"]) as seen:
             watched = torch.stack(model.generate(ids, **how).logits)
+        model.set_attn_implementation("eager")
+        maps = model.generate(ids, output_attentions=True, **how).attentions
     torch.testing.assert_close(watched, plain, rtol=1e-4, atol=1e-6)
+    first = torch.cat([-torch.xlogy(step[0], step[0]).sum(-1) for step in maps], -1)
+    tokens = torch.cat([mask, mask.new_ones(2, 3)], 1).bool()[:, None].expand_as(first)
+    torch.testing.assert_close(seen["entropy"][0][tokens], first[tokens], rtol=1e-4, atol=1e-5)
 
 
 def test_one_mask_for_all_rows_of_a_batch() -> None:

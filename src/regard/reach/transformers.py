@@ -286,7 +286,9 @@ def _call(
             # an empty static cache: the keys past the queries are not there yet
             key, value = key[:, :, :q_length], value[:, :, :q_length]
     if origin is not None:
-        first = end - q_length if end > origin.width else origin.offsets[0]
+        # the mask of a bidirectional model does not count what the cache holds
+        held = site.kind == "self" and (dispatch.past_of(module) or 0) + q_length == end
+        first = end - q_length if held or end > origin.width else origin.offsets[0]
         offsets = (first, origin.offsets[1] if origin.shape[2] == end else 0)
         key, value = key[:, :, :end], value[:, :, :end]
         live = origin.live
