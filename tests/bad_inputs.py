@@ -55,7 +55,7 @@ SENSIBLE = {
 QUICK = {
     "lengths": "16", "kernels": "naive", "rounds": "1", "repeats": "1", "tokens_per_rank": "16",
     "schemes": "ring", "batch": "2", "minutes": "0.01", "tower_minutes": "0.01", "pool": "0",
-    "context": "16",
+    "context": "64",
 }  # fmt: skip
 OWN = {  # of single commands
     "zoo train": {"name": "shapes-vae", "out": "folder-to-make"},
@@ -297,7 +297,7 @@ def fault(attempt: Attempt, outcome: Outcome) -> str:
         return f"a message of {len(text)} characters"
     if attempt.sure and (outcome.code != 2 or LOADED in text):
         return f"taken without a word (exit code {outcome.code})"
-    if outcome.code == 0 or LOADED in text:
+    if outcome.code == 0 or LOADED in text or (not attempt.sure and "'missing/model'" in text):
         return ""
     if outcome.left:
         return f"left behind: {outcome.left}"

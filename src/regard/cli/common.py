@@ -18,12 +18,12 @@ from regard.files import real, straight, write_text
 from regard.zoo.options import Loading
 
 
-def read_text(given: str) -> str:
+def read_text(given: str, most: int = -1) -> str:
     """The text itself, the file behind `@path`, the shipped text behind `@name`, or standard input
-    for "-".
+    for "-"; of a file and of standard input at most so many characters are read.
     """
     if given == "-":
-        text = sys.stdin.read()
+        text = sys.stdin.read(most)
     elif not given.startswith("@"):
         text = given
     else:
@@ -37,7 +37,8 @@ def read_text(given: str) -> str:
             raise InputError(f"{name} is a folder: name a text file in it")
         if path.exists():
             try:
-                text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+                with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
+                    text = file.read(most)
             except UnicodeDecodeError:
                 raise InputError(
                     f"{name} is not UTF-8 text: convert it, or name a text file"
@@ -52,6 +53,24 @@ def read_text(given: str) -> str:
     if "\0" in text:
         raise InputError(f"{given[:40]} holds binary data, not text: name a text file")
     return text
+
+
+MARGIN = 64  # tokens before a cut, which may be others where the text goes on
+
+
+def first_tokens(tokenizer: Any, text: str, most: int, **how: Any) -> tuple[list[int], int | None]:
+    """The first tokens of a text, and how many it has; None where it has more than were asked for,
+    and the rest of it was not tokenised: memory follows `most`, not the text.
+    """
+    taken = 8 * most + 4096
+    while True:
+        given = tokenizer(text[:taken], return_tensors="pt", verbose=False, **how)
+        ids = given.input_ids[0].tolist()
+        if taken >= len(text):
+            return ids[:most], len(ids)
+        if len(ids) >= most + MARGIN:
+            return ids[:most], None
+        taken *= 4
 
 
 def check_output(path: Path | None) -> None:

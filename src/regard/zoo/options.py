@@ -30,6 +30,12 @@ class Loading(Checked):
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
     trust_remote_code: bool = setting(False, "run model code that comes with the checkpoint")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("device", "dtype", "device_map", "revision"):
+            if getattr(self, name) == "":
+                raise InputError(f"{name} is empty: name one, or leave it out")
+
     def load(self, name: Any) -> tuple[Any, Any]:
         """Model and tokenizer, or processor."""
         from regard import zoo
