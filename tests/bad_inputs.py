@@ -25,6 +25,7 @@ import typer
 from regard import catalog
 from regard.cli import main
 from regard.cli.app import build
+from regard.cli.derive import WRITTEN
 from regard.cli.see import FOR
 
 LIMIT = 60  # seconds: what takes longer hangs
@@ -137,11 +138,8 @@ def commands() -> dict[str, list[Any]]:
 
 
 def is_output(parameter: Any) -> bool:
-    """Whether something is written there: the help says so."""
-    return kind_of(parameter) is Path and bool(
-        re.match(r"Write|Result|Keep|JSON of|Folder (for|of the data set)|Page|Draw|All as one",
-                 getattr(parameter, "help", None) or "")
-    )  # fmt: skip
+    """Whether something is written there."""
+    return parameter.metavar in WRITTEN
 
 
 def kind_of(parameter: Any) -> Any:
@@ -150,8 +148,8 @@ def kind_of(parameter: Any) -> Any:
 
 
 def is_folder(parameter: Any) -> bool:
-    """Whether a folder is meant."""
-    return "older" in (getattr(parameter, "help", None) or "")
+    """Whether a folder is written."""
+    return bool(parameter.metavar == "FOLDER")
 
 
 def values(parameter: Any) -> Iterator[tuple[str, bool]]:

@@ -6,6 +6,7 @@ own, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -24,6 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     # transformers' own bars and hints would break into ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     given = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         from regard.cli.app import build

@@ -85,9 +85,14 @@ Memory = Annotated[float, typer.Option(min=0.001, help="GiB above which a call i
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.")]
 Seed = Annotated[int, typer.Option(help="Of tensors and drawn masks.")]
 Out = Annotated[
-    Path | None, typer.Option(help="Result file (JSON); a run that was cut off goes on from it.")
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Result file (JSON); a run that was cut off goes on from it."
+    ),
 ]
-Html = Annotated[Path | None, typer.Option(help="Write the tables and plots as a page here.")]
+Html = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the tables and plots as a page here.")
+]
 
 
 @app.command("kernels")
@@ -232,7 +237,10 @@ def show(
     seed: Seed = 42,
     html: Html = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write names, parameters and areas as JSON; - for stdout.")
+        Path | None,
+        typer.Option(
+            metavar="FILE|-", help="Write names, parameters and areas as JSON; - for stdout."
+        ),
     ] = None,
 ) -> None:
     """Draw the named masks, with their definitions.

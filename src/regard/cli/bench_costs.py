@@ -14,9 +14,12 @@ from regard.zoo.options import Loading
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timing rounds.")]
 Out = Annotated[
-    Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Result file; a run that was cut off goes on from it."),
 ]
-Page = Annotated[Path | None, typer.Option(help="Write the tables as a Markdown page.")]
+Page = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the tables as a Markdown page.")
+]
 
 
 def app_commands(app: typer.Typer) -> None:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from regard import files
 from regard.cards import DIGITS, whole_numbers
 from regard.errors import InputError, nearest
-from regard.files import real, straight, write_text
 from regard.zoo.options import Loading
 
 
@@ -75,17 +75,8 @@ def first_tokens(tokenizer: Any, text: str, most: int, **how: Any) -> tuple[list
 
 def check_output(path: Path | None) -> None:
     """Refuse an output path that cannot be written, before any work is done."""
-    if path is None or str(path) == "-":
-        return
-    folder = real(path).parent
-    if straight(path):  # nothing is made beside it
-        folder = path
-    elif not folder.is_dir():
-        raise InputError(f"{path}: the folder {folder} does not exist: make it first")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file in it")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{path}: no permission to write there: choose another place")
+    if path is not None and str(path) != "-":
+        files.check_file(path)
 
 
 def check_file(path: Path | None) -> None:
@@ -103,7 +94,7 @@ def write_json(data: Any, path: Path | None) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    write_text(path, text)
+    files.write_text(path, text)
 
 
 def err() -> Any:

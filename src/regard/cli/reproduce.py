@@ -24,7 +24,8 @@ def reproduce(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the result; reproductions of the clone, or of the working folder."
+            metavar="FOLDER",
+            help="Folder for the result; reproductions of the clone, or of the working folder.",
         ),
     ] = None,
     *,

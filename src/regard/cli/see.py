@@ -45,9 +45,12 @@ def see(
     max_tokens: Annotated[
         str, typer.Option(help="Look at the first so many tokens at most (2k = 2048).")
     ] = "4k",
-    html: Annotated[Path | None, typer.Option(help="Write the report page here.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report page here.")
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write everything as JSON here; - for stdout."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3,5-7.")] = None,
     heads: Annotated[str | None, typer.Option(help="Only these heads: 0,3,5-7.")] = None,
@@ -80,7 +83,8 @@ def see(
         str | None, typer.Option(help="Diffusion pipeline: negative prompt.")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Diffusion pipeline: write the image here (.png).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Diffusion pipeline: write the image here (.png)."),
     ] = None,
 ) -> None:
     """See what a model attends to, exactly, at any length.

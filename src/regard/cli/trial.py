@@ -37,7 +37,10 @@ Budget = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--json", "--out", help="Write everything as JSON here, unfinished work beside; - stdout."
+        "--json",
+        "--out",
+        metavar="FILE|-",
+        help="Write everything as JSON here, unfinished work beside; - stdout.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of what is made on the spot.")]

@@ -17,7 +17,10 @@ app = Commands("Train the small models that come with the package again, and rea
 @app.command("train")
 def train(
     name: Annotated[str, typer.Argument(help="shapes-vae, shapes-sd, shapes-vlm, ...")],
-    out: Annotated[Path, typer.Option(help="Folder for the weights; replaced when it is whole.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder for the weights; replaced when it is whole."),
+    ],
     minutes: Annotated[
         float | None,
         typer.Option(min=0.01, max=10_000, help="Length of the training; of the recipe if not."),
@@ -35,7 +38,8 @@ def train(
         Path | None, typer.Option(help="Folder of such a model, to go on from there.")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write the record as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write the record as JSON here; - for stdout."),
     ] = None,
 ) -> None:
     """Train a model by its recipe, boxed by the clock.

@@ -18,7 +18,9 @@ Tokens = Annotated[int, typer.Option("-n", "--tokens", min=1, help="Length of th
 Chat = Annotated[
     bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
 ]
-Json = Annotated[Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")]
+Json = Annotated[
+    Path | None, typer.Option(metavar="FILE|-", help="Write everything as JSON here; - for stdout.")
+]
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 
 

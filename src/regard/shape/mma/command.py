@@ -13,7 +13,10 @@ from regard.errors import InputError
 
 def train(
     out: Annotated[
-        Path, typer.Option(help="JSON of all runs; a stopped comparison goes on from it.")
+        Path,
+        typer.Option(
+            metavar="FILE", help="JSON of all runs; a stopped comparison goes on from it."
+        ),
     ] = Path("mma-training.json"),
     model: Annotated[
         str, typer.Option(help="Whose layout and questions: shapes-vlm.")

@@ -15,7 +15,7 @@ from regard.zoo.options import Loading
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Write the head list here.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the head list here.")],
     task: Annotated[
         str, typer.Option(help="A built-in task, or several to pool; names the prompt for --data.")
     ] = "sentiment",
