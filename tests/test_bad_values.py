@@ -156,15 +156,11 @@ APPLY: dict[str, list[Any]] = {
     "none": [None],
     "class": [regard.H2O],
     "number": [3],
-    "nothing": [],
 }
 
 
 @pytest.mark.parametrize("what", APPLY)
 def test_apply(what: str) -> None:
     model = tiny("llama")
-    said = made(
-        lambda: regard.apply(model, *APPLY[what]).__enter__().__exit__(None, None, None), {}
-    )
-    assert said == "refused", said
+    assert made(lambda: regard.apply(model, *APPLY[what]).__enter__(), {}) == "refused"
     assert made(lambda: regard.apply("many", regard.H2O(ratio=0.5)).__enter__(), {}) == "refused"
