@@ -25,6 +25,10 @@ def train(
         float | None,
         typer.Option(min=0.01, max=10_000, help="Length of the training; of the recipe if not."),
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after so many steps, whatever the clock says."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
     batch: Annotated[int | None, typer.Option(min=1, help="Scenes a step.")] = None,
@@ -42,10 +46,11 @@ def train(
         typer.Option(metavar="FILE|-", help="Write the record as JSON here; - for stdout."),
     ] = None,
 ) -> None:
-    """Train a model by its recipe, boxed by the clock.
+    """Train a model by its recipe, boxed by the clock or by steps.
 
-    Weights are saved every 90 seconds and at the end, always as a whole folder. A training that was
-    stopped begins anew: the rate follows the clock. A shapes-vae, shapes-sd, shapes-dit or
+    Weights are saved every 90 seconds and at the end, always as a whole folder. The same command
+    takes up a training that was stopped; one of so many steps ends with the weights that it would
+    have had without the stop. A shapes-vae, shapes-sd, shapes-dit or
     shapes-vlm that is whole can be trained on, with --start; a pipeline with --start and --vae is
     moved onto that autoencoder first.
 
@@ -69,6 +74,10 @@ def train(
             settings[part] = folder
         elif folder is not None:
             raise InputError(f"{name} is not built on --{part}: leave it out")
+    if minutes is not None and steps is not None:
+        raise InputError("--minutes and --steps are mutually exclusive")
+    if steps is not None:
+        settings["steps"] = steps
     if minutes is not None:
         settings["minutes"] = minutes
     if batch is not None:
