@@ -186,7 +186,7 @@ def run(
         raise InputError(
             "memory is counted from the process, on the CPU: write --device cpu, no --device-map"
         )
-    chosen = {n: getattr(loading, n) for n in ("revision", "trust_remote_code")}
+    chosen = {n: getattr(loading, n) for n in ("revision", "trust_remote_code", "allow_pickle")}
     chosen["dtype"] = loading.dtype or "float32"
     _needs_psutil()
     threads = threads or _cores()

@@ -157,7 +157,8 @@ def load_coder(folder: Path | None, device: str) -> Any:
             "name the folder of the autoencoder, --vae DIR: make it with `regard zoo train "
             "shapes-vae --out DIR`"
         )
-    return AutoencoderKL.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    coder: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    return coder.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

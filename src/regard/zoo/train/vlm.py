@@ -444,7 +444,7 @@ def _tower(folder: Path | None) -> Any:
             "name the folder of the vision tower, --tower DIR: make it with `regard zoo train "
             "shapes-tower --out DIR`"
         )
-    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
 def _trained(folder: Path) -> tuple[Any, zoo.Words, dict[str, Any]]:
