@@ -32,7 +32,7 @@ LIMIT = 60  # seconds: what takes longer hangs
 ROOM = 3 << 30  # bytes that one command may ask for
 LOADED = "the stand-in for a model was asked for"
 DIGITS = "9" * 5000
-ESCAPES = "\x1b[31mred\x1b]0;title\x07"
+ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202eder"
 SURROGATE = "caf\udce9"  # what Python makes of bytes that are not UTF-8
 NO_NUMBERS = ("nan", "inf", "-inf", "many", "", DIGITS, "1e999", ESCAPES, SURROGATE)
 WORDS = ("", "many", "nan", "-1", DIGITS, ESCAPES, SURROGATE, "0-999999999", ",", "{", "@")
@@ -289,7 +289,7 @@ def fault(attempt: Attempt, outcome: Outcome) -> str:
         return outcome.raised
     if outcome.code not in (0, 1, 2) or "Traceback" in text:
         return f"exit code {outcome.code}: {text[-300:]}"
-    if re.search(r"[\x00-\x08\x0b-\x1f\x7f\x9b]", text + outcome.out):
+    if re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text + outcome.out):
         return "control characters reach the terminal"
     if len(text) > 4000:
         return f"a message of {len(text)} characters"

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 
-from regard.errors import RegardError
+from regard.errors import RegardError, plain
 
 USER_ERROR, OWN_FAULT, INTERRUPTED = 2, 70, 130
 USERS = (
@@ -76,15 +76,6 @@ def _line(error: BaseException, code: int) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-
-
-def plain(text: str) -> str:
-    """A text without what a terminal would obey: control and direction characters are spelt out.
-
-    >>> plain("red\\x1b[31m")
-    'red\\\\x1b[31m'
-    """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _at_home(word: str) -> str:

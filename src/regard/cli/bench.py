@@ -41,7 +41,7 @@ def see(
 
       regard bench see --lengths 1k,2k,4k,8k
     """
-    from rich.console import Console
+    from regard.report.screen import Console
 
     sizes = [count(n) for n in lengths.split(",") if n.strip()]
     if not sizes:
@@ -124,7 +124,7 @@ def bench_kernels(
 
       regard bench kernels --masks all --lengths 1k,4k --backward --html kernels.html
     """
-    from rich.console import Console
+    from regard.report.screen import Console
 
     sizes = [count(n) for n in lengths.split(",") if n.strip()]
     if not sizes:
@@ -175,9 +175,8 @@ def facts(
 
       regard bench facts --lengths 16k,32k,64k --dtype bfloat16 --device cuda
     """
-    from rich.console import Console
-
     from regard.lab.bench import facts as bench
+    from regard.report.screen import Console
 
     check_places(None, out, page)
     result = bench.run(
@@ -249,7 +248,7 @@ def show(
 
       regard bench masks show --html masks.html
     """
-    from rich.console import Console
+    from regard.report.screen import Console
 
     check_places(json, html)
     from regard.lab.bench import patterns_page

@@ -77,9 +77,8 @@ def measure(
 
 def finish(bench: Any, result: Any, out: Path | None, page: Path | None) -> None:
     """Write the page that was asked for, and say what became of every target."""
-    from rich.console import Console
-
     from regard.lab.bench.record import targets
+    from regard.report.screen import Console
 
     if page is not None:
         from regard.files import write_text

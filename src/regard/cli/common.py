@@ -46,7 +46,9 @@ def read_text(given: str, most: int = -1) -> str:
         elif name in zoo.texts():
             text = zoo.text(name)
         else:
-            hint = nearest(name, zoo.texts())
+            from regard.zoo.audio import clips
+
+            hint = nearest(name, [*zoo.texts(), *clips()])
             raise InputError(f"there is no file {name!r}, and no shipped text of that name.{hint}")
     if not text.strip():
         raise InputError("the text is empty: give some words, or @file")
@@ -90,7 +92,9 @@ def write_json(data: Any, path: Path | None) -> None:
     """JSON to a file (written whole or not at all), or to stdout for "-"; nothing for None."""
     if path is None:
         return
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, default=os.fspath) + "\n"
+    # a terminal would obey direction characters and the like
+    shown = str(path) == "-" and sys.stdout.isatty()
+    text = json.dumps(data, ensure_ascii=shown, allow_nan=False, default=os.fspath) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
         return
@@ -99,7 +103,7 @@ def write_json(data: Any, path: Path | None) -> None:
 
 def err() -> Any:
     """A console on stderr, for progress and notes."""
-    from rich.console import Console
+    from regard.report.screen import Console
 
     return Console(stderr=True)
 

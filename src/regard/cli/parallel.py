@@ -102,7 +102,7 @@ def parallel(
                 timeout=timeout,
             )
         if first_rank():
-            from rich.console import Console
+            from regard.report.screen import Console
 
             if html is not None:
                 write_text(html, parallel_page.html(result))
@@ -169,7 +169,7 @@ def plan(
     )
     write_json(bench.as_dict(found, on), json)
     if json is None or str(json) != "-":
-        from rich.console import Console
+        from regard.report.screen import Console
 
         title = f"{mask}, {length:,} tokens on {ranks} x {device} ({link}), heads {heads} x {dim}"
         Console().print(bench.table(found, title))

@@ -41,11 +41,10 @@ def reproduce(
 
       regard reproduce sink-emergence
     """
-    from rich.console import Console
-
     from regard import catalog
     from regard.lab import reproduce as harness
     from regard.lab.reproduce.harness import results_folder
+    from regard.report.screen import Console
 
     known = harness.available()
     if method not in known:

@@ -318,12 +318,12 @@ def _measured(
 ) -> None:
     """Run a trial with a journal beside its result, write the result, and print its table."""
     import torch
-    from rich.console import Console
 
     from regard.lab.bench.record import environment
     from regard.lab.fingerprint import fingerprint
     from regard.lab.journal import Journal
     from regard.lab.reproduce.harness import device
+    from regard.report.screen import Console
 
     source = fingerprint(trial.__name__, data=texts)
     key = {"model": model_name, "settings": settings, "on": placed(model), "source": source}

@@ -91,10 +91,10 @@ def card(
     name: Annotated[str, typer.Argument(help="shapes-sd, shapes-dit, shapes-vlm or smol-vlm.")],
 ) -> None:
     """What a shipped model was trained on, for how long, and how good it is."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     from regard.errors import nearest
+    from regard.report.screen import Console
     from regard.zoo.shipped import MODELS, PIPELINES, shipped
 
     folder = shipped(name)

@@ -149,7 +149,7 @@ def _resolve_entry(entry: Entry) -> str | Path:
 
 
 def _names() -> list[str]:
-    return [*(entry.name for entry in models()), *MODELS]
+    return [*(entry.name for entry in models()), *MODELS, *PIPELINES]
 
 
 def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
@@ -239,8 +239,11 @@ def _explain(where: str | Path, name: str, problem: Exception) -> str:
         )
     folder = Path(where)
     pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
-    plain = any(folder.glob("*.safetensors")) if pickles else False
-    if isinstance(problem, OSError) and ((pickles and not plain) or _PICKLED in str(problem)):
+    if folder.is_dir():
+        pickled = bool(pickles) and not any(folder.glob("*.safetensors"))
+    else:
+        pickled = _PICKLED in str(problem)
+    if isinstance(problem, OSError) and pickled:
         return (
             f"the weights of {name} are pickled ({pickles[0] if pickles else '.bin'}), and reading "
             "a pickle can run code: save the model as safetensors, or add --allow-pickle "

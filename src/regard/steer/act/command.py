@@ -53,8 +53,7 @@ def calibrate(
 
       regard calibrate act --task sentiment,topic --top-k 50 --out heads.json
     """
-    from rich.console import Console
-
+    from regard.report.screen import Console
     from regard.steer.act.heads import HeadFilter
 
     check_file(out)
