@@ -514,7 +514,7 @@ class Rule(Mask):
 def _whole(name: str, n: Any) -> int:
     if not hasattr(n, "__index__") or isinstance(n, bool):
         raise InputError(f"{name} is a whole number of positions, not {_given(n)}")
-    return n  # type: ignore[no-any-return]
+    return n
 
 
 def _both(other: Any) -> None:

@@ -37,6 +37,8 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for file in sorted(Path(__file__).parent.glob("*.py")):  # the code of the recipes
+            mark.update(file.read_bytes())
         held = [t for m in self.frozen for t in m.state_dict().values()]
         for tensor in (*trained, *held, *(state for _, state in self._random())):
             mark.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regard.errors import InputError
-from regard.lab.fingerprint import fingerprint
 from regard.versions import versions
 
 from .checkpoint import Checkpoint, forget, optimizer_tensors, restore_optimizer
@@ -166,7 +165,7 @@ def train(
     if kept is not None:
         settings = {"name": name, "samples": samples, "rate": rate, "steps": steps, "decay": decay,
                     "minutes": minutes if steps is None else None, "device": str(device),
-                    "code": fingerprint(loss_of.__module__), **versions()}  # fmt: skip
+                    **versions()}  # fmt: skip
         _go_on(kept, settings, trained, adam, average, clock, diary)
     saved = clock.seconds
     while clock.set(adam) < 1:
