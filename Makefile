@@ -9,7 +9,7 @@ REPORT ?= attention.html
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo test test-slow gpu style format peers docs clean
+.PHONY: help env env-dev demo test test-slow test-extras audit gpu style format peers docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,16 @@ test: env ## the tests
 
 test-slow: env ## the tests that take longer
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+test-extras: env ## clean environments: one without extras and one for each of them (downloads torch for each)
+	@$(BIN)/python scripts/extras.py
+
+audit: env ## known holes in the constraints and in the lower bounds (asks a vulnerability service)
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install -q pip-audit; }
+	@$(BIN)/python scripts/audit.py check
+	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+	@$(BIN)/python scripts/audit.py bounds > .venv-audit/bounds.txt
+	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r .venv-audit/bounds.txt
 
 gpu: env ## on a machine with a GPU: the tests of it, and what facts and kernels cost there
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_gpu.py

@@ -25,13 +25,14 @@ import typer
 from regard import catalog
 from regard.cli import main
 from regard.cli.app import build
+from regard.cli.derive import WRITTEN
 from regard.cli.see import FOR
 
 LIMIT = 60  # seconds: what takes longer hangs
 ROOM = 3 << 30  # bytes that one command may ask for
 LOADED = "the stand-in for a model was asked for"
 DIGITS = "9" * 5000
-ESCAPES = "\x1b[31mred\x1b]0;title\x07"
+ESCAPES = "\x1b[31mred\x1b]0;title\x07\u202eder"
 SURROGATE = "caf\udce9"  # what Python makes of bytes that are not UTF-8
 NO_NUMBERS = ("nan", "inf", "-inf", "many", "", DIGITS, "1e999", ESCAPES, SURROGATE)
 WORDS = ("", "many", "nan", "-1", DIGITS, ESCAPES, SURROGATE, "0-999999999", ",", "{", "@")
@@ -55,7 +56,7 @@ SENSIBLE = {
 QUICK = {
     "lengths": "16", "kernels": "naive", "rounds": "1", "repeats": "1", "tokens_per_rank": "16",
     "schemes": "ring", "batch": "2", "minutes": "0.01", "tower_minutes": "0.01", "pool": "0",
-    "context": "16",
+    "context": "64",
 }  # fmt: skip
 OWN = {  # of single commands
     "zoo train": {"name": "shapes-vae", "out": "folder-to-make"},
@@ -141,11 +142,8 @@ def commands() -> dict[str, list[Any]]:
 
 
 def is_output(parameter: Any) -> bool:
-    """Whether something is written there: the help says so."""
-    return kind_of(parameter) is Path and bool(
-        re.match(r"Write|Result|Keep|JSON of|Folder (for|of the data set)|Page|Draw|All as one",
-                 getattr(parameter, "help", None) or "")
-    )  # fmt: skip
+    """Whether something is written there."""
+    return parameter.metavar in WRITTEN
 
 
 def kind_of(parameter: Any) -> Any:
@@ -154,8 +152,8 @@ def kind_of(parameter: Any) -> Any:
 
 
 def is_folder(parameter: Any) -> bool:
-    """Whether a folder is meant."""
-    return "older" in (getattr(parameter, "help", None) or "")
+    """Whether a folder is written."""
+    return bool(parameter.metavar == "FOLDER")
 
 
 def values(parameter: Any) -> Iterator[tuple[str, bool]]:
@@ -295,13 +293,13 @@ def fault(attempt: Attempt, outcome: Outcome) -> str:
         return outcome.raised
     if outcome.code not in (0, 1, 2) or "Traceback" in text:
         return f"exit code {outcome.code}: {text[-300:]}"
-    if re.search(r"[\x00-\x08\x0b-\x1f\x7f\x9b]", text + outcome.out):
+    if re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text + outcome.out):
         return "control characters reach the terminal"
     if len(text) > 4000:
         return f"a message of {len(text)} characters"
     if attempt.sure and (outcome.code != 2 or LOADED in text):
         return f"taken without a word (exit code {outcome.code})"
-    if outcome.code == 0 or LOADED in text:
+    if outcome.code == 0 or LOADED in text or (not attempt.sure and "'missing/model'" in text):
         return ""
     if outcome.left:
         return f"left behind: {outcome.left}"

@@ -11,6 +11,7 @@ import typer
 
 from regard.errors import InputError
 from regard.zoo import Loading
+from regard.zoo.train import loop
 
 from . import bad_inputs
 from .bad_inputs import LOADED, Attempt, attempts, fault, tried
@@ -24,13 +25,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder, with one application for all commands and no model behind it."""
     from regard.cli import app
 
-    def asked(self: Any, name: Any) -> Any:
+    def asked(*_: Any) -> Any:
         raise InputError(LOADED)
 
     ready = typer.main.get_command(app.build())  # once: it takes longer than most commands
     monkeypatch.setattr(app, "build", lambda words=None: ready)
     monkeypatch.setattr(Loading, "load", asked)
     monkeypatch.setattr(Loading, "pipeline", asked)
+    monkeypatch.setattr(loop, "Clock", asked)  # of a training
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     bad_inputs.files(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -35,23 +35,6 @@ ODD = (
 SETTINGS = {m.card.slug: m.settings for m in catalog.everything() if m.settings is not None}
 
 
-# still taken, or met by another error than ours; strict, so that what is mended leaves the list
-OPEN = {
-    "settings": ["dynamic-prompt-learning", "swap-anything"],
-    "attend": ["no tensor", "none", "whole numbers", "scale word", "softcap word", "bias word",
-               "sinks word"],
-    "masks": ["window nan", "window word", "band word", "band nan", "padding word",
-              "padding of one dimension", "dense word", "and a word"],
-}  # fmt: skip
-
-
-def cases(kind: str, names: Iterable[str]) -> list[Any]:
-    """The cases of one test, those that are open marked."""
-    is_open = pytest.mark.xfail(strict=True, reason="not refused yet")
-    known = OPEN.get(kind, [])
-    return [pytest.param(n, marks=is_open) if n in known else n for n in names]
-
-
 def made(kind: Callable[..., Any], given: dict[str, Any]) -> str:
     """What came of it: "taken", "refused", or the error that should not be."""
     try:
@@ -71,7 +54,7 @@ def is_number(one: Any) -> bool:
     return plain and one.metadata["among"] is None and one.metadata["kind"] is None
 
 
-@pytest.mark.parametrize("slug", cases("settings", [*sorted(SETTINGS), "loading"]))
+@pytest.mark.parametrize("slug", [*sorted(SETTINGS), "loading"])
 def test_settings(slug: str) -> None:
     kind: Any = Loading if slug == "loading" else SETTINGS[slug]
     example = {} if slug == "loading" else catalog.method(slug).card.example
@@ -119,7 +102,7 @@ ATTEND = {
 }
 
 
-@pytest.mark.parametrize("what", cases("attend", ATTEND))
+@pytest.mark.parametrize("what", ATTEND)
 def test_attend(what: str) -> None:
     assert made(attend, {**qkv(), **ATTEND[what]}) == "refused"
 
@@ -135,10 +118,13 @@ MASKS: dict[str, Callable[[], Any]] = {
     "dense of floats": lambda: Mask.dense(torch.ones(4, 4)),
     "dense word": lambda: Mask.dense("many"),  # type: ignore[arg-type]
     "and a word": lambda: Mask.causal() & "many",  # type: ignore[operator]
+    "or none": lambda: Mask.causal() | None,  # type: ignore[operator]
+    "prefix word": lambda: Mask.prefix("many"),  # type: ignore[arg-type]
+    "prefix half": lambda: Mask.prefix(0.5),  # type: ignore[arg-type]
 }
 
 
-@pytest.mark.parametrize("what", cases("masks", MASKS))
+@pytest.mark.parametrize("what", MASKS)
 def test_masks(what: str) -> None:
     assert made(MASKS[what], {}) == "refused"
 
@@ -163,3 +149,18 @@ WATCH: dict[str, dict[str, Any]] = {
 def test_watch(what: str) -> None:
     given = {"model": tiny("llama"), **WATCH[what]}
     assert made(regard.watch, given) == "refused"
+
+
+APPLY: dict[str, list[Any]] = {
+    "word": ["many"],
+    "none": [None],
+    "class": [regard.H2O],
+    "number": [3],
+}
+
+
+@pytest.mark.parametrize("what", APPLY)
+def test_apply(what: str) -> None:
+    model = tiny("llama")
+    assert made(lambda: regard.apply(model, *APPLY[what]).__enter__(), {}) == "refused"
+    assert made(lambda: regard.apply("many", regard.H2O(ratio=0.5)).__enter__(), {}) == "refused"

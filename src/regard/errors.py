@@ -45,3 +45,17 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         return f" Did you mean {folded[close[0]]!r}?"
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     return f" Choose from: {shown}."
+
+
+def plain(text: str) -> str:
+    """A text without what a terminal would obey: control and direction characters are spelt out.
+
+    >>> plain("red\\x1b[31m")
+    'red\\\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _SHOWN else repr(c)[1:-1] for c in text)
+
+
+_SHOWN = "\n\u00a0\u202f\u200c\u200d\u3000"  # blanks, and what joins letters of some scripts

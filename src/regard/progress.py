@@ -9,9 +9,10 @@ from contextlib import contextmanager
 @contextmanager
 def bar(total: int, label: str, show: bool = True) -> Iterator[Callable[[], None]]:
     """A bar on stderr, where that is a terminal; yields what to call after each step."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
+
+    from regard.report.screen import Console
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())

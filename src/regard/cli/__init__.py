@@ -6,10 +6,11 @@ own, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
-from regard.errors import RegardError
+from regard.errors import RegardError, plain
 
 USER_ERROR, OWN_FAULT, INTERRUPTED = 2, 70, 130
 USERS = (
@@ -24,6 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     # transformers' own bars and hints would break into ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     given = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         from regard.cli.app import build
@@ -71,15 +76,6 @@ def _line(error: BaseException, code: int) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-
-
-def plain(text: str) -> str:
-    """A text without what a terminal would obey: control and direction characters are spelt out.
-
-    >>> plain("red\\x1b[31m")
-    'red\\\\x1b[31m'
-    """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _at_home(word: str) -> str:

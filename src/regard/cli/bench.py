@@ -41,7 +41,7 @@ def see(
 
       regard bench see --lengths 1k,2k,4k,8k
     """
-    from rich.console import Console
+    from regard.report.screen import Console
 
     sizes = [count(n) for n in lengths.split(",") if n.strip()]
     if not sizes:
@@ -85,9 +85,14 @@ Memory = Annotated[float, typer.Option(min=0.001, help="GiB above which a call i
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.")]
 Seed = Annotated[int, typer.Option(help="Of tensors and drawn masks.")]
 Out = Annotated[
-    Path | None, typer.Option(help="Result file (JSON); a run that was cut off goes on from it.")
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Result file (JSON); a run that was cut off goes on from it."
+    ),
 ]
-Html = Annotated[Path | None, typer.Option(help="Write the tables and plots as a page here.")]
+Html = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the tables and plots as a page here.")
+]
 
 
 @app.command("kernels")
@@ -119,7 +124,7 @@ def bench_kernels(
 
       regard bench kernels --masks all --lengths 1k,4k --backward --html kernels.html
     """
-    from rich.console import Console
+    from regard.report.screen import Console
 
     sizes = [count(n) for n in lengths.split(",") if n.strip()]
     if not sizes:
@@ -170,9 +175,8 @@ def facts(
 
       regard bench facts --lengths 16k,32k,64k --dtype bfloat16 --device cuda
     """
-    from rich.console import Console
-
     from regard.lab.bench import facts as bench
+    from regard.report.screen import Console
 
     check_places(None, out, page)
     result = bench.run(
@@ -232,7 +236,10 @@ def show(
     seed: Seed = 42,
     html: Html = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write names, parameters and areas as JSON; - for stdout.")
+        Path | None,
+        typer.Option(
+            metavar="FILE|-", help="Write names, parameters and areas as JSON; - for stdout."
+        ),
     ] = None,
 ) -> None:
     """Draw the named masks, with their definitions.
@@ -241,7 +248,7 @@ def show(
 
       regard bench masks show --html masks.html
     """
-    from rich.console import Console
+    from regard.report.screen import Console
 
     check_places(json, html)
     from regard.lab.bench import patterns_page

@@ -14,9 +14,12 @@ from regard.zoo.options import Loading
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timing rounds.")]
 Out = Annotated[
-    Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Result file; a run that was cut off goes on from it."),
 ]
-Page = Annotated[Path | None, typer.Option(help="Write the tables as a Markdown page.")]
+Page = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the tables as a Markdown page.")
+]
 
 
 def app_commands(app: typer.Typer) -> None:
@@ -74,9 +77,8 @@ def measure(
 
 def finish(bench: Any, result: Any, out: Path | None, page: Path | None) -> None:
     """Write the page that was asked for, and say what became of every target."""
-    from rich.console import Console
-
-    from regard.bench.record import targets
+    from regard.lab.bench.record import targets
+    from regard.report.screen import Console
 
     if page is not None:
         from regard.files import write_text

@@ -20,7 +20,8 @@ def check(
     ] = None,
     tokens: Annotated[str, typer.Option(help="Length of the random input.")] = "24",
     json: Annotated[
-        Path | None, typer.Option(help="Write the findings as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write the findings as JSON here; - for stdout."),
     ] = None,
     all_architectures: Annotated[
         bool,

@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from regard import files
 from regard.cards import DIGITS, whole_numbers
 from regard.errors import InputError, nearest
-from regard.files import real, straight, write_text
 from regard.zoo.options import Loading
 
 
-def read_text(given: str) -> str:
+def read_text(given: str, most: int = -1) -> str:
     """The text itself, the file behind `@path`, the shipped text behind `@name`, or standard input
-    for "-".
+    for "-"; of a file and of standard input at most so many characters are read.
     """
     if given == "-":
-        text = sys.stdin.read()
+        text = sys.stdin.read(most)
     elif not given.startswith("@"):
         text = given
     else:
@@ -37,7 +37,8 @@ def read_text(given: str) -> str:
             raise InputError(f"{name} is a folder: name a text file in it")
         if path.exists():
             try:
-                text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
+                with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
+                    text = file.read(most)
             except UnicodeDecodeError:
                 raise InputError(
                     f"{name} is not UTF-8 text: convert it, or name a text file"
@@ -45,7 +46,9 @@ def read_text(given: str) -> str:
         elif name in zoo.texts():
             text = zoo.text(name)
         else:
-            hint = nearest(name, zoo.texts())
+            from regard.zoo.audio import clips
+
+            hint = nearest(name, [*zoo.texts(), *clips()])
             raise InputError(f"there is no file {name!r}, and no shipped text of that name.{hint}")
     if not text.strip():
         raise InputError("the text is empty: give some words, or @file")
@@ -54,19 +57,28 @@ def read_text(given: str) -> str:
     return text
 
 
+MARGIN = 64  # tokens before a cut, which may be others where the text goes on
+
+
+def first_tokens(tokenizer: Any, text: str, most: int, **how: Any) -> tuple[list[int], int | None]:
+    """The first tokens of a text, and how many it has; None where it has more than were asked for,
+    and the rest of it was not tokenised: memory follows `most`, not the text.
+    """
+    taken = 8 * most + 4096
+    while True:
+        given = tokenizer(text[:taken], return_tensors="pt", verbose=False, **how)
+        ids = given.input_ids[0].tolist()
+        if taken >= len(text):
+            return ids[:most], len(ids)
+        if len(ids) >= most + MARGIN:
+            return ids[:most], None
+        taken *= 4
+
+
 def check_output(path: Path | None) -> None:
     """Refuse an output path that cannot be written, before any work is done."""
-    if path is None or str(path) == "-":
-        return
-    folder = real(path).parent
-    if straight(path):  # nothing is made beside it
-        folder = path
-    elif not folder.is_dir():
-        raise InputError(f"{path}: the folder {folder} does not exist: make it first")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file in it")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{path}: no permission to write there: choose another place")
+    if path is not None and str(path) != "-":
+        files.check_file(path)
 
 
 def check_file(path: Path | None) -> None:
@@ -80,16 +92,18 @@ def write_json(data: Any, path: Path | None) -> None:
     """JSON to a file (written whole or not at all), or to stdout for "-"; nothing for None."""
     if path is None:
         return
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, default=os.fspath) + "\n"
+    # a terminal would obey direction characters and the like
+    shown = str(path) == "-" and sys.stdout.isatty()
+    text = json.dumps(data, ensure_ascii=shown, allow_nan=False, default=os.fspath) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    write_text(path, text)
+    files.write_text(path, text)
 
 
 def err() -> Any:
     """A console on stderr, for progress and notes."""
-    from rich.console import Console
+    from regard.report.screen import Console
 
     return Console(stderr=True)
 

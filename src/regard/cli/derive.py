@@ -21,8 +21,10 @@ from typer.core import TyperCommand
 
 from regard.cards import Checked, bounds_of
 from regard.errors import InputError
+from regard.files import check_outputs
 
 PANELS = {"Settings": "Settings of the method", "Loading": "Loading"}
+WRITTEN = ("FILE", "FILE|-", "FOLDER")  # metavars of outputs; "-" is stdout
 _PLAIN = (bool, int, float, str, Path)
 
 
@@ -121,7 +123,27 @@ class Command(TyperCommand):
                 if problem := _unusable(value):
                     word = one.opts[-1] if one.param_type_name == "option" else str(one.name)
                     raise InputError(f"{word} {problem}")
+        self._check_outputs(ctx.params)
         return super().invoke(ctx)
+
+    def _check_outputs(self, given: dict[str, Any]) -> None:
+        """Every place that this command writes to: those whose metavar is one of `WRITTEN`."""
+        kinds: dict[str, dict[str, Path]] = {kind: {} for kind in WRITTEN}
+        inputs = []
+        for one in self.params:
+            value = given.get(str(one.name))
+            if one.metavar in kinds:
+                if isinstance(value, Path):
+                    if str(value) == "-" and one.metavar == "FILE":
+                        raise InputError(
+                            f"{one.opts[-1]} is a file, not stdout: name one in place of -"
+                        )
+                    kinds[one.metavar][one.opts[-1]] = value
+            elif isinstance(value, Path):
+                inputs.append(value)
+            elif isinstance(value, str) and value[:1] == "@" and len(value) < 4096:
+                inputs.append(Path(value[1:]))
+        check_outputs(kinds["FILE"] | kinds["FILE|-"], kinds["FOLDER"], inputs)
 
 
 def _unusable(value: Any) -> str:

@@ -30,7 +30,9 @@ Size = Annotated[
     str | None, typer.Option(help="512, or 768x512 (the pipeline's own when left out).")
 ]
 Seeds = Annotated[str, typer.Option(help="How many seeds, or which: 8, or 0,3,5-7.")]
-Json = Annotated[Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")]
+Json = Annotated[
+    Path | None, typer.Option(metavar="FILE|-", help="Write everything as JSON here; - for stdout.")
+]
 
 
 def load(name: str, loading: Loading | None = None) -> Any:

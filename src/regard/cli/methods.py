@@ -16,7 +16,8 @@ def methods(
         str | None, typer.Argument(help="Only this verb: see, steer, shrink, shape, bench.")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write the catalogue as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write the catalogue as JSON here; - for stdout."),
     ] = None,
 ) -> None:
     """List the published methods: what each is for, its paper, and whether it is built and

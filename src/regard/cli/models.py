@@ -12,7 +12,8 @@ from regard.cli.common import check_output, write_json
 
 def models(
     json: Annotated[
-        Path | None, typer.Option(help="Write the list as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write the list as JSON here; - for stdout."),
     ] = None,
 ) -> None:
     """List the models that have a name here; any folder or hub id of a checkpoint works as well."""

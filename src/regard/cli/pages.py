@@ -10,7 +10,6 @@ from typing import Any
 
 from regard.cli.common import check_file, check_output, err, write_json
 from regard.errors import InputError
-from regard.files import real, straight
 
 
 def command() -> str:
@@ -33,16 +32,10 @@ def check_outputs(html: Path | None, json: Path | None, *files: Path | None) -> 
 
 
 def check_places(json: Path | None, *files: Path | None) -> None:
-    """Refuse places that cannot be written to, and one file for two outputs; JSON alone may go to
-    stdout.
-    """
+    """Refuse places that cannot be written to; JSON alone may go to stdout."""
     for path in files:
         check_file(path)
     check_output(json)
-    given = [p for p in (json, *files) if p is not None and str(p) != "-" and not straight(p)]
-    twice = [p for n, p in enumerate(given) if real(p) in map(real, given[:n])]
-    if twice:
-        raise InputError(f"two outputs would go to {twice[0]}: name another file for one of them")
 
 
 def check_png(path: Path | None, option: str = "--out") -> None:

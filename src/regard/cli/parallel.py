@@ -52,10 +52,12 @@ def parallel(
         float, typer.Option(min=1, help="Seconds after which a silent rank counts as lost.")
     ] = 600,
     out: Annotated[
-        Path | None, typer.Option(help="Result file; a run that was cut off goes on from it.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Result file; a run that was cut off goes on from it."),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Write the table and the bytes sent as a page here.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the table and the bytes sent as a page here."),
     ] = None,
 ) -> None:
     """Five schemes of context parallelism on the processes that torchrun started.
@@ -100,7 +102,7 @@ def parallel(
                 timeout=timeout,
             )
         if first_rank():
-            from rich.console import Console
+            from regard.report.screen import Console
 
             if html is not None:
                 write_text(html, parallel_page.html(result))
@@ -135,7 +137,8 @@ def plan(
         int | None, typer.Option(min=1, help="Ranks of a head group of usp and loongtrain.")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write the figures as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write the figures as JSON here; - for stdout."),
     ] = None,
 ) -> None:
     """Which scheme would be fastest on machines you do not have here, and where each hits a wall.
@@ -166,7 +169,7 @@ def plan(
     )
     write_json(bench.as_dict(found, on), json)
     if json is None or str(json) != "-":
-        from rich.console import Console
+        from regard.report.screen import Console
 
         title = f"{mask}, {length:,} tokens on {ranks} x {device} ({link}), heads {heads} x {dim}"
         Console().print(bench.table(found, title))

@@ -24,7 +24,8 @@ def reproduce(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the result; reproductions of the clone, or of the working folder."
+            metavar="FOLDER",
+            help="Folder for the result; reproductions of the clone, or of the working folder.",
         ),
     ] = None,
     *,
@@ -40,11 +41,10 @@ def reproduce(
 
       regard reproduce sink-emergence
     """
-    from rich.console import Console
-
     from regard import catalog
     from regard.lab import reproduce as harness
     from regard.lab.reproduce.harness import results_folder
+    from regard.report.screen import Console
 
     known = harness.available()
     if method not in known:

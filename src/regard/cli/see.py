@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli import parallel
-from regard.cli.common import Loading, count, err, load, numbers, read_text
+from regard.cli.common import Loading, count, err, first_tokens, load, numbers, read_text
 from regard.cli.pages import check_outputs, command, deliver
 from regard.cli.taken import KINDS, taken
 from regard.errors import InputError
 
 DEFAULT = "smollm2-135m"
 CLICKED = 128  # tokens of a text whose rows are all kept, for a click on the page
+LONGEST = 256  # characters that a token stands for, at most: what is read for each
 FACTS = ("mean_received", "entropy", "distance", "waad", "influence", "thumbnail")
 
 
@@ -45,9 +46,12 @@ def see(
     max_tokens: Annotated[
         str, typer.Option(help="Look at the first so many tokens at most (2k = 2048).")
     ] = "4k",
-    html: Annotated[Path | None, typer.Option(help="Write the report page here.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report page here.")
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write everything as JSON here; - for stdout."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3,5-7.")] = None,
     heads: Annotated[str | None, typer.Option(help="Only these heads: 0,3,5-7.")] = None,
@@ -87,7 +91,8 @@ def see(
         str | None, typer.Option(help="Diffusion pipeline: negative prompt.")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Diffusion pipeline: write the image here (.png).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Diffusion pipeline: write the image here (.png)."),
     ] = None,
 ) -> None:
     """See what a model attends to, exactly, at any length.
@@ -181,7 +186,7 @@ def _see(
     check_outputs(html, json)
     from regard.core import Rows
 
-    content = read_text(text)
+    content = read_text(text, LONGEST * limit + 1)
     loaded, tokenizer = load(model, loading)
     ids, notes = _tokens(content, loaded, tokenizer, limit)
     from regard.watching.tokens import pieces
@@ -226,6 +231,8 @@ def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, 
     """
     if tokenizer is None or not hasattr(tokenizer, "decode") or not callable(tokenizer):
         raise InputError(f"{type(model).__name__} came without a tokenizer, so it cannot read text")
+    import torch
+
     from regard.watching.tokens import reader
 
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
@@ -233,26 +240,22 @@ def _tokens(content: str, model: Any, tokenizer: Any, limit: int) -> tuple[Any, 
             f"{type(model).__name__} reads {model.main_input_name}, not text: "
             "give it a sound file such as talk.wav, or name a text model"
         )
-    tokenizer = reader(tokenizer)
-    tokenizer.model_max_length = int(1e30)  # we cut, and say so; its warning would come twice
-    ids = tokenizer(content, return_tensors="pt").input_ids
-    total = ids.shape[1]
-    if total < 2:
-        raise InputError("attention needs at least two tokens: give a longer text")
-    text = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
-    room = getattr(text, "max_position_embeddings", None) or total
-    kept = min(total, limit, room)
-    if kept < 2:
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    room = getattr(text, "max_position_embeddings", None) or limit
+    allowed = min(limit, room)
+    ids, total = first_tokens(reader(tokenizer), content, allowed)
+    cut = len(content) > LONGEST * limit
+    if allowed < 2:
         raise InputError("attention needs at least two tokens: raise --max-tokens")
+    if len(ids) < 2:
+        raise InputError("attention needs at least two tokens: give a longer text")
     notes = []
-    if kept < total:
+    if cut or total is None or len(ids) < total:
+        has = f"{total:,} tokens" if total is not None and not cut else f"more than {len(ids):,}"
         why = f"the model has {room:,} positions" if room <= limit else "raise it with --max-tokens"
-        notes.append(
-            f"the text has {total:,} tokens; only the first {kept:,} were looked at ({why})"
-        )
-    return ids[:, :kept].to(model.device), notes
+        notes.append(f"the text has {has}; only the first {len(ids):,} were looked at ({why})")
+    return torch.tensor([ids], device=model.device), notes
 
 
 def _run(

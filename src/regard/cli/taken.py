@@ -88,7 +88,10 @@ def _content(path: Path, text: bool = False) -> str:
 
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file in it")
-    start = path.open("rb").read(4096) if path.is_file() else b""
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(4096)
     if not start:
         raise InputError(f"{path} is an empty file: name another one")
     if audio.sounds(path, start):

@@ -37,7 +37,10 @@ Budget = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--json", "--out", help="Write everything as JSON here, unfinished work beside; - stdout."
+        "--json",
+        "--out",
+        metavar="FILE|-",
+        help="Write everything as JSON here, unfinished work beside; - stdout.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of what is made on the spot.")]
@@ -315,12 +318,12 @@ def _measured(
 ) -> None:
     """Run a trial with a journal beside its result, write the result, and print its table."""
     import torch
-    from rich.console import Console
 
     from regard.lab.bench.record import environment
     from regard.lab.fingerprint import fingerprint
     from regard.lab.journal import Journal
     from regard.lab.reproduce.harness import device
+    from regard.report.screen import Console
 
     source = fingerprint(trial.__name__, data=texts)
     key = {"model": model_name, "settings": settings, "on": placed(model), "source": source}

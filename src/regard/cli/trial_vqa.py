@@ -39,7 +39,9 @@ def vqa(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions read at once.")] = 16,
     json: Annotated[
         Path | None,
-        typer.Option("--json", "--out", help="Write everything as JSON here; - for stdout."),
+        typer.Option(
+            "--json", "--out", metavar="FILE|-", help="Write everything as JSON here; - for stdout."
+        ),
     ] = None,
     *,
     loading: Loading,

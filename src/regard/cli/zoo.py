@@ -17,10 +17,17 @@ app = Commands("Train the small models that come with the package again, and rea
 @app.command("train")
 def train(
     name: Annotated[str, typer.Argument(help="shapes-vae, shapes-sd, shapes-vlm, ...")],
-    out: Annotated[Path, typer.Option(help="Folder for the weights; replaced when it is whole.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder for the weights; replaced when it is whole."),
+    ],
     minutes: Annotated[
         float | None,
         typer.Option(min=0.01, max=10_000, help="Length of the training; of the recipe if not."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after so many steps, whatever the clock says."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
@@ -35,13 +42,15 @@ def train(
         Path | None, typer.Option(help="Folder of such a model, to go on from there.")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write the record as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write the record as JSON here; - for stdout."),
     ] = None,
 ) -> None:
-    """Train a model by its recipe, boxed by the clock.
+    """Train a model by its recipe, boxed by the clock or by steps.
 
-    Weights are saved every 90 seconds and at the end, always as a whole folder. A training that was
-    stopped begins anew: the rate follows the clock. A shapes-vae, shapes-sd, shapes-dit or
+    Weights are saved every 90 seconds and at the end, always as a whole folder. The same command
+    takes up a training that was stopped; one of so many steps ends with the weights that it would
+    have had without the stop. A shapes-vae, shapes-sd, shapes-dit or
     shapes-vlm that is whole can be trained on, with --start; a pipeline with --start and --vae is
     moved onto that autoencoder first.
 
@@ -65,6 +74,10 @@ def train(
             settings[part] = folder
         elif folder is not None:
             raise InputError(f"{name} is not built on --{part}: leave it out")
+    if minutes is not None and steps is not None:
+        raise InputError("--minutes and --steps are mutually exclusive")
+    if steps is not None:
+        settings["steps"] = steps
     if minutes is not None:
         settings["minutes"] = minutes
     if batch is not None:
@@ -78,10 +91,10 @@ def card(
     name: Annotated[str, typer.Argument(help="shapes-sd, shapes-dit, shapes-vlm or smol-vlm.")],
 ) -> None:
     """What a shipped model was trained on, for how long, and how good it is."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     from regard.errors import nearest
+    from regard.report.screen import Console
     from regard.zoo.shipped import MODELS, PIPELINES, shipped
 
     folder = shipped(name)

@@ -57,10 +57,9 @@ def attend(
     """
     inputs = Inputs(q, k, v, mask, scale_of(q, scale), softcap, bias)
     inputs.check()
-    if sinks is not None and sinks.shape not in (q.shape[1:2], q.shape[:3]):
-        raise InputError(
-            f"sinks {tuple(sinks.shape)} are not [{q.shape[1]}], one a head, nor one a query"
-        )
+    if sinks is not None and getattr(sinks, "shape", None) not in (q.shape[1:2], q.shape[:3]):
+        shape = tuple(getattr(sinks, "shape", ()))
+        raise InputError(f"sinks {shape} are not [{q.shape[1]}], one a head, nor one a query")
     chosen = pick(inputs, kernel)
     with as_given(q):
         if chosen.differentiable(inputs):

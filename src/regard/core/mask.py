@@ -46,7 +46,7 @@ class Mask:
     @staticmethod
     def window(n: int) -> Mask:
         """A query sees the keys less than `n` positions away, on either side: |i - j| < n."""
-        if n < 1:
+        if _whole("the window", n) < 1:
             raise InputError(f"a window holds at least 1 position, got {n}")
         return Band(n - 1, n - 1)
 
@@ -58,6 +58,9 @@ class Mask:
         Negative limits leave out the nearest positions: `band(50, -10)` sees the keys 10 to 50
         back.
         """
+        for name, limit in (("before", before), ("after", after)):
+            if limit is not None:
+                _whole(name, limit)
         return Band(before, after)
 
     @staticmethod
@@ -65,7 +68,7 @@ class Mask:
         """Every query sees the first `n` keys (join with `| Mask.causal()` for a prefix language
         model).
         """
-        return Prefix(n)
+        return Prefix(_whole("a prefix", n))
 
     @staticmethod
     def documents(lengths: Sequence[int]) -> Mask:
@@ -88,6 +91,8 @@ class Mask:
         """Keys that are real: `attention_mask` is `[batch, keys]`, boolean or integer, true or 1
         for a token, 0 for padding.
         """
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            raise InputError(f"padding is a tensor [batch, keys], not {_given(attention_mask)}")
         if attention_mask.is_floating_point() or attention_mask.is_complex():
             # an additive one, of 0 for tokens, would be read the wrong way round
             raise InputError(
@@ -105,7 +110,7 @@ class Mask:
         >>> torch.equal(Mask.dense(allowed).to_dense(2)[0, 0], allowed)
         True
         """
-        if allowed.dtype != torch.bool:
+        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
             raise InputError(
                 "a dense mask is boolean (true where a query may look); an additive one is a bias"
             )
@@ -172,6 +177,7 @@ class Mask:
 
     # -- algebra -----------------------------------------------------------------------------------
     def __and__(self, other: Mask) -> Mask:
+        _both(other)
         if isinstance(self, Band) and isinstance(other, Band):
             return Band(_least(self.before, other.before), _least(self.after, other.after))
         for a, b in ((self, other), (other, self)):
@@ -180,6 +186,7 @@ class Mask:
         return Both(self, other)
 
     def __or__(self, other: Mask) -> Mask:
+        _both(other)
         return Either(self, other)
 
     def __invert__(self) -> Mask:
@@ -502,6 +509,23 @@ class Rule(Mask):
         shift = self.size[1] - self.size[0]
         some, every = self.source._bounds(j + shift, i + shift, self.size)
         return some.T, every.T
+
+
+def _whole(name: str, n: Any) -> int:
+    if not hasattr(n, "__index__") or isinstance(n, bool):
+        raise InputError(f"{name} is a whole number of positions, not {_given(n)}")
+    return n
+
+
+def _both(other: Any) -> None:
+    if not isinstance(other, Mask):
+        raise InputError(f"masks are joined with masks, not with {_given(other)}")
+
+
+def _given(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    return repr(value) if isinstance(value, (int, float)) else type(value).__name__
 
 
 def _listed(name: str, ids: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Journal:
         """The journal of a result that is written to `out`; in memory alone for None and "-"."""
         if out is None or str(out) == "-":
             return cls(None, key)
-        return cls(out.with_name(f".{out.name}.partial.json"), key)
+        return cls(files.beside(out, ".partial.json"), key)
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The part of this name, measured by `make` unless it is there; plain JSON values only."""
@@ -111,7 +111,7 @@ def _plain(value: Any) -> Any:
 
 def _lock(path: Path) -> tuple[Path, IO[str]]:
     """The lock file of a path, opened and held; a killed process lets go of it as well."""
-    place = path.with_name(f"{path.name}.lock")
+    place = files.beside(path.with_name(path.name.removeprefix(".")), ".lock")
     while True:
         try:
             file = place.open("a+", encoding="ascii")

@@ -338,7 +338,7 @@ def _joined(*parts: str) -> str:
 def show(*blocks: Block, console: Console | None = None) -> None:
     """Print blocks on a terminal, with a blank line between them; a `Cell` is a styled line."""
     if console is None:
-        from rich.console import Console
+        from regard.report.screen import Console
 
         console = Console()
     parts = [part for block in blocks if (part := list(_shown(block, console.width)))]

@@ -18,7 +18,7 @@ Overview = Mapping[str, Any]
 def show(overview: Overview, *, console: Console | None = None, top: int = 8) -> None:
     """Print an overview; `top` tokens are listed for each view."""
     if console is None:
-        from rich.console import Console
+        from regard.report.screen import Console
 
         console = Console()
     console.print(summary(overview, top=top))

@@ -90,6 +90,11 @@ def load_expert(
     """The base model with the adapter on it, in evaluation mode, and the tokenizer."""
     folder = adapter(name)
     peft = _peft()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"the adapter {name} has no adapter_model.safetensors: save it again with peft, whose "
+            "pickles (.bin) are not read"
+        )
     model, tokenizer = load(base)
     try:
         expert = peft.PeftModel.from_pretrained(model, str(folder))

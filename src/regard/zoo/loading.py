@@ -16,6 +16,7 @@ from regard.zoo.shipped import MODELS, PIPELINES, shipped
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 _COMPANION_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json")
+_PICKLED = "no file named model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -24,6 +25,7 @@ def load(
     *,
     dtype: Any = None,
     device: Any = None,
+    allow_pickle: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer (a processor for pictures or sound), ready to run.
@@ -32,7 +34,8 @@ def load(
     float32 unless `dtype` (a torch dtype, its name, or "auto" for the checkpoint's own) says
     otherwise. Further arguments go to `from_pretrained`. The second value is None if the checkpoint
     carries neither tokenizer nor processor. Code of a checkpoint runs only with
-    `trust_remote_code=True`.
+    `trust_remote_code=True`, and weights are read from safetensors: from pickles (.bin) only with
+    `allow_pickle=True`, and of those nothing but tensors.
 
     Raises InputError for an unknown name (with the nearest known one), a folder that is no
     checkpoint, a dtype or device that does not exist here.
@@ -42,6 +45,8 @@ def load(
     dtype = dtype_of(dtype)
     device = _device(device)
     where = _resolve(name_or_path)
+    if not allow_pickle:
+        kwargs.setdefault("use_safetensors", True)
     model, tokenizer = _from_pretrained(where, str(name_or_path), dtype, kwargs)
     if device is not None:
         model = model.to(device)
@@ -144,11 +149,13 @@ def _resolve_entry(entry: Entry) -> str | Path:
 
 
 def _names() -> list[str]:
-    return [*(entry.name for entry in models()), *MODELS]
+    return [*(entry.name for entry in models()), *MODELS, *PIPELINES]
 
 
 def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
     """Load the class that the checkpoint's config names, and its tokenizer or processor."""
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
@@ -175,7 +182,9 @@ def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str,
             return model, _companion(model, source, shared)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as problem:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError,
+    ) as problem:  # fmt: skip
         raise InputError(_explain(where, name, problem)) from problem
 
 
@@ -223,6 +232,23 @@ def _companion(model: Any, source: str, shared: dict[str, Any]) -> Any:
 
 def _explain(where: str | Path, name: str, problem: Exception) -> str:
     """Return one sentence on why a checkpoint could not be loaded, with what to do about it."""
+    if "weights_only" in str(problem) or "Weights only" in str(problem):
+        return (
+            f"the pickle in {where} holds more than tensors, and reading it could run any code: "
+            "save the model as safetensors, where you trust it"
+        )
+    folder = Path(where)
+    pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+    if folder.is_dir():
+        pickled = bool(pickles) and not any(folder.glob("*.safetensors"))
+    else:
+        pickled = _PICKLED in str(problem)
+    if isinstance(problem, OSError) and pickled:
+        return (
+            f"the weights of {name} are pickled ({pickles[0] if pickles else '.bin'}), and reading "
+            "a pickle can run code: save the model as safetensors, or add --allow-pickle "
+            "(allow_pickle=True)"
+        )
     if isinstance(where, Path):
         return f"The checkpoint in {where} cannot be loaded: {_first_line(problem)}"
     for entry in models():

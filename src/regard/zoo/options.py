@@ -28,7 +28,16 @@ class Loading(Checked):
         excludes="device",
     )
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    allow_pickle: bool = setting(
+        False, "read weights from pickles (.bin) too, as tensors only; else from safetensors alone"
+    )
     trust_remote_code: bool = setting(False, "run model code that comes with the checkpoint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("device", "dtype", "device_map", "revision"):
+            if getattr(self, name) == "":
+                raise InputError(f"{name} is empty: name one, or leave it out")
 
     def load(self, name: Any) -> tuple[Any, Any]:
         """Model and tokenizer, or processor."""
@@ -38,6 +47,8 @@ class Loading(Checked):
         own: dict[str, Any] = {"device_map": self.device_map} if self.device_map else {}
         if self.revision:
             own["revision"] = self.revision
+        if self.allow_pickle:
+            own["allow_pickle"] = True
         if self.trust_remote_code:
             own["trust_remote_code"] = True
         return zoo.load(name, device=device, dtype=self._dtype(device), **own)
@@ -48,6 +59,8 @@ class Loading(Checked):
 
         if self.trust_remote_code:
             raise InputError("pipelines run no code of checkpoints: leave --trust-remote-code out")
+        if self.allow_pickle:
+            raise InputError("pipelines are read from safetensors: leave --allow-pickle out")
         device = None if self.device_map else pick_device(self.device)
         return load_pipeline(
             name,

@@ -250,7 +250,9 @@ def load_smol(folder: Path, dtype: Any = None, body: str = "smollm2-135m") -> tu
         if not (folder / part).is_file():
             raise InputError(f"{folder} lacks {part}: install regard again, or train smol-vlm")
     peft = _peft()
-    vision = CLIPVisionModel.from_pretrained(folder / "tower", dtype=torch.float32)
+    vision = CLIPVisionModel.from_pretrained(
+        folder / "tower", dtype=torch.float32, use_safetensors=True
+    )
     model, words = assemble_smol(vision, body, rank=None, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers renames

@@ -79,8 +79,9 @@ def _finish(
     ids: Any,
     json: Path | None,
 ) -> None:
-    from rich.console import Console
     from rich.text import Text
+
+    from regard.report.screen import Console
 
     card = method.card
     result = {

@@ -22,7 +22,10 @@ Answer = Annotated[
     int, typer.Option("-n", "--answer", "--tokens", min=1, help="Length of the answer.")
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="Draw on the first picture what the method did, as a PNG here.")
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Draw on the first picture what the method did, as a PNG here."
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from regard.cli.common import err, write_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from regard.report.screen import Console
 
 Row = tuple[str, Sequence[float], Callable[[float], str], int]
 """A name, the figure without and with the method, how it is written, digits of their ratio."""
@@ -22,8 +22,9 @@ def finish(
     more: Callable[[Console], None] | None = None,
 ) -> None:
     """Write the result where it is asked for, show it unless it went to stdout, and its notes."""
-    from rich.console import Console
     from rich.text import Text
+
+    from regard.report.screen import Console
 
     write_json(result, json)
     if str(json) != "-":

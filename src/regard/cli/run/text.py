@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import Loading, check_output, load, read_text, working
+from regard.cli.common import Loading, check_output, first_tokens, load, read_text, working
 from regard.cli.run import shown
 from regard.errors import InputError
 
@@ -18,7 +18,9 @@ Tokens = Annotated[int, typer.Option("-n", "--tokens", min=1, help="Length of th
 Chat = Annotated[
     bool, typer.Option(help="Put the prompt into the model's chat template, if it has one.")
 ]
-Json = Annotated[Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")]
+Json = Annotated[
+    Path | None, typer.Option(metavar="FILE|-", help="Write everything as JSON here; - for stdout.")
+]
 Model = Annotated[str, typer.Option(help="A name of `regard models`, a folder or a hub id.")]
 
 
@@ -65,12 +67,14 @@ def prompt_text(prompt: str, question: str | None, words: int | None) -> str:
     """The text, its first words if so many are asked for, and the question."""
     content = read_text(prompt)
     if words is not None:
-        content = " ".join(content.split(" ")[:words])
+        content = " ".join(content.split(" ", words)[:words])
     return content if question is None else f"{content.rstrip()}\n\n{question}"
 
 
 def prompt_ids(content: str, model: Any, tokenizer: Any, tokens: int, chat: bool) -> Any:
     """Token ids of the prompt, `[1, tokens]`."""
+    import torch
+
     from regard.parts.labels import check_model
 
     tokenizer = shown.reader(tokenizer)
@@ -80,13 +84,14 @@ def prompt_ids(content: str, model: Any, tokenizer: Any, tokens: int, chat: bool
         content = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-    # the template writes its own special tokens
-    ids = tokenizer(content, return_tensors="pt", add_special_tokens=not template).input_ids
-    ids = ids.to(model.device)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and ids.shape[1] + tokens > room:
+    # the template writes its own special tokens
+    limit = len(content) + 8 if room is None else max(1, room - tokens + 1)
+    ids, total = first_tokens(tokenizer, content, limit, add_special_tokens=not template)
+    if room is not None and len(ids) + tokens > room:
+        has = f"{total}" if total is not None else f"more than {len(ids)}"
         raise InputError(
-            f"the prompt has {ids.shape[1]} tokens and the answer {tokens}, but the model has "
+            f"the prompt has {has} tokens and the answer {tokens}, but the model has "
             f"{room} positions: shorten one of them"
         )
-    return ids
+    return torch.tensor([ids], device=model.device)

@@ -33,6 +33,8 @@ class Inputs(NamedTuple):
             InputError: shapes, a mask or numbers that no kernel could compute.
         """
         q, k, v, mask, scale, softcap, bias = self
+        for name, given in zip(self._fields, self):
+            _typed(name, given)
         if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
             raise InputError("q, k and v are [batch, heads, tokens, head_dim]")
         if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
@@ -72,7 +74,20 @@ class Inputs(NamedTuple):
 
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor on the scores, `head_dim ** -0.5` where none is given."""
+    _typed("scale", scale)
+    _typed("q", q)
     return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _typed(name: str, given: object) -> None:
+    """Refuse arguments of another kind."""
+    if name in ("q", "k", "v") or (name == "bias" and given is not None):
+        if not isinstance(given, Tensor) or (name != "bias" and not given.is_floating_point()):
+            raise InputError(f"{name} is a tensor of floating point, not {_shown(given)}")
+    elif name in ("scale", "softcap") and given is not None:
+        word = isinstance(given, (str, bytes, bool))
+        if word or not hasattr(given, "__float__"):
+            raise InputError(f"{name} is a number, not {_shown(given)}")
 
 
 def _fits(name: str, rows: int, heads: int, q: Tensor) -> None:

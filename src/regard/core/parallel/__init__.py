@@ -7,8 +7,8 @@ State), `undispatch`, and `measure` for facts. Start the processes with torchrun
 from .attention import Parallel
 from .comm import Comm, RankLost, device, expect, started
 from .facts import measure
-from .placement import Piece, Placement, Run, pieces, place, restrict
-from .schemes import NODE, SCHEMES, Load, Shape, hops_home, sent, shape
+from .placement import Piece, Placement, Run, local_rows, pieces, place, restrict
+from .schemes import NODE, SCHEMES, Load, Shape, divisors, hops_home, sent, shape
 
 __all__ = [
     "NODE",
@@ -26,6 +26,8 @@ __all__ = [
     "hops_home",
     "measure",
     "pieces",
+    "divisors",
+    "local_rows",
     "place",
     "restrict",
     "sent",

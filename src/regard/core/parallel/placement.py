@@ -86,8 +86,8 @@ def place(
             f"document lengths are positive and add up to the {tokens} tokens, got {lengths[:8]}"
         )
     zigzag = grid.zigzag if zigzag is None else zigzag
+    length = local_rows(grid, lengths, zigzag) * grid.ulysses
     if not zigzag:
-        length = -(-tokens // grid.ranks) * grid.ulysses
         cuts = [(r * length, min((r + 1) * length, tokens)) for r in range(grid.ring)]
         rows = tuple((Run(a, b, 0),) if a < b else () for a, b in cuts)
         return Placement(grid, tokens, rows, length)
@@ -102,7 +102,19 @@ def place(
                 if first < last:
                     runs[r].append(Run(first, last, at + half * chunk))
         at, start = at + 2 * chunk, start + n
-    return Placement(grid, tokens, tuple(map(tuple, runs)), at)
+    return Placement(grid, tokens, tuple(map(tuple, runs)), length)
+
+
+def local_rows(grid: Shape, lengths: Sequence[int], zigzag: bool) -> int:
+    """Rows of one rank, padding included, without dealing them out.
+
+    >>> from regard.core.parallel import shape
+    >>> local_rows(shape("ring", 2), [8], zigzag=True)
+    4
+    """
+    if not zigzag:
+        return -(-sum(lengths) // grid.ranks)
+    return sum(2 * -(-n // (2 * grid.ranks)) for n in lengths)
 
 
 class Piece(NamedTuple):

@@ -7,6 +7,7 @@ one; the ring family has one rank a group; USP and LoongTrain have both. Nothing
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from regard.errors import nearest
@@ -122,7 +123,8 @@ def _degree(ranks: int, least: int, heads: tuple[int, int] | None) -> int:
 
 def divisors(n: int) -> list[int]:
     """Every size of equal groups that `n` ranks can form."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return [*small, *(n // d for d in reversed(small) if d * d != n)]
 
 
 @dataclass(frozen=True)

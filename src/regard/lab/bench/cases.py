@@ -83,6 +83,12 @@ class Case:
         )
 
     @property
+    def held(self) -> int:
+        """Bytes of q, k, v and out, and of their gradients."""
+        once = 2 * (self.heads + self.kv_heads) * self.total * self.dim * self.dtype.itemsize
+        return once * (2 if self.backward else 1)
+
+    @property
     def matrix(self) -> int:
         """Bytes of one score matrix of every head."""
         return self.heads * self.total**2 * max(4, self.dtype.itemsize)

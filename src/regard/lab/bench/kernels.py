@@ -197,7 +197,7 @@ def _plan(
         for way in ((False, True) if backward else (False,))
     ]
     for case in cases:
-        if case.total == min(lengths):
+        if case.total == min(lengths) and case.held <= memory_limit * GIB:
             case.mask  # noqa: B018  what cannot be built is refused before any work
     # which kernels, masks and lengths is not part of it: later runs add to the same table
     settings = {
@@ -243,8 +243,13 @@ def _row(
         del settings["parameters"]  # of what was not computed; keeps the file small
         cells[_key(kernel, case)] = Cell(settings, outcome, reason)
 
-    q, k, v = case.tensors()
     live: list[Live] = []
+    if case.held > limit * GIB:  # not even the mask is built
+        told = f"predicted: q, k, v and out take {gib(case.held)}, more than the limit of "
+        return {
+            _key(k, case): Cell(_sizes(k, case), NO_MEMORY, f"{told}{limit:g} GiB") for k in pool
+        }
+    q, k, v = case.tensors()
     for kernel in pool:
         refused = why_not(kernel, case)
         if refused is not None:
@@ -379,12 +384,19 @@ def _measured(
 
 def _settings(kernel: Kernel, case: Case) -> dict[str, Any]:
     return {
+        **_sizes(kernel, case),
+        "parameters": case.parameters,
+        "area_share": case.area / case.total**2,
+    }
+
+
+def _sizes(kernel: Kernel, case: Case) -> dict[str, Any]:
+    """What is known of a cell before its mask is built."""
+    return {
         "kernel": kernel.name,
         "origin": kernel.origin,
         "mask": case.name,
-        "parameters": case.parameters,
         "tokens": case.total,
         "backward": case.backward,
-        "area_share": case.area / case.total**2,
         **({"source": kernel.source} if kernel.source else {}),
     }

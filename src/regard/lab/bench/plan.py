@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from regard.core.parallel import NODE, SCHEMES, Load, Shape, place, sent, shape
+from regard.core.parallel import NODE, SCHEMES, Load, Shape, divisors, local_rows, sent, shape
 from regard.core.patterns import documents
 from regard.errors import InputError, nearest
 from regard.report.document import Section
@@ -29,6 +29,8 @@ LINKS = {
     "ib-hdr": 25.0,
     "ib-ndr": 50.0,
 }
+MOST = 2**40  # ranks and heads
+DRAWN = 2**28  # tokens for which documents are drawn; longer sequences have more of the same
 MASKS = ("causal", "full", "causal_document", "full_document")
 
 
@@ -138,10 +140,15 @@ def plan(
         raise InputError(f"unknown mask {mask!r}.{nearest(mask, MASKS)}")
     if ranks < 1 or tokens < ranks or dim < 1 or min(heads) < 1:
         raise InputError("ranks, heads and dim are at least 1, and there is a token for every rank")
+    if max(ranks, *heads) > MOST:
+        raise InputError(f"ranks and heads are at most {MOST:,}, got {max(ranks, *heads)}")
     if heads[0] % heads[1]:
         raise InputError(f"{heads[0]} query heads are not a multiple of {heads[1]} key heads")
-    parts = documents(tokens) if "document" in mask else None
-    work = _area(tokens, parts, causal=mask.startswith("causal"))
+    part, more = tokens, 1.0
+    if "document" in mask and tokens > DRAWN:
+        part, more = DRAWN, tokens / DRAWN
+    lengths = documents(part) if "document" in mask else [tokens]
+    work = round(more * _area(lengths, causal=mask.startswith("causal")))
     schedules = []
     for name in dict.fromkeys(schemes):
         limit = most_ranks(name, heads)
@@ -153,7 +160,7 @@ def plan(
                 raise InputError(str(error)) from None
             schedules.append(Estimate(name, None, f"heads: {error}", most_ranks=limit))
             continue
-        rows = place(grid, tokens, parts).local
+        rows = round(more * local_rows(grid, lengths, grid.zigzag))
         load = Load(rows, *heads, dim, dim, 1, bytes_per_element, 4)
         estimate = _estimate(grid, load, work, tokens, on)
         schedules.append(replace(estimate, most_ranks=limit))
@@ -164,15 +171,10 @@ def most_ranks(name: str, heads: tuple[int, int]) -> int | None:
     """The most ranks that the heads allow; None where they set no limit."""
     if name != "ulysses":
         return None
-    return max(p for p in range(1, heads[0] + 1) if _allowed(p, heads))
+    return max(p for p in divisors(heads[0]) if heads[1] % p == 0 or p % heads[1] == 0)
 
 
-def _allowed(ranks: int, heads: tuple[int, int]) -> bool:
-    return heads[0] % ranks == 0 and (heads[1] % ranks == 0 or ranks % heads[1] == 0)
-
-
-def _area(tokens: int, parts: list[int] | None, causal: bool) -> int:
-    lengths = parts or [tokens]
+def _area(lengths: list[int], causal: bool) -> int:
     return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
 
 
@@ -294,6 +296,8 @@ def _pair(text: str, option: str, hint: str, names: dict[str, Any]) -> tuple[flo
 
 
 def _short(x: float) -> str:
+    if x >= 1e7:
+        return f"{x:.2g}"
     return f"{x / 1e3:,.0f}k" if x >= 1e5 else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 

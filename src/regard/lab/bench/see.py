@@ -174,12 +174,19 @@ def run(
         raise InputError("repeats is at least 1")
     if peer is not None and peer not in PEERS:
         raise InputError(f"unknown peer {peer!r}.{nearest(peer, PEERS)}")
+    if peer_python is not None:
+        if peer is None:
+            raise InputError("--peer-python is the Python of a peer library: name it with --peer")
+        if not os.access(peer_python, os.X_OK) or os.path.isdir(peer_python):
+            raise InputError(f"--peer-python is a program that runs, and {peer_python} is none")
     if not isinstance(model, (str, os.PathLike)):
         raise InputError("the model is loaded in processes apart: pass its name or folder")
     loading = loading or Loading()
     if loading.device not in (None, "cpu") or loading.device_map:
-        raise InputError("memory is counted from the process, on the CPU: write --device cpu")
-    chosen = {n: getattr(loading, n) for n in ("revision", "trust_remote_code")}
+        raise InputError(
+            "memory is counted from the process, on the CPU: write --device cpu, no --device-map"
+        )
+    chosen = {n: getattr(loading, n) for n in ("revision", "trust_remote_code", "allow_pickle")}
     chosen["dtype"] = loading.dtype or "float32"
     _needs_psutil()
     threads = threads or _cores()
@@ -201,7 +208,6 @@ def run(
         __name__,
         f"{__package__}.worker",
     )
-    result.save(out)  # settings and targets stand in the file before the first number
     steps = plan(lengths, facts=facts, repeats=repeats, peer=peer, growth=growth, kernel=kernel)
     longest = max([*lengths, *(growth or [])])
     say = progress or (lambda line: None)
@@ -214,7 +220,7 @@ def run(
             say(f"{len(steps) - len(todo)} of {len(steps)} cells are there already")
         if todo:
             runner.describe(result, longest)
-            result.save(out)
+            result.save(out)  # settings and targets stand in the file before the first number
         with contextlib.closing(runner):
             for number, step in enumerate(todo, 1):
                 busy = _wait_for_calm(patience)

@@ -35,11 +35,15 @@ def explain(
         bool, typer.Option(help="Also gradient x input and integrated gradients (captum).")
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option(help="Keep the work in this file, and go on from it.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the work in this file, and go on from it."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report page here.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report page here.")
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write everything as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write everything as JSON here; - for stdout."),
     ] = None,
 ) -> None:
     """Cross attention beside saliency: what the model looked at, and what mattered.

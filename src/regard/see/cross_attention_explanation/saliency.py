@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard import files
 from regard.errors import InputError
 from regard.progress import bar
 
@@ -252,16 +252,11 @@ class _Sums:
     def save(self) -> None:
         if self.path is None:
             return
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        part = self.path.with_name(f".{self.path.name}.part{os.getpid()}")
         tensors = {"num": self.num, "den": self.den, "sum": self.sum}
         tensors |= {"random": self.random.get_state(), "done": torch.tensor(self.done)}
-        try:
-            save_file(tensors, part, metadata={"key": self.key})
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        files.write_bytes(self.path, save(tensors, metadata={"key": self.key}))
 
     def _load(self, path: Path) -> None:
         if not path.is_file():

@@ -33,7 +33,10 @@ def explanation(
     json: Annotated[
         Path | None,
         typer.Option(
-            "--json", "--out", help="Write everything as JSON here, unfinished work beside; -."
+            "--json",
+            "--out",
+            metavar="FILE|-",
+            help="Write everything as JSON here, unfinished work beside; -.",
         ),
     ] = None,
 ) -> None:

@@ -31,9 +31,12 @@ def run(
         str, typer.Option(help="A Stable Diffusion 3 or Flux pipeline: name, folder or hub id.")
     ] = "shapes-dit",
     mask: Annotated[
-        Path | None, typer.Option(help="Write the mask here (.png; of a clip an animated one).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the mask here (.png; of a clip an animated one)."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with every map here.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with every map here.")
+    ] = None,
     json: diffusion.Json = None,
 ) -> None:
     """RefAM: point at what an expression refers to, without any training.

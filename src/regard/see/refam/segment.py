@@ -47,7 +47,8 @@ def sam(name: str, checkpoint: str | None = None) -> Segmenter:
     kind = {"sam": "Sam", "sam2": "Sam2"}[name]
     source = checkpoint or CHECKPOINTS[name]
     try:
-        model = getattr(transformers, f"{kind}Model").from_pretrained(source).eval()
+        model = getattr(transformers, f"{kind}Model").from_pretrained(source, use_safetensors=True)
+        model = model.eval()
         processor = getattr(transformers, f"{kind}Processor").from_pretrained(source)
     except (OSError, ImportError) as problem:
         raise InputError(

@@ -28,7 +28,7 @@ def build(
         Path,
         typer.Option(help='One prompt a line, or JSON lines with "prompt", "source", "licence".'),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the data set.")],
     model: Annotated[
         str, typer.Option(help="A diffusion pipeline: name, folder or hub id.")
     ] = "shapes-sd",
@@ -36,10 +36,12 @@ def build(
         str | None, typer.Option(help="Address of a Ray cluster to spread the shards over.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Page of samples (OUT/index.html when left out).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Page of samples (OUT/index.html when left out)."),
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write the statistics as JSON here; - for stdout.")
+        Path | None,
+        typer.Option(metavar="FILE|-", help="Write the statistics as JSON here; - for stdout."),
     ] = None,
 ) -> None:
     """StableSemantics: images of each prompt, with one attention map for each noun chunk.

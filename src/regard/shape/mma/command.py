@@ -13,7 +13,10 @@ from regard.errors import InputError
 
 def train(
     out: Annotated[
-        Path, typer.Option(help="JSON of all runs; a stopped comparison goes on from it.")
+        Path,
+        typer.Option(
+            metavar="FILE", help="JSON of all runs; a stopped comparison goes on from it."
+        ),
     ] = Path("mma-training.json"),
     model: Annotated[
         str, typer.Option(help="Whose layout and questions: shapes-vlm.")
@@ -34,6 +37,9 @@ def train(
             min=0.01, max=10_000, help="Length of the training of the vision tower, once."
         ),
     ] = 5.0,
+    tower_steps: Annotated[
+        int | None, typer.Option(min=1, help="Its steps, in place of minutes.")
+    ] = None,
 ) -> None:
     """Train the same small model with a causal mask and with modality-mutual attention.
 
@@ -65,6 +71,7 @@ def train(
         device=pick_device(device),
         pool=pool,
         tower_minutes=tower_minutes,
+        tower_steps=tower_steps,
     )
     keys = ("seconds a step", "change by question", "change by answer")
     rows = [

@@ -191,7 +191,7 @@ def train_arm(
 
     from transformers import CLIPVisionModel, Trainer, TrainingArguments
 
-    vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32)
+    vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32, use_safetensors=True)
     torch.manual_seed(seed)
     model, words = zoo.assemble_shapes(vision, hidden=HIDDEN, layers=LAYERS, heads=4, kv_heads=2)
     model = model.to(device)

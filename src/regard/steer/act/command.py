@@ -15,7 +15,7 @@ from regard.zoo.options import Loading
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Write the head list here.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the head list here.")],
     task: Annotated[
         str, typer.Option(help="A built-in task, or several to pool; names the prompt for --data.")
     ] = "sentiment",
@@ -53,8 +53,7 @@ def calibrate(
 
       regard calibrate act --task sentiment,topic --top-k 50 --out heads.json
     """
-    from rich.console import Console
-
+    from regard.report.screen import Console
     from regard.steer.act.heads import HeadFilter
 
     check_file(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 from regard.cards import Card, Checked, Paper, setting
@@ -51,7 +52,8 @@ class Term(_Term):
     """
 
     def __new__(cls, weight: float, alpha: float, beta: float) -> Term:
-        if weight < 0 or alpha <= 0:
+        numbers = all(isinstance(x, Real) and math.isfinite(x) for x in (weight, alpha, beta))
+        if not numbers or weight < 0 or alpha <= 0:
             raise InputError(
                 f"a loss has a weight of 0 or more and an alpha above 0, not {weight}, {alpha}"
             )
@@ -102,6 +104,8 @@ class Settings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.balance, self.disjoint, self.background = (
-            Term(*term) for term in (self.balance, self.disjoint, self.background)
-        )
+        for name in ("balance", "disjoint", "background"):
+            term = getattr(self, name)
+            if not isinstance(term, (tuple, list)) or len(term) != 3:
+                raise InputError(f"{name} is a Term(weight, alpha, beta), not {str(term)[:40]!r}")
+            setattr(self, name, Term(*term))

@@ -41,7 +41,8 @@ def run(
     ] = None,
     model: diffusion.UNet = "shapes-sd",
     out: Annotated[
-        Path, typer.Option(help="Folder for pictures, page and the finished steps.")
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder for pictures, page and the finished steps."),
     ] = Path("dynamic-prompt-learning"),
     blend: Annotated[
         bool, typer.Option(help="With --edit: keep the picture where neither phrase is looked at.")

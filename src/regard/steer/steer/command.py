@@ -40,9 +40,14 @@ def run(
         int, typer.Option(min=1, help="Samples at once; these do not see each other.")
     ] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Write the samples here as JSONL; goes on if interrupted.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the samples here as JSONL; goes on if interrupted."
+        ),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="All as one JSON; - for stdout.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE|-", help="All as one JSON; - for stdout.")
+    ] = None,
 ) -> None:
     """STEER: domain text from an expert, stronger than it is, that does not repeat the examples.
 

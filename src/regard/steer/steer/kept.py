@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from regard.files import write_text
+from regard.files import beside, write_text
 
 
 class KeptSamples:
@@ -19,7 +19,7 @@ class KeptSamples:
 
     def __init__(self, out: Path | None, settings: dict[str, Any]) -> None:
         self.out, self.settings = out, settings
-        self.part = None if out is None else out.with_name(f".{out.name}.partial")
+        self.part = None if out is None else beside(out, ".partial")
         self.rows = self._found()
 
     def _found(self) -> list[dict[str, Any]]:

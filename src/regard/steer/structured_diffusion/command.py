@@ -25,7 +25,10 @@ def run(
     model: diffusion.UNet = "shapes-sd",
     seeds: diffusion.Seeds = "4",
     out: Annotated[
-        Path, typer.Option(help="Folder for the images, the contact sheet and the page.")
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Folder for the images, the contact sheet and the page."
+        ),
     ] = Path("structured-diffusion"),
     steps: diffusion.Steps = None,
     guidance: diffusion.Guidance = None,

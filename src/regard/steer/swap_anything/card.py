@@ -41,10 +41,12 @@ def four_shares(text: str | Sequence[float]) -> tuple[float, ...]:
     """
     try:
         shares = tuple(map(float, text.split(",") if isinstance(text, str) else text))
-    except ValueError:
+    except (ValueError, TypeError):
         shares = ()
     if len(shares) != 4 or not all(0 <= x <= 1 for x in shares):
-        raise InputError(f"keep is four shares from 0 to 1, such as 1,0.4,0.5,0.2, not {text!r}")
+        raise InputError(
+            f"keep is four shares from 0 to 1, such as 1,0.4,0.5,0.2, not {str(text)[:40]!r}"
+        )
     return shares
 
 

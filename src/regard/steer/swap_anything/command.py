@@ -41,7 +41,9 @@ def run(
         bool, typer.Option(help="Put the target where the mask is, in place of nothing.")
     ] = False,
     model: diffusion.UNet = "shapes-sd",
-    out: Annotated[Path, typer.Option(help="Write the picture here.")] = Path("swapped.png"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the picture here.")] = Path(
+        "swapped.png"
+    ),
     json: diffusion.Json = None,
 ) -> None:
     """Swap an object for another that you describe, or for one learnt from a few pictures.

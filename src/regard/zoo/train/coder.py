@@ -13,6 +13,7 @@ from torch import Tensor
 from regard.errors import InputError
 from regard.report.table import from_grid
 
+from .checkpoint import Checkpoint
 from .drawing import Drawn, sample
 from .loop import earlier, finish, half, placed, save_folder, train
 from .reading import Reading
@@ -81,7 +82,8 @@ def train_vae(
     groups += [{"params": [*reading.parameters()], "scale": 2.0}]
     record = train("shapes-vae", loss_of, groups, samples=batch, minutes=minutes, rate=rate,
                    steps=steps, device=device, decay=0.998,
-                   save=partial(save_folder, out, vae.save_pretrained))  # fmt: skip
+                   save=partial(save_folder, out, vae.save_pretrained),
+                   kept=Checkpoint(out, make))  # fmt: skip
     vae.eval()
     with torch.no_grad():
         means = _means(vae, sample(512, device=device, generator=make, things=(1, 2, 3)))
@@ -121,7 +123,8 @@ def train_decoder(
         return _apart(again, images)
 
     record = train("shapes-decoder", loss_of, [{"params": trained}], samples=batch,
-                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
+                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998,
+                   kept=Checkpoint(out, make, frozen=[coder.encoder]))  # fmt: skip
     record |= {"seed": seed, "batch": batch, "rate": rate}
     return _passing(coder, out, record, checked)
 
@@ -154,7 +157,8 @@ def load_coder(folder: Path | None, device: str) -> Any:
             "name the folder of the autoencoder, --vae DIR: make it with `regard zoo train "
             "shapes-vae --out DIR`"
         )
-    return AutoencoderKL.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    coder: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    return coder.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from regard.zoo.pipelines import load_pipeline
 from regard.zoo.tiny_diffusion import clip_tokenizer
 
 from . import captions
+from .checkpoint import Checkpoint
 from .coder import CHANNELS, LATENT, judged, latents_of, load_coder, table
 from .drawing import sample
 from .loop import Counted, earlier, finish, half, placed, save_folder, train, trainings
@@ -93,7 +94,8 @@ def train_sd(
     trained = list(_parameters(unet, encoder, reading))
     record = train("shapes-sd", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
-                   decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
+                   decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained),
+                   kept=Checkpoint(out, make, frozen=[coder]))  # fmt: skip
     hook.remove()
     record |= {"seed": seed, "batch": batch, "rate": rate, **before}
     return _finish(pipe, out, record, device, checked)
@@ -163,7 +165,8 @@ def train_dit(
     trained = list(_parameters(model, *encoders, reading))
     record = train("shapes-dit", loss_of, [{"params": trained}],
                    samples=batch, minutes=minutes, rate=rate, steps=steps, device=device,
-                   decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained))  # fmt: skip
+                   decay=0.9995, save=partial(save_folder, out, pipe.save_pretrained),
+                   kept=Checkpoint(out, make, frozen=[coder]))  # fmt: skip
     hook.remove()
     record |= {"seed": seed, "batch": batch, "rate": rate, "pointing": POINT, **before}
     return _finish(pipe, out, record, device, checked)

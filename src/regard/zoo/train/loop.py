@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from regard.errors import InputError
 from regard.versions import versions
 
+from .checkpoint import Checkpoint, forget, optimizer_tensors, restore_optimizer
+
 POINTS = 60  # of the loss curve that is kept
 SAY, SAVE = 10.0, 90.0  # seconds
 
@@ -91,21 +93,26 @@ class Diary:
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     curve: list[tuple[int, float]] = field(default_factory=list)
     samples: int = 0
-    _losses: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)  # since the last point
     _last: float = field(default_factory=time.monotonic)
 
     def note(self, clock: Clock, loss: Tensor, samples: int) -> None:
-        self._losses.append(loss.detach())
+        self.losses.append(loss.detach())
         self.samples += samples
-        if time.monotonic() - self._last > SAY or clock.share >= 1:
-            value = float(torch.stack(self._losses).mean())
+        late, ended = time.monotonic() - self._last > SAY, clock.share >= 1
+        # points of a training by steps are the same in every run of it
+        due = late if clock.steps is None else clock.step % max(1, clock.steps // POINTS) == 0
+        if due or ended:
+            value = float(torch.stack(self.losses).mean())
             self.curve.append((clock.step, value))
+            self.losses = []
+        if (late or ended) and self.curve:
             rate = self.samples / max(1e-9, clock.seconds)
             self.say(
                 f"{self.name}: step {clock.step}, {self.samples:,} samples, {rate:,.0f}/s, "
-                f"loss {value:.4f}, {clock.seconds:.0f} s"
+                f"loss {self.curve[-1][1]:.4f}, {clock.seconds:.0f} s"
             )
-            self._losses, self._last = [], time.monotonic()
+            self._last = time.monotonic()
 
     def record(self, clock: Clock, device: str) -> dict[str, Any]:
         """What `training.json` says."""
@@ -134,6 +141,7 @@ def train(
     device: str,
     decay: float,
     save: Callable[[], Any] | None = None,
+    kept: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Train until the clock says so, and leave the averaged weights in the parameters.
 
@@ -145,6 +153,7 @@ def train(
         minutes, rate, steps: see `Clock`.
         decay: of the average that is kept.
         save: writes the weights, every 90 seconds and at the end.
+        kept: the state, written as often; a training that was stopped goes on from it.
 
     Returns what `training.json` says of it.
     """
@@ -152,7 +161,13 @@ def train(
     adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
     trained = [p for group in groups for p in group["params"]]
     average = Average(trained, decay)
-    clock, diary, saved = Clock(minutes, rate, steps), Diary(name), 0.0
+    clock, diary = Clock(minutes, rate, steps), Diary(name)
+    if kept is not None:
+        settings = {"name": name, "samples": samples, "rate": rate, "steps": steps, "decay": decay,
+                    "minutes": minutes if steps is None else None, "device": str(device),
+                    **versions()}  # fmt: skip
+        _go_on(kept, settings, trained, adam, average, clock, diary)
+    saved = clock.seconds
     while clock.set(adam) < 1:
         loss = loss_of(clock.step)
         adam.zero_grad(set_to_none=True)
@@ -162,16 +177,65 @@ def train(
         average.update()
         clock.step += 1
         diary.note(clock, loss, samples)
-        if save is not None and clock.seconds - saved > SAVE:
+        if clock.seconds - saved > SAVE:
             saved = clock.seconds
-            average.swap()
-            save()
-            average.swap()
+            _keep(kept, trained, adam, average, clock, diary)
+            if save is not None:
+                average.swap()
+                save()
+                average.swap()
+    _keep(kept, trained, adam, average, clock, diary)
     average.swap()
     record = diary.record(clock, device)
     if save is not None:
         save()
     return record
+
+
+def _keep(
+    kept: Checkpoint | None,
+    trained: list[nn.Parameter],
+    adam: torch.optim.Optimizer,
+    average: Average,
+    clock: Clock,
+    diary: Diary,
+) -> None:
+    if kept is None or not clock.step:
+        return
+    tensors = {f"live.{n}": p for n, p in enumerate(trained)}
+    tensors |= {f"average.{n}": t for n, t in enumerate(average.kept)}
+    tensors |= optimizer_tensors(adam, trained)
+    if diary.losses:
+        tensors["losses"] = torch.stack(diary.losses)
+    numbers = {"step": clock.step, "seconds": clock.seconds, "averaged": average.count,
+               "samples": diary.samples, "curve": diary.curve}  # fmt: skip
+    kept.save(numbers, tensors)
+
+
+def _go_on(
+    kept: Checkpoint,
+    settings: dict[str, Any],
+    trained: list[nn.Parameter],
+    adam: torch.optim.Optimizer,
+    average: Average,
+    clock: Clock,
+    diary: Diary,
+) -> None:
+    """Take up what a training of the same settings left."""
+    left = kept.begin(settings, trained)
+    if left is None:
+        return
+    tensors = left["tensors"]
+    with torch.no_grad():
+        for n, (live, mean) in enumerate(zip(trained, average.kept)):
+            live.copy_(tensors[f"live.{n}"])
+            mean.copy_(tensors[f"average.{n}"])
+    restore_optimizer(adam, trained, tensors)
+    clock.step, clock.start = left["step"], time.monotonic() - left["seconds"]
+    average.count, diary.samples = left["averaged"], left["samples"]
+    diary.curve = [(step, loss) for step, loss in left["curve"]]
+    diary.losses = [*tensors["losses"].to(trained[0].device)] if "losses" in tensors else []
+    diary.say(f"{diary.name}: goes on from step {clock.step}")
 
 
 TOLD = ("steps", "samples", "seconds", "device", "seed", "batch", "rate", "pointing", "questions",
@@ -310,6 +374,9 @@ def save_folder(target: Path, write: Callable[[Path], Any]) -> None:
     part.mkdir(parents=True)
     write(part)
     (part / MARK).write_text(json.dumps({"files": sorted(_files(part))}), encoding="utf-8")
+    for file in _files(part):
+        with (part / file).open("rb") as written:
+            os.fsync(written.fileno())  # a name must not outlive a crash without its contents
     old = target.with_name(f".{target.name}.old{os.getpid()}")
     if target.exists():
         os.replace(target, old)
@@ -326,6 +393,7 @@ def finish(out: Path, save: Callable[[Path], Any], record: dict[str, Any], card:
         write_record(folder, record, card)
 
     save_folder(out, write)
+    forget(out)
 
 
 def write_record(folder: Path, record: dict[str, Any], card: str) -> None:

@@ -25,6 +25,7 @@ from regard.zoo.loading import load
 from regard.zoo.scenes import COLORS, SHAPES, SIZES
 
 from . import questions
+from .checkpoint import Checkpoint, forget
 from .drawing import Drawn, sample
 from .guides import Guides
 from .loop import earlier, finish, half, save_folder, train, trainings, write_record
@@ -74,7 +75,8 @@ def train_tower(
         return judged(sample(batch, device=device, generator=make, **SCENES))[0]
 
     record = train(f"tower-{patch}", loss_of, [{"params": parameters}], samples=batch,
-                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998)  # fmt: skip
+                   minutes=minutes, rate=rate, steps=steps, device=device, decay=0.998,
+                   kept=Checkpoint(out, make))  # fmt: skip
     with torch.no_grad():
         few = sample(min(batch, 512), device=device, generator=make, **{**SCENES, "held_out": None})
         _, right = judged(few)
@@ -88,6 +90,7 @@ def train_tower(
         write_record(folder, record, told)
 
     save_folder(out, write)
+    forget(out)
     return record
 
 
@@ -293,7 +296,8 @@ def _train(
 
     record = train(name, loss_of, groups, samples=batch * len(slots), minutes=minutes, rate=rate,
                    steps=steps, device=device, decay=0.9995,
-                   save=partial(save_folder, out, save))  # fmt: skip
+                   save=partial(save_folder, out, save),
+                   kept=Checkpoint(out, make, frozen=[model]))  # fmt: skip
     model.eval()
     record |= {"seed": seed, "batch": batch, "rate": rate, "questions": len(slots)}
     if guides is not None:
@@ -440,7 +444,7 @@ def _tower(folder: Path | None) -> Any:
             "name the folder of the vision tower, --tower DIR: make it with `regard zoo train "
             "shapes-tower --out DIR`"
         )
-    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
 def _trained(folder: Path) -> tuple[Any, zoo.Words, dict[str, Any]]:
