@@ -51,6 +51,8 @@ _keys = count()
 
 def open_here(session: Acting) -> Callable[[], None]:
     """Open a session in this context; returns what closes it."""
+    set_padding(None)  # what a generation that was broken off has left
+    set_before_first_token(False)
     session.key = key = next(_keys)
     _here.set(_here.get() | {key})
 
@@ -216,6 +218,19 @@ _padding: ContextVar[Tensor | None] = ContextVar("padding after the end", defaul
 def set_padding(padding: Tensor | None) -> None:
     """Say how many tokens of padding every row of a running generation ends in."""
     _padding.set(padding)
+
+
+_before_first: ContextVar[bool] = ContextVar("before the first token", default=False)
+
+
+def set_before_first_token(before: bool) -> None:
+    """Say whether a generation is about to write its first token."""
+    _before_first.set(before)
+
+
+def before_first_token() -> bool:
+    """Whether a generation of this thread has yet to write its first token."""
+    return _before_first.get()
 
 
 def without_ended(live: Tensor | None, batch: int, queries: int) -> Tensor | None:

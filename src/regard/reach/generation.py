@@ -34,6 +34,7 @@ def _get(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         for handler in session.handlers:
             handler.generation(generation_config)
     dispatch.set_padding(None)
+    dispatch.set_before_first_token(getattr(generation_config, "num_beams", 1) == 1)
     return criteria if getattr(generation_config, "num_beams", 1) != 1 else _Ended(criteria)
 
 
@@ -45,6 +46,7 @@ class _Ended(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
+        dispatch.set_before_first_token(False)
         if self.done is None:
             self.done = torch.zeros_like(done)
             self.padding = torch.zeros(len(done), dtype=torch.long, device=done.device)
