@@ -169,8 +169,7 @@ OWN: dict[str, Any] = {
 def test_attention_that_a_module_computes_itself(family: str) -> None:
     model = spread(OWN[family]())
     mask = torch.ones_like(IDS)
-    if family != "xlnet":  # whose padding sees itself, and so is not told from the last token
-        mask[0, -3:] = 0
+    mask[0, -3:] = 0
     with torch.no_grad():
         plain = model(IDS, attention_mask=mask, output_attentions=True)
         with regard.watch(model, FACTS) as seen:
@@ -227,6 +226,49 @@ def test_blocks_of_one_sparse_map_are_refused_by_name() -> None:
     model = T.LongformerModel(T.LongformerConfig(**sizes)).eval()
     with pytest.raises(ReachError, match="LongformerSelfAttention"), regard.watch(model):
         model(IDS)
+
+
+def test_another_part_than_the_sparse_one_can_be_watched() -> None:
+    config = T.PegasusXConfig(
+        vocab_size=128, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32,
+        encoder_attention_heads=4, decoder_attention_heads=4, decoder_ffn_dim=32, block_size=4,
+        num_global_tokens=2,
+    )  # fmt: skip
+    model = spread(T.PegasusXForConditionalGeneration(config))
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :6]}
+    told = pytest.raises(ReachError, match=r'part="model\.decoder\.layers"')
+    with told, regard.watch(model), torch.no_grad():
+        model(**inputs)
+    with regard.watch(model, FACTS, part="model.decoder.layers") as seen, torch.no_grad():
+        model(**inputs)
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        maps = model(**inputs, output_attentions=True).decoder_attentions
+    agrees(seen, dict(enumerate(maps)))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("T5Gemma2ForConditionalGeneration", -1), ("DeepseekV4ForCausalLM", 1)]
+)
+def test_a_generation_over_keys_that_are_no_tokens_is_refused_at_once(
+    name: str, layer: int
+) -> None:
+    """T5Gemma 2 appends the encoder's keys to its own, DeepSeek-V4 summaries of the text."""
+    from regard.lab import architectures
+    from regard.lab.smallest import run
+
+    model, inputs = architectures.ready(architectures.classes(f"{name}$")[0])
+    steps: list[int] = []
+    count = model.register_forward_hook(lambda *_: steps.append(1))
+    prompt = {n: x for n, x in inputs.items() if n != "decoder_input_ids"}
+    with regard.watch(model, [*FACTS, "distance"]) as seen, torch.no_grad():
+        with pytest.raises(ReachError, match="one forward over the finished text, without a"):
+            model.generate(**prompt, max_new_tokens=3, do_sample=False)
+        assert not steps
+        run(model, inputs)  # the remedy, in the same session
+    count.remove()
+    joint = seen.sites[layer]
+    assert joint in seen["received"]._values and joint not in seen["distance"]._values
 
 
 def test_layers_are_numbered_as_they_run() -> None:

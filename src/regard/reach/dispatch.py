@@ -20,12 +20,15 @@ class Acting(Protocol):
     """What a session shows of itself here."""
 
     handlers: list[Handler]
+    sites: list[Site]
     key: int | None
 
     @property
     def past(self) -> int | None: ...
 
     def place(self, sites: list[Site], call: Call) -> Call: ...
+
+    def padding(self, site: Site, batch: int, queries: int, keys: int) -> Tensor | None: ...
 
     def concerns(self, model: Any) -> bool: ...
 
@@ -119,6 +122,21 @@ def past_of(module: Any) -> int | None:
     """Tokens that the cache held as this forward pass began; None where that is not known."""
     entries = _entries(module)
     return entries[0][0].past if entries else None
+
+
+def padding_of(module: Any, batch: int, queries: int, keys: int) -> Tensor | None:
+    """Which queries of this module are tokens, by the mask that the model was given."""
+    entries = _entries(module)
+    return entries[0][0].padding(entries[0][1][0], batch, queries, keys) if entries else None
+
+
+def other_parts(module: Any) -> list[str]:
+    """The parts of the model that this module does not belong to, in order."""
+    entries = _entries(module)
+    if not entries:
+        return []
+    session, sites = entries[0]
+    return list(dict.fromkeys(s.part for s in session.sites if s.part != sites[0].part))
 
 
 def open_sessions() -> list[Acting]:

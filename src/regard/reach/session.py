@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
@@ -126,6 +127,10 @@ class Session:
     def past(self) -> int | None:
         """Tokens that the cache held as the forward pass began; None outside one."""
         return self._turns.past
+
+    def padding(self, site: Site, batch: int, queries: int, keys: int) -> Tensor | None:
+        """Which queries of a self-attention are tokens, by the mask that the model was given."""
+        return self._turns.padding(site, batch, queries, keys)
 
     def concerns(self, model: Any) -> bool:
         """Whether this model runs attention modules of the session."""
