@@ -13,7 +13,7 @@ from torch import Tensor
 
 import regard
 from regard.core import Mask, Rows
-from regard.errors import InputError, ReachError
+from regard.errors import ReachError
 from regard.reach import Call, Handler, Session
 from regard.reach.handed import Handed
 from regard.zoo.tiny import tiny
@@ -346,40 +346,6 @@ def test_cross_attention_goes_on_with_the_generation() -> None:
     assert seen["entropy"][cross].shape[-1] == 8 + 3
 
 
-@pytest.mark.slow
-def test_sessions_take_compiled_models() -> None:
-    model: Any = tiny("llama")
-    with torch.no_grad():
-        plain = model(IDS).logits
-        for settings in ({}, {"fullgraph": True}):
-            compiled = torch.compile(model, backend="eager", **settings)
-            compiled(IDS)
-            with regard.watch(compiled, ["received"]) as seen:
-                inside = compiled(IDS).logits
-            assert len(seen["received"]) == 2
-            assert torch.allclose(inside, plain, atol=1e-5)
-            assert torch.equal(compiled(IDS).logits, plain)
-    torch._dynamo.reset()
-    assert torch._dynamo.eval_frame._stance.stance == "default"
-
-
-def test_sessions_take_pipelines_and_adapters() -> None:
-    model: Any = tiny("llama")
-
-    class Pipeline:
-        def __init__(self) -> None:
-            self.model = model
-
-    assert Session(Pipeline()).model is model
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(
-        tiny("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2)
-    ).eval()
-    with regard.watch(adapted, ["received"]) as seen, torch.no_grad():
-        adapted(IDS)
-    assert len(seen["received"]) == 2 and torch.equal(seen.input_ids, IDS)
-
-
 @pytest.mark.parametrize(
     "method",
     [
@@ -394,14 +360,6 @@ def test_latents_that_heads_share_are_refused_by_name(method: Handler) -> None:
     told = pytest.raises(ReachError, match="caches latents that all heads share")
     with told, regard.apply(model, method), torch.no_grad():
         model.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None)
-
-
-def test_a_prompt_in_chunks_is_no_prompt() -> None:
-    model: Any = tiny("llama")
-    kw = {"max_new_tokens": 2, "do_sample": False, "prefill_chunk_size": 4}
-    told = pytest.raises(InputError, match="prefill_chunk_size")
-    with told, regard.apply(model, regard.shrink.SnapKV(budget=6, window=2)), torch.no_grad():
-        model.generate(IDS[:1], **kw)
 
 
 def test_a_bidirectional_model_with_a_cache_writes_the_same() -> None:

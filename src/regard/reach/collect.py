@@ -94,8 +94,8 @@ class Collector(Handler):
             ("beam search changes the places of the rows in the cache", beams > 1, "num_beams=1"),
             ("prompt lookup takes tokens back from the cache",
              getattr(config, "prompt_lookup_num_tokens", None), "no prompt lookup"),
-            ("assisted decoding takes tokens back from the cache",
-             getattr(config, "assistant_early_exit", None), "no assistant"),
+            ("assisted decoding takes tokens back from the cache", dispatch.assisted()
+             or getattr(config, "assistant_early_exit", None), "no assistant"),
             ("a quantized cache changes the keys it holds", held == "quantized", "a plain cache"),
         ):  # fmt: skip
             if asked:

@@ -13,16 +13,25 @@ from transformers import GenerationMixin, StoppingCriteriaList
 from . import dispatch
 
 _plain = GenerationMixin._get_stopping_criteria
+_plain_validate = GenerationMixin._validate_generation_mode
 
 
 def follow() -> None:
     """Stand before the stopping criteria of every generation."""
     GenerationMixin._get_stopping_criteria = _get  # type: ignore[method-assign]
+    GenerationMixin._validate_generation_mode = _validate  # type: ignore[method-assign]
 
 
 def leave() -> None:
     """Undo `follow`."""
     GenerationMixin._get_stopping_criteria = _plain  # type: ignore[method-assign]
+    GenerationMixin._validate_generation_mode = _plain_validate  # type: ignore[method-assign]
+
+
+def _validate(self: Any, mode: Any, config: Any, given: dict[str, Any]) -> None:
+    """Note what the settings do not tell: whether there is an assistant."""
+    dispatch.set_assisted(given.get("assistant_model") is not None)
+    _plain_validate(self, mode, config, given)
 
 
 def _get(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
+
+from regard.errors import ReachError
 
 from .call import Call, Site
 
@@ -74,6 +77,11 @@ class Turns:
         return handles
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise ReachError(
+                "the model is being exported or traced, and facts of symbols cannot be measured: "
+                "export it outside of the session"
+            )
         cache = kwargs.get("past_key_values")
         length = getattr(cache, "get_seq_length", None)
         self.past = int(length()) if length is not None else 0
