@@ -72,6 +72,8 @@ class Call:
             forward pass, once an image or window; counted from 0.
         repeats: whether the last call of this module had the same queries and keys (DiffLlama: the
             same map for two halves of the values).
+        joint: whether keys that are no tokens of this text follow those that are: an encoder's
+            (T5Gemma 2), or summaries of many (DeepSeek-V4).
         past: tokens that the cache held as the forward pass began; None where that is not known.
         denoising: step, guidance and segments, when the call comes from a diffusion model.
         measured: facts that the computation of the State gave on the way, where asked for.
@@ -94,6 +96,7 @@ class Call:
     positions: Tensor | None = None
     chunk: int = 0
     repeats: bool = False
+    joint: bool = False
     past: int | None = None
     denoising: Denoising | None = None
     measured: Facts | None = None

@@ -13,6 +13,7 @@ from regard.core import Fact, State, measure
 from regard.core.facts import Sums, View
 from regard.errors import InputError, ReachError
 
+from . import dispatch
 from .call import Call, Facts, Handler, Site
 
 _SWEPT = (torch.float32, torch.float64)  # halves keep the kernel that rounds as the model does
@@ -29,6 +30,7 @@ class Record:
     keys: int  # keys seen
     trace: Tensor  # one number of every cached key: tells when a cache was reordered
     causal: bool  # no query of the first call sees a later key
+    facts: list[Fact]  # those that mean something here, in the order of the sums
     live: Tensor | None = None  # [batch, rows], false for padding; None where all are tokens
     total: Tensor | None = None  # of all q and k, on a GPU: not finite where one of them is not
 
@@ -92,8 +94,8 @@ class Collector(Handler):
             ("beam search changes the places of the rows in the cache", beams > 1, "num_beams=1"),
             ("prompt lookup takes tokens back from the cache",
              getattr(config, "prompt_lookup_num_tokens", None), "no prompt lookup"),
-            ("assisted decoding takes tokens back from the cache",
-             getattr(config, "assistant_early_exit", None), "no assistant"),
+            ("assisted decoding takes tokens back from the cache", dispatch.assisted()
+             or getattr(config, "assistant_early_exit", None), "no assistant"),
             ("a quantized cache changes the keys it holds", held == "quantized", "a plain cache"),
         ):  # fmt: skip
             if asked:
@@ -107,7 +109,7 @@ class Collector(Handler):
         if self.exact_outputs or some or call.repeats or call.q.dtype not in _SWEPT:
             return None
         record = self._running(call)
-        return Facts(self, self._facts(call.site), self._offsets(call, record), record)
+        return Facts(self, self._facts(call), self._offsets(call, record), record)
 
     def _offsets(self, call: Call, record: Record | None) -> tuple[int, int]:
         """Where this call stands in its run."""
@@ -128,7 +130,7 @@ class Collector(Handler):
             )
         if call.repeats:
             return None
-        facts = self._facts(call.site)
+        facts = self._facts(call)
         q, k, lse = call.q, call.k, state.lse
         if self.heads is not None:
             wrong = [h for h in self.heads if not 0 <= h < q.shape[1]]
@@ -155,7 +157,7 @@ class Collector(Handler):
             causal = call.site.kind == "self" and not _looks_ahead(call)
             unread = total if total.is_cuda else None
             self.records[call.site.index] = Record(
-                call.site, sums, queries, end, keys, trace, causal, call.live, unread
+                call.site, sums, queries, end, keys, trace, causal, facts, call.live, unread
             )
             return None
         view = View(
@@ -196,11 +198,14 @@ class Collector(Handler):
             q, k, lse, facts, mask=mask, scale=call.scale, bias=bias, sinks=sinks, **options
         )
 
-    def _facts(self, site: Site) -> list[Fact]:
-        return [f for f in self.facts if site.kind == "self" or not f.positional]
+    def _facts(self, call: Call) -> list[Fact]:
+        placed = call.site.kind == "self" and not call.joint
+        return [f for f in self.facts if placed or not f.positional]
 
     def _running(self, call: Call) -> Record | None:
         """The record that this call goes on with, None when it begins a run."""
+        if dispatch.before_first_token():
+            _must_be_tokens(call)
         record = self.records.get(call.site.index)
         if record is None or call.chunk:
             return record
@@ -209,11 +214,12 @@ class Collector(Handler):
             return record if call.past and call.past == record.end else None
         if call.query_offset == 0:
             return None
+        _must_be_tokens(call)
         if call.query_offset != record.end:
             raise ReachError(
-                f"the cache went from {record.end} to {call.query_offset} tokens (assisted "
-                "decoding cuts it back, DeepSeek-V4 compresses it), so sums over it cannot go on: "
-                "watch a plain generation, or one forward over the finished text"
+                f"the cache was cut back from {record.end} to {call.query_offset} tokens (assisted "
+                "decoding does that), so sums over it cannot go on: watch a plain generation, or "
+                "one forward over the finished text"
             )
         old, new = record.trace, call.k[:, 0, :, 0]
         kept = min(old.shape[1], new.shape[1] - call.q.shape[2])
@@ -222,10 +228,10 @@ class Collector(Handler):
             new[:, new.shape[1] - call.q.shape[2] - kept : new.shape[1] - call.q.shape[2]],
         ):
             raise ReachError(
-                f"the keys of {call.site.name} are other ones than before, so sums over a "
-                "generation cannot go on: beam search changes their places, a quantized cache "
-                "their values, and some models append another text to them (T5Gemma 2). Watch with "
-                "num_beams=1 and a plain cache, or watch one forward over the finished text"
+                f"the keys of {call.site.name} are other ones than before (beam search changes "
+                "their places, a quantized cache their values), so sums over a generation cannot "
+                "go on: watch with num_beams=1 and a plain cache, or watch one forward over the "
+                "finished text"
             )
         return record
 
@@ -237,8 +243,19 @@ class Collector(Handler):
         """
         if record.total is not None:
             must_be_finite(record.total, record.site)
-        facts = self._facts(record.site)
+        facts = record.facts
         return fact.finish(record.sums[facts.index(fact)]) if fact in facts else None
+
+
+def _must_be_tokens(call: Call) -> None:
+    """Refuse a generation whose keys change their places from token to token."""
+    if call.joint:
+        dispatch.set_before_first_token(False)
+        raise ReachError(
+            f"{call.site.name} keeps other keys behind those of the tokens (an encoder's, or "
+            "summaries of the text), whose places change with every token, so sums over a "
+            "generation cannot go on: watch one forward over the finished text, without a cache"
+        )
 
 
 def must_be_finite(total: Tensor, site: Site) -> None:

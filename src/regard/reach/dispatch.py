@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from itertools import count
 from typing import Any, Protocol
+from weakref import ReferenceType, WeakMethod, ref
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ class Acting(Protocol):
     """What a session shows of itself here."""
 
     handlers: list[Handler]
+    sites: list[Site]
     key: int | None
 
     @property
     def past(self) -> int | None: ...
 
     def place(self, sites: list[Site], call: Call) -> Call: ...
+
+    def padding(self, site: Site, batch: int, queries: int, keys: int) -> Tensor | None: ...
 
     def concerns(self, model: Any) -> bool: ...
 
@@ -39,8 +43,10 @@ class Acting(Protocol):
 
 
 # id of an attention module -> the sessions that act on it, outermost first, and its sites: one, or
-# several where layers share the module
-_active: dict[int, list[tuple[Acting, list[Site]]]] = {}
+# several where layers share the module. Sessions are held weakly: one that nobody holds any more,
+# and that does not `keep` itself, ends
+_active: dict[int, list[tuple[ReferenceType[Acting], list[Site]]]] = {}
+_kept: set[Acting] = set()
 
 
 # keys of the sessions that were opened in this context: a thread has a context of its own, and
@@ -51,14 +57,24 @@ _keys = count()
 
 def open_here(session: Acting) -> Callable[[], None]:
     """Open a session in this context; returns what closes it."""
+    set_padding(None)  # what a generation that was broken off has left
+    set_before_first_token(False)
     session.key = key = next(_keys)
     _here.set(_here.get() | {key})
+    weak = ref(session)
 
     def close() -> None:
-        session.key = None
+        if (opened := weak()) is not None:
+            opened.key = None
         _here.set(_here.get() - {key})
 
     return close
+
+
+def keep(session: Acting) -> Callable[[], None]:
+    """Hold a session that acts although nobody holds it; returns what ends that."""
+    _kept.add(session)
+    return lambda: _kept.discard(session)
 
 
 def is_here(session: Acting) -> bool:
@@ -78,16 +94,17 @@ def _in_backward() -> bool:
 
 
 def _entries(module: Any) -> list[tuple[Acting, list[Site]]]:
-    return [e for e in _active.get(id(module), []) if is_here(e[0])]
+    held = [(weak(), sites) for weak, sites in _active.get(id(module), [])]
+    return [(s, sites) for s, sites in held if s is not None and is_here(s)]
 
 
 def join(module: Any, session: Acting, sites: list[Site]) -> Callable[[], None]:
     """Let a session act on a module; returns what ends that."""
-    key = id(module)
-    _active.setdefault(key, []).append((session, sites))
+    key, entry = id(module), (ref(session), sites)
+    _active.setdefault(key, []).append(entry)
 
     def leave() -> None:
-        entries = [e for e in _active.get(key, []) if e[0] is not session]
+        entries = [e for e in _active.get(key, []) if e is not entry]
         if entries:
             _active[key] = entries
         else:
@@ -119,10 +136,25 @@ def past_of(module: Any) -> int | None:
     return entries[0][0].past if entries else None
 
 
+def padding_of(module: Any, batch: int, queries: int, keys: int) -> Tensor | None:
+    """Which queries of this module are tokens, by the mask that the model was given."""
+    entries = _entries(module)
+    return entries[0][0].padding(entries[0][1][0], batch, queries, keys) if entries else None
+
+
+def other_parts(module: Any) -> list[str]:
+    """The parts of the model that this module does not belong to, in order."""
+    entries = _entries(module)
+    if not entries:
+        return []
+    session, sites = entries[0]
+    return list(dict.fromkeys(s.part for s in session.sites if s.part != sites[0].part))
+
+
 def open_sessions() -> list[Acting]:
     """The sessions that take part in what this thread does, the outer ones first."""
-    known = dict.fromkeys(s for entries in list(_active.values()) for s, _ in entries)
-    return [s for s in known if is_here(s)]
+    known = dict.fromkeys(weak() for entries in list(_active.values()) for weak, _ in entries)
+    return [s for s in known if s is not None and is_here(s)]
 
 
 def acts_on(module: Any) -> bool:
@@ -136,17 +168,25 @@ def captures(module: Any) -> bool:
 
 
 class Hook:
-    """What a session hangs on a module; a copy of the module, or a stored one, has it empty."""
+    """What a session hangs on a module; a copy of the module, or a stored one, has it empty.
+
+    It does not hold the session.
+    """
 
     def __init__(
         self, run: Callable[..., Any] | None = None, session: Acting | None = None
     ) -> None:
-        self.run, self.session = run, session
+        own = session is not None and getattr(run, "__self__", None) is session
+        self._run = WeakMethod(run) if own and run is not None else lambda: run
+        self._session = None if session is None else ref(session)
 
+    @torch.compiler.disable(reason="regard watches this model: pass regard the compiled model")
     def __call__(self, *args: Any) -> Any:
-        if self.run is None or (self.session is not None and not is_here(self.session)):
+        session = None if self._session is None else self._session()
+        run = self._run()
+        if run is None or (self._session is not None and (session is None or not is_here(session))):
             return None
-        return self.run(*args)
+        return run(*args)
 
     def __reduce__(self) -> Any:
         return Hook, ()
@@ -216,6 +256,32 @@ _padding: ContextVar[Tensor | None] = ContextVar("padding after the end", defaul
 def set_padding(padding: Tensor | None) -> None:
     """Say how many tokens of padding every row of a running generation ends in."""
     _padding.set(padding)
+
+
+_before_first: ContextVar[bool] = ContextVar("before the first token", default=False)
+
+
+def set_before_first_token(before: bool) -> None:
+    """Say whether a generation is about to write its first token."""
+    _before_first.set(before)
+
+
+def before_first_token() -> bool:
+    """Whether a generation of this thread has yet to write its first token."""
+    return _before_first.get()
+
+
+_assisted: ContextVar[bool] = ContextVar("an assistant drafts tokens", default=False)
+
+
+def set_assisted(assisted: bool) -> None:
+    """Say whether the generation that begins has another model draft its tokens."""
+    _assisted.set(assisted)
+
+
+def assisted() -> bool:
+    """Whether the generation at hand has another model draft its tokens."""
+    return _assisted.get()
 
 
 def without_ended(live: Tensor | None, batch: int, queries: int) -> Tensor | None:

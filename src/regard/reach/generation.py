@@ -13,16 +13,25 @@ from transformers import GenerationMixin, StoppingCriteriaList
 from . import dispatch
 
 _plain = GenerationMixin._get_stopping_criteria
+_plain_validate = GenerationMixin._validate_generation_mode
 
 
 def follow() -> None:
     """Stand before the stopping criteria of every generation."""
     GenerationMixin._get_stopping_criteria = _get  # type: ignore[method-assign]
+    GenerationMixin._validate_generation_mode = _validate  # type: ignore[method-assign]
 
 
 def leave() -> None:
     """Undo `follow`."""
     GenerationMixin._get_stopping_criteria = _plain  # type: ignore[method-assign]
+    GenerationMixin._validate_generation_mode = _plain_validate  # type: ignore[method-assign]
+
+
+def _validate(self: Any, mode: Any, config: Any, given: dict[str, Any]) -> None:
+    """Note what the settings do not tell: whether there is an assistant."""
+    dispatch.set_assisted(given.get("assistant_model") is not None)
+    _plain_validate(self, mode, config, given)
 
 
 def _get(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -34,6 +43,7 @@ def _get(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         for handler in session.handlers:
             handler.generation(generation_config)
     dispatch.set_padding(None)
+    dispatch.set_before_first_token(getattr(generation_config, "num_beams", 1) == 1)
     return criteria if getattr(generation_config, "num_beams", 1) != 1 else _Ended(criteria)
 
 
@@ -45,6 +55,7 @@ class _Ended(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
+        dispatch.set_before_first_token(False)
         if self.done is None:
             self.done = torch.zeros_like(done)
             self.padding = torch.zeros(len(done), dtype=torch.long, device=done.device)

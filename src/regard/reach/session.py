@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from typing import Any
+from weakref import finalize
 
+from torch import Tensor
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +31,8 @@ class Session:
     `Thread(target=contextvars.copy_context().run, args=(model.generate, ids))`.
     """
 
+    lasts = True  # until it is detached, even if nobody holds it: its handlers act on the model
+
     def __init__(self, model: Any, handlers: Sequence[Handler] = ()) -> None:
         self.handlers = list(handlers)
         _one_stores(self.handlers)
@@ -40,6 +44,7 @@ class Session:
         self.sites: list[Site] = self.door.sites(model)
         self._wanted = [{s.index for s in h.sites(self.sites)} for h in self.handlers]
         self._undo: list[Any] = []
+        finalize(self, _undo_all, self._undo).atexit = False
         self._turns = Turns(self.module, self.sites)
         self._defined = list(self.sites)
         self._cache: Any = None  # of the forward pass at hand, where a handler asks for it
@@ -68,6 +73,8 @@ class Session:
         _one_stores([h for session in (*outer, self) for h in session.handlers])
         try:
             self._undo.append(dispatch.open_here(self))
+            if self.lasts:
+                self._undo.append(dispatch.keep(self))
             if isinstance(self._given, Module) and is_compiled(self._given):
                 self._undo.append(eagerly())
             self._undo.append(self.door.enter(self.model))
@@ -127,6 +134,10 @@ class Session:
         """Tokens that the cache held as the forward pass began; None outside one."""
         return self._turns.past
 
+    def padding(self, site: Site, batch: int, queries: int, keys: int) -> Tensor | None:
+        """Which queries of a self-attention are tokens, by the mask that the model was given."""
+        return self._turns.padding(site, batch, queries, keys)
+
     def concerns(self, model: Any) -> bool:
         """Whether this model runs attention modules of the session."""
         return model is self.module or any(m is self.module for m in model.modules())
@@ -138,8 +149,7 @@ class Session:
     def detach(self) -> None:
         """End; does nothing when the session is not attached."""
         self._cache = None
-        while self._undo:
-            self._undo.pop()()
+        _undo_all(self._undo)
 
     def __enter__(self) -> Any:
         return self.attach()
@@ -172,6 +182,11 @@ class Session:
             if call.site.index in indices:
                 state = handler.after(call, state) or state
         return state
+
+
+def _undo_all(steps: list[Any]) -> None:
+    while steps:
+        steps.pop()()
 
 
 def _check_layer(cache: Any, call: Call) -> None:

@@ -100,7 +100,7 @@ def follow(module: Any) -> Callable[[], None]:
     running = _Running()
 
     def begin(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if dispatch.acts_on(module):
+        if dispatch.has_handler(module):  # another part may be watched beside what cannot be read
             given = next(_tensors((args, kwargs)), None)
             running.tapes.append(Tape(module, () if given is None else tuple(given.shape[:-1])))
             running.tapes[-1].__enter__()
@@ -148,14 +148,19 @@ class Tape(TorchFunctionMode):
 
     def close(self) -> None:
         """The module is done: every softmax of scores must have been understood."""
-        if sys.exc_info()[0] is None and (self.waiting or (self.unread and not self.shapes)):
+        if sys.exc_info()[0] is not None:
+            return
+        if self.waiting:
             self._refuse("uses its attention map otherwise than to weigh values")
+        if self.unread and not self.shapes:
+            self._refuse("takes no softmax of queries times keys, so it has no attention map")
 
     def _refuse(self, what: str) -> None:
+        parts = [f'part="{part}"' for part in dispatch.other_parts(self.module)]
+        where = f"watch another part of the model ({' or '.join(parts)})" if parts else ""
         raise ReachError(
             f"{self.site.name} ({type(self.module).__name__}) {what}, which regard cannot read: "
-            "watch another part of the model (part=...), or use a model class of transformers that "
-            "asks the AttentionInterface"
+            f"{where or 'use a model class of transformers that asks the AttentionInterface'}"
         )
 
     def __torch_function__(
@@ -279,12 +284,11 @@ class Tape(TorchFunctionMode):
         small = float(rest.abs().max()) <= 1e-5 * max(1.0, float((scores * allowed).abs().max()))
         mask = Mask.full() if bool(allowed.all()) else Mask.dense(_narrow(allowed))
         kind = self._kind(queries, keys)
-        live = None
-        if kind == "self" and queries == keys:
+        live = self._live(kind, len(q), queries, keys)
+        if live is None and kind == "self" and queries == keys:
             # padding is seen by nobody, itself included
             kept = allowed.any(-2).any(1) & ~(lost[..., 0].all(1))
-            live = None if bool(kept.all()) else kept
-        live = dispatch.without_ended(live, len(q), queries)
+            live = None if bool(kept.all()) else dispatch.without_ended(kept, len(q), queries)
         bias = None if small else rest
         offset = keys - queries if kind == "self" else 0
         site = replace(self.site, kind=kind)
@@ -299,6 +303,12 @@ class Tape(TorchFunctionMode):
         if keys > queries and dispatch.past_of(self.module) == 0:
             at_tokens = False  # a memory that is no cache
         return self.site.kind if at_tokens else "cross"
+
+    def _live(self, kind: str, batch: int, queries: int, keys: int) -> Tensor | None:
+        """Which queries count, by what the model was given and which rows have ended."""
+        given = kind == "self"
+        live = dispatch.padding_of(self.module, batch, queries, keys) if given else None
+        return dispatch.without_ended(live, batch, queries)
 
     def _fused(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
@@ -323,8 +333,8 @@ class Tape(TorchFunctionMode):
                 bias = bias.expand(*bias.shape[:2], queries, keys)
         scale = given.get("scale")
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        live = dispatch.without_ended(None, len(q), queries)
         kind = self._kind(queries, keys)
+        live = self._live(kind, len(q), queries, keys)
         offset = keys - queries if kind == "self" else 0
         call = Call(
             replace(self.site, kind=kind), q, k, v, mask, scale, None, bias, None, live, offset, 0

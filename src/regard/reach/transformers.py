@@ -253,7 +253,7 @@ def _call(
     """What a model hands to its attention function, as a `Call`."""
     site = dispatch.site_of(module) or site_like(0, type(module).__name__, module)
     _refuse(plain, module, site.name, given)
-    q_length, origin, end = query.shape[2], None, key.shape[2]
+    q_length, origin, end, joint = query.shape[2], None, key.shape[2], False
     mask, bias, live, offsets = Mask.full(), given.get("position_bias"), None, (0, 0)
     if isinstance(attention_mask, Handed):
         mask, origin = attention_mask.mask, attention_mask.origin
@@ -267,6 +267,7 @@ def _call(
         padding = attention_mask.shape[-2] == 1 < q_length == end and site.kind == "self"
         if origin is not None and origin.width == end:
             end = origin.shape[2]
+        joint = origin is not None and end > origin.width
         attention_mask = attention_mask[..., : min(end, key.shape[2])]
         attention_mask = attention_mask.expand(-1, -1, q_length, -1)
         lost = drowned(attention_mask)
@@ -288,7 +289,8 @@ def _call(
     if origin is not None:
         # the mask of a bidirectional model does not count what the cache holds
         held = site.kind == "self" and (dispatch.past_of(module) or 0) + q_length == end
-        first = end - q_length if held or end > origin.width else origin.offsets[0]
+        beyond = end > origin.width and not joint
+        first = end - q_length if held or beyond else origin.offsets[0]
         offsets = (first, origin.offsets[1] if origin.shape[2] == end else 0)
         key, value = key[:, :, :end], value[:, :, :end]
         live = origin.live
@@ -307,8 +309,9 @@ def _call(
     sinks = given.get("s_aux")
     if given.get("sinks") is not None:  # of every query: [batch, heads, queries, 1]
         sinks = given["sinks"][..., 0].expand(query.shape[:3])
+    softcap = given.get("softcap")
     return Call(
-        site, query, key, value, mask, scale, given.get("softcap"), bias, sinks, live, *offsets
+        site, query, key, value, mask, scale, softcap, bias, sinks, live, *offsets, joint=joint
     )
 
 

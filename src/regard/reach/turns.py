@@ -4,11 +4,17 @@ module, and which part of a sequence it is where one module is called for every 
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
+
+import torch
+from torch import Tensor
+
+from regard.errors import ReachError
 
 from .call import Call, Site
 
@@ -43,6 +49,9 @@ class Turns:
         }
         self.further: dict[tuple[int, int], Site] = {}  # of a site, its later turns
         self.past: int | None = None  # tokens in the cache as the pass began; None outside one
+        self._mask: Any = None  # attention_mask of this pass, as it was given
+        names = list(inspect.signature(module.forward).parameters)
+        self._place = names.index("attention_mask") if "attention_mask" in names else None
         self._seen: dict[int, list[_Seen]] = {}
         self._entries: Counter[int] = Counter()
 
@@ -68,14 +77,36 @@ class Turns:
         return handles
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise ReachError(
+                "the model is being exported or traced, and facts of symbols cannot be measured: "
+                "export it outside of the session"
+            )
         cache = kwargs.get("past_key_values")
         length = getattr(cache, "get_seq_length", None)
         self.past = int(length()) if length is not None else 0
+        place = len(args) if self._place is None else self._place
+        self._mask = args[place] if place < len(args) else kwargs.get("attention_mask")
         self._seen.clear()
         self._entries.clear()
 
     def _end(self, *_: Any) -> None:
-        self.past = None
+        self.past = self._mask = None
+
+    def padding(self, site: Site, batch: int, queries: int, keys: int) -> Tensor | None:
+        """Which queries of a self-attention are tokens, by the mask that the model was given; None
+        where all are, or where the mask is another sequence's.
+        """
+        mask = self._mask
+        if (
+            not isinstance(mask, Tensor)
+            or site.part != self._main
+            or getattr(self._module.config, "is_encoder_decoder", False)
+            or mask.shape != (batch, keys)
+        ):
+            return None
+        live = mask[:, keys - queries :] > 0
+        return None if bool(live.all()) else live
 
     def _part(self, name: str) -> Callable[..., None]:
         indices = [s.index for s in self._sites if s.name.startswith(f"{name}.")]

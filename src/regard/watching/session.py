@@ -159,6 +159,8 @@ class Watch(Session):
     decoder); the others go by name: `seen["received"]["model.encoder.layers"][3]`.
     """
 
+    lasts = False  # facts that nobody holds are measured for nobody
+
     def __init__(
         self,
         model: Any,
@@ -263,7 +265,10 @@ class Watch(Session):
         main = self.main
         records = [r for r in self._records() if r.site.part == main]
         if not records:
-            raise InputError("nothing was seen yet: run the model inside the `with`")
+            raise InputError(
+                "nothing was seen yet: run the model inside the `with`; if it runs compiled, pass "
+                "the compiled model"
+            )
         return records[0]
 
     @property
