@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regard.cli.common import Loading, load
 from regard.errors import InputError
+
+if TYPE_CHECKING:
+    from regard.parts.vision import Images
+
+SIDE = 512  # pixels of a picture's longer side on a page
 
 
 def load_vlm(name: str, loading: Loading | None = None) -> tuple[Any, Any]:
@@ -49,19 +54,15 @@ def ask(
     return inputs.to(model.device)
 
 
-def seen_by_model(processor: Any, inputs: Mapping[str, Any], index: int, image: Any) -> Any:
-    """The picture as the model gets it, cropped and scaled; the picture itself where that is not
-    stored as one.
-    """
-    import numpy as np
-    from PIL import Image
+def placed(model: Any, processor: Any, inputs: Mapping[str, Any], images: list[Any]) -> Images:
+    """Where the image tokens are, and where on these pictures what each of them shows."""
+    from regard.parts.vision import locate
 
-    pixels = inputs["pixel_values"]
-    if "image_grid_thw" in inputs or pixels.dim() not in (4, 5):
-        return image
-    values = pixels[index] if pixels.dim() == 4 else pixels[index, 0]
-    settings = processor.image_processor
-    mean = np.array(getattr(settings, "image_mean", None) or [0.0] * 3)
-    spread = np.array(getattr(settings, "image_std", None) or [1.0] * 3)
-    shown = values.detach().float().cpu().numpy().transpose(1, 2, 0) * spread + mean
-    return Image.fromarray((shown.clip(0, 1) * 255).round().astype("uint8"))
+    return locate(model, inputs, processor, [image.size for image in images])
+
+
+def small(image: Any, side: int = SIDE) -> Any:
+    """A picture for a page: no side longer, tiny ones enlarged."""
+    scale = side / max(image.size)
+    size = tuple(max(1, round(n * scale)) for n in image.size)
+    return image.resize(size)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from regard import catalog
 from regard.cli.common import Loading, err, working, write_json
 from regard.cli.pages import check_places
-from regard.cli.pictures import ask, load_vlm, seen_by_model
+from regard.cli.pictures import ask, load_vlm, placed, small
 from regard.errors import InputError
-from regard.zoo.pictures import read
+from regard.zoo.frames import read_frames
 
 DEFAULT = "shapes-vlm"
 
@@ -21,7 +22,8 @@ def see(
     given: str, question: str | None, model: str, loading: Loading, *, html: Path | None,
     json: Path | None, tokens: int = 24,
 ) -> None:  # fmt: skip
-    """Answer the question about the picture, and show where each word looked.
+    """Answer the question about the picture, or about all of a folder or video, and show where each
+    word looked.
 
     Raises:
         InputError: no question, a file that is no picture, a model that reads none, an output that
@@ -30,11 +32,25 @@ def see(
     check_places(json, html)
     if question is None or not question.strip():
         raise InputError('ask something about the picture: regard see photo.png "what is this?"')
-    pictures = [read(given)]
+    named, note = read_frames(given)
+    names, pictures = [name for name, _ in named], [picture for _, picture in named]
     loaded, processor = load_vlm(model, loading)
     inputs = ask(loaded, processor, pictures, question, tokens)
-    result, looks, sinks = _look(loaded, processor, inputs, tokens)
+    views = placed(loaded, processor, inputs, pictures).views[0]
+    result, looks, sinks = _look(loaded, processor, inputs, views, tokens)
+    if not views:
+        result["notes"].append(
+            f"how {type(loaded).__name__} lays its patches out is not known, so there is no map: "
+            "shares of attention on the picture are exact"
+        )
+    elif any(view.box is None for view in views):
+        result["notes"].append(
+            "where some crops lie on the picture is not known, so they are not drawn"
+        )
+    if note:
+        result["notes"].append(note)
     result |= {
+        "pictures": names,
         "picture": Path(given).name,
         "question": question,
         "model": model,
@@ -46,12 +62,14 @@ def see(
     if html is not None:
         from regard.files import write_text
 
-        shown = seen_by_model(processor, inputs, 0, pictures[0])
-        write_text(html, _page(result, looks, sinks, shown))
+        shown = [small(picture) for picture in pictures]
+        write_text(html, _page(result, looks, views, sinks, shown))
         err().print(f"report: {html}", markup=False, highlight=False)
 
 
-def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[str, Any], Any, Any]:
+def _look(
+    loaded: Any, processor: Any, inputs: Any, views: list[Any], tokens: int
+) -> tuple[dict[str, Any], Any, Any]:
     """The answer, what every word looked at, the sinks of each layer, and the cuts' bias."""
     from regard.lab.answers import answer
     from regard.parts.pictures import PictureLooks
@@ -67,23 +85,23 @@ def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[s
     by_word = looks.by_word()
     words = []
     for n, name in enumerate(names):
-        peak = int(by_word[n].argmax())
         words.append(
             {
                 "word": name,
                 "generated": n >= asked,
                 "on picture": round(float(by_word[n].sum()), 5),
-                "peak": [peak // looks.grid[1], peak % looks.grid[1]],
+                **_peak(int(by_word[n].argmax()), views),
                 "map": [float(f"{v:.4g}") for v in by_word[n].tolist()],
             }
         )
     mass = looks.mass()
     best = divmod(int(mass.argmax()), mass.shape[1])
     found = {} if sinks is None else sinks.found()
-    image = {n: (f.sinks & f.image)[0] for n, f in found.items()}
+    image = {n: f.sinks[0][looks.places] for n, f in found.items()}
     result = {
         "answer": processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-        "grid": list(looks.grid),
+        "grid": list(looks.grid) if looks.grid else None,
+        "views": [asdict(view) for view in views],
         "words": words,
         "most on the picture": {
             "layer": sorted(looks.heads)[best[0]], "head": best[1],
@@ -96,6 +114,25 @@ def _look(loaded: Any, processor: Any, inputs: Any, tokens: int) -> tuple[dict[s
         "notes": [] if sinks is not None else [why],
     }  # fmt: skip
     return result, looks, found
+
+
+def _peak(place: int, views: list[Any]) -> dict[str, Any]:
+    """The view, row and column of a patch."""
+    for n, view in enumerate(views):
+        if place < view.cells:
+            return {"view": n, "peak": list(divmod(place, view.columns))}
+        place -= view.cells
+    return {}
+
+
+def _where(word: dict[str, Any], result: dict[str, Any]) -> str:
+    """The same in words; the row and the column alone where there is one view."""
+    if "peak" not in word:
+        return ""
+    view, place = result["views"][word["view"]], "{}, {}".format(*word["peak"])
+    many = result["pictures"][view["picture"]] if len(result["pictures"]) > 1 else ""
+    part = view["name"] if len(result["views"]) > len(result["pictures"]) else ""
+    return ": ".join(filter(None, [", ".join(filter(None, [many, part])), place]))
 
 
 def _seen_by(name: str, loaded: Any, inputs: Any, nothing: Any) -> Any:
@@ -114,13 +151,15 @@ def _show(result: dict[str, Any]) -> None:
         [
             Cell(word["word"], "bold" if word["generated"] else ""),
             word["on picture"],
-            "{}, {}".format(*word["peak"]),
+            _where(word, result),
         ]
         for word in result["words"]
     ]
     shares = right("share on the picture", "{:.1%}".format)
     table = Table(["word", shares, "looks most at (row, column)"], rows)
     best = result["most on the picture"]
+    if not result["views"]:
+        table = Table(["word", shares], [row[:2] for row in rows])
     lines = [
         f"Head {best['head']} of layer {best['layer']} looks at the picture most: "
         f"{100 * best['share']:.0f} % of its attention."
@@ -136,38 +175,64 @@ def _show(result: dict[str, Any]) -> None:
         err().print(f"note: {note}", markup=False, highlight=False)
 
 
-def _page(result: dict[str, Any], looks: Any, found: dict[int, Any], shown: Any) -> str:
-    """The picture under the look of every word, of every layer, and with its sinks marked."""
+def _page(
+    result: dict[str, Any], looks: Any, views: list[Any], found: dict[int, Any], shown: list[Any]
+) -> str:
+    """The pictures under the look of every word, of every layer, and with their sinks marked."""
+    from regard.parts.vision import panels
     from regard.report.contact import figure, heat, page
-    from regard.report.patches import over
+    from regard.report.patches import outlined, spread
 
-    by_word = looks.by_word()
-    base = shown.resize((256, 256)) if shown.width < 256 else shown
-    first = [figure(base, f"the picture as the model gets it: {result['answer']}", 256)]
-    words = [
+    starts = [sum(view.cells for view in views[:n]) for n in range(len(views))]
+    drawn = panels([view for view in views if view.box is not None])
+    known = [n for n, view in enumerate(views) if view.box is not None]
+    drawn = [(picture, name, [known[n] for n in members]) for picture, name, members in drawn]
+
+    def named(picture: int, name: str) -> str:
+        many = result["pictures"][picture] if len(shown) > 1 else ""
+        part = name if len(drawn) > len(shown) else ""
+        return ", ".join(filter(None, [many, part]))
+
+    def maps(values: Any, text: str) -> list[Any]:
+        figures = []
+        for picture, name, members in drawn:
+            parts = []
+            for n in members:
+                view, start = views[n], starts[n]
+                cells = values[start : start + view.cells].view(view.rows, view.columns)
+                parts.append((view.box, cells))
+            caption = ": ".join(filter(None, [text, named(picture, name)]))
+            figures.append(figure(spread(shown[picture], parts), caption, 160))
+        return figures
+
+    first = [
         figure(
-            over(base, by_word[n].view(looks.grid)),
-            f"{word['word']}: {100 * word['on picture']:.1f} % on the picture",
-            160,
+            outlined(shown[picture], [views[n].box for n in members]),
+            ": ".join(filter(None, [named(picture, name), _grids([views[n] for n in members])])),
+            256,
         )
+        for picture, name, members in drawn
+    ] or [figure(picture, name, 256) for picture, name in zip(shown, result["pictures"])]
+    by_word = looks.by_word()
+    words = [
+        one
         for n, word in enumerate(result["words"])
+        for one in maps(
+            by_word[n], f"{word['word']}: {100 * word['on picture']:.1f} % on the picture"
+        )
     ]
-    layers = [
-        figure(over(base, looks.words[n].mean(0).view(looks.grid)), f"layer {n}", 160)
-        for n in sorted(looks.words)
-    ]
+    layers = [one for n in sorted(looks.words)
+              for one in maps(looks.words[n].mean(0), f"layer {n}")]  # fmt: skip
     sections = {
-        "Answer": first,
+        f"Answer: {result['answer']}": first,
         "Every word of the question and of the answer, mean over layers and heads": words,
         "Every layer, mean over words": layers,
     }
     marked = []
     for n, one in found.items():
-        image = one.image[0].nonzero()[:, 0]
-        sinks = one.sinks[0][image].float()[: looks.grid[0] * looks.grid[1]]
-        if bool(sinks.any()) and len(sinks) == looks.grid[0] * looks.grid[1]:
-            text = f"layer {n}: {int(sinks.sum())} sinks"
-            marked.append(figure(over(base, sinks.view(looks.grid)), text, 160))
+        sinks = one.sinks[0][looks.places].float()
+        if bool(sinks.any()):
+            marked += maps(sinks, f"layer {n}: {int(sinks.sum())} sinks")
     if marked:
         sections["Sinks: patches with massive activation"] = marked
     mass = looks.mass()
@@ -186,6 +251,15 @@ def _page(result: dict[str, Any], looks: Any, found: dict[int, Any], shown: Any)
         f"Mean row of the half of the patches that a cut would keep, 0 top to 1 bottom: {told}."
         if told
         else "",
+        "Lines show what the model saw of the picture: the whole, a crop, or tiles; grey is what "
+        "it did not see.",
         *result["notes"],
     ]
+    sections = {heading: figures for heading, figures in sections.items() if figures}
     return page(result["question"], [n for n in notes if n], sections)
+
+
+def _grids(views: list[Any]) -> str:
+    """What the model saw, in words: the tiles and their patches."""
+    size = f"{views[0].rows} x {views[0].columns} patches"
+    return f"{len(views)} parts of {size}" if len(views) > 1 else size

@@ -36,7 +36,8 @@ class Taken:
 
 
 def taken(given: str, model: str | None) -> Taken:
-    """What the word is: an existing file by what it contains, a shipped clip or text by `@name`,
+    """What the word is: an existing file by what it contains (a video or a folder of pictures
+    counts as a picture), a shipped clip or text by `@name`,
     `-` for the text on standard input, else a text; a prompt where the model makes images.
 
     >>> taken("The cat sat.", None), taken("@minutes", None).kind
@@ -84,9 +85,11 @@ def _is_media(path: Path) -> bool:
 
 def _content(path: Path, text: bool = False) -> str:
     """The kind of a file, by what it contains."""
-    from regard.zoo import audio, pictures
+    from regard.zoo import audio, frames, pictures
 
     if path.is_dir():
+        if not text and frames.pictures_in(path):
+            return "picture"
         raise InputError(f"{path} is a folder: name a file in it")
     start = b""
     if path.is_file():
@@ -94,6 +97,8 @@ def _content(path: Path, text: bool = False) -> str:
             start = file.read(4096)
     if not start:
         raise InputError(f"{path} is an empty file: name another one")
+    if frames.is_video(path):
+        return "picture"  # its frames
     if audio.sounds(path, start):
         return "sound"
     try:

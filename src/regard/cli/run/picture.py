@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regard.cli.common import Loading, read_text, working
+from regard.cli.common import Loading, err, read_text, working
 from regard.cli.pages import check_places, check_png
-from regard.cli.pictures import ask, load_vlm, seen_by_model
+from regard.cli.pictures import ask, load_vlm, placed, small
 from regard.cli.run import shown
 from regard.cli.run.text import Chat, Json, Model
 from regard.errors import InputError
 from regard.files import write_bytes
-from regard.zoo.pictures import read_all
+from regard.zoo.frames import read_frames
 
 Question = Annotated[str, typer.Option(help="The question itself, or @file.")]
-Images = Annotated[list[Path], typer.Option(help="A picture; may be given several times.")]
+Images = Annotated[
+    list[Path],
+    typer.Option(help="A picture, a folder of them, or a video; may be given several times."),
+]
 Answer = Annotated[
     int, typer.Option("-n", "--answer", "--tokens", min=1, help="Length of the answer.")
 ]
@@ -44,7 +48,6 @@ def picture(
     held, the seconds until the first token, the speed after it, and what the method did.
     """
     from regard.lab import answers
-    from regard.parts.vision import locate
 
     check_places(json, out)
     check_png(out)
@@ -52,13 +55,24 @@ def picture(
     view = card.load("view") if card.has("view") else None
     if out is not None and not hasattr(view, "picture"):
         raise InputError(f"{card.name} draws no picture: leave --out out")
-    pictures, question = read_all(image), read_text(prompt)
+    question, pictures = read_text(prompt), []
+    for path in image:
+        named, note = read_frames(path)
+        pictures += [one for _, one in named]
+        if note:
+            err().print(f"note: {note}", markup=False, highlight=False)
+    if not pictures:
+        raise InputError("name at least one picture: --image photo.png")
     loaded, processor = load_vlm(model, loading)
     inputs = ask(loaded, processor, pictures, question, answer, chat)
-    places = locate(loaded, inputs)
+    places = placed(loaded, processor, inputs, pictures)
     grids = [None if g is None else list(g) for g in places.grids[0]]
-    if out is not None and (not grids or len(grids[0] or ()) != 2):
-        raise InputError("the patches of this picture form no known grid: leave --out out")
+    drawn = [v for v in places.views[0] if v.picture == 0]
+    if out is not None and (not drawn or any(v.box is None for v in drawn)):
+        raise InputError(
+            f"where the patches of {type(loaded).__name__} lie on a picture is not known: leave "
+            "--out out"
+        )
     if hasattr(method, "prepare"):
         with working(f"preparing {card.name}"):
             method.prepare(loaded, inputs)
@@ -79,6 +93,7 @@ def picture(
         "prompt_tokens": ids.shape[1],
         "image_tokens": [end - start for start, end in places.spans(0)],
         "grids": grids,
+        "views": [asdict(view) for view in places.views[0]],
         **answers.compared(shown.reader(processor), plain, changed),
         "report": shown.named(method.report(), processor, ids[0].tolist()),
         "notes": notes,
@@ -86,6 +101,5 @@ def picture(
     if out is not None and view is not None:
         from regard.report.contact import png
 
-        drawn = view.picture(result["report"], seen_by_model(processor, inputs, 0, pictures[0]))
-        write_bytes(out, png(drawn))
+        write_bytes(out, png(view.picture(result["report"], drawn, small(pictures[0]))))
     shown.finish(result, json, card)

@@ -26,7 +26,7 @@ from torch import Tensor
 from regard.core import Mask, State
 from regard.errors import InputError, ReachError
 from regard.parts.decoding.cache import layers
-from regard.parts.vision import Grid, decoder, layer_sites, locate
+from regard.parts.vision import Encoded, Images, decoder, layer_sites, locate
 from regard.reach import Call, Handler, Site
 from regard.reach.dispatch import capture
 from regard.reach.transformers import Handed
@@ -83,7 +83,8 @@ class VisionDrop(Settings, Handler):
     _frame: Frame | None = field(default=None, init=False, repr=False)
     _kept: list[list[list[Kept]]] = field(default_factory=list, init=False, repr=False)
     _counts: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
-    _grids: list[list[Grid | None]] = field(default_factory=list, init=False, repr=False)
+    _images: Images | None = field(default=None, init=False, repr=False)
+    _encoded: Encoded = field(init=False, repr=False)
     _cache: Any = field(default=None, init=False, repr=False)
     _tower: TowerCut | None = field(default=None, init=False, repr=False)
 
@@ -107,7 +108,7 @@ class VisionDrop(Settings, Handler):
     # -- the model ---------------------------------------------------------------------------------
     def sites(self, sites: list[Site]) -> list[Site]:
         self._sites = [s for s in sites if s.kind == "self"]
-        self._frame, self._kept, self._counts, self._grids = None, [], {}, []
+        self._frame, self._kept, self._counts, self._images = None, [], {}, None
         return self._sites
 
     def attach(self, model: Any) -> Sequence[Callable[[], None]]:
@@ -146,6 +147,8 @@ class VisionDrop(Settings, Handler):
                 "layer can): give cuts alone, or a budget with the progressive stages"
             )
         self._check_layers(self._by_hand or Plan(None, {}))
+        self._encoded = Encoded(model)
+        undo.append(self._encoded.remove)
         undo.append(model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         for n, layer in enumerate(body.layers):
             undo.append(layer.register_forward_pre_hook(self._at(n), with_kwargs=True).remove)
@@ -200,7 +203,7 @@ class VisionDrop(Settings, Handler):
                 "checkpointing off"
             )
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
-        images = locate(module, {**kwargs, "input_ids": ids})
+        images = locate(module, self._encoded.complete({**kwargs, "input_ids": ids}))
         self._frame, self._new = None, images.live
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
@@ -214,7 +217,7 @@ class VisionDrop(Settings, Handler):
         if labels is not None and bool((labels[images.number >= 0] != -100).any()):
             raise InputError("labels lie on image tokens, which are dropped: set them to -100")
         frame = Frame.of(images, self._renumber)
-        self._counts, self._kept, self._grids = {}, frame.kept, images.grids
+        self._counts, self._kept, self._images = {}, frame.kept, images
         if images.count:
             for length in frame.lengths:
                 self._plan(length)  # raises before any layer runs
@@ -357,20 +360,29 @@ class VisionDrop(Settings, Handler):
         """Plain data of the last prompt (row 0): image tokens by layer, and of every image what
         each cut left, as the patches that each token stands for.
         """
-        counts = self.counts()
-        images = [
-            {
-                "grid": None if grid is None else list(grid),
-                "tokens_by_layer": tokens,
-                "cuts": [
+        counts, images = self.counts(), []
+        if counts and self._images is not None:
+            spans = self._images.spans(0)
+            patch = self._images.patch[0].tolist()
+            for grid, (a, b), tokens, cuts in zip(
+                self._images.grids[0], spans, counts, self._kept[0]
+            ):
+                shows = patch[a:b]  # of each token, which a separator of rows does not
+                images.append(
                     {
-                        "before_layer": cut.layer,
-                        "dominant": cut.dominant,
-                        "tokens": [list(patches) for patches in cut.groups],
+                        "grid": None if grid is None else list(grid),
+                        "tokens_by_layer": tokens,
+                        "cuts": [
+                            {
+                                "before_layer": cut.layer,
+                                "dominant": cut.dominant,
+                                "tokens": [
+                                    [shows[n] for n in group if shows[n] >= 0]
+                                    for group in cut.groups
+                                ],
+                            }
+                            for cut in cuts
+                        ],
                     }
-                    for cut in cuts
-                ],
-            }
-            for grid, tokens, cuts in zip(self._grids[0], counts, self._kept[0])
-        ] if counts else []  # fmt: skip
+                )
         return {"mean_tokens": self.mean_tokens() if counts else None, "images": images}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from regard.report.patches import GONE, Colour
 
 
 def place(cut: dict[str, Any]) -> str:
@@ -27,23 +30,40 @@ def tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [table]
 
 
-def picture(report: dict[str, Any], image: Any) -> Any:
-    """One panel a cut: kept patches as they are, merged ones tinted by their token."""
+def picture(report: dict[str, Any], views: Sequence[Any], image: Any) -> Any:
+    """One panel a cut of the first picture: kept patches as they are, merged ones tinted by their
+    token; a row for the whole and one for its tiles or crops, if it has any.
+    """
+    from regard.parts.vision import panels
     from regard.report.contact import sheet
-    from regard.report.patches import GONE, Colour, paint
+    from regard.report.patches import outlined, tint
 
-    first = report["images"][0]
-    size = (first["grid"][0], first["grid"][1])
-    panels = {"what the model sees": paint(image, size, {})}
-    for cut in first["cuts"]:
-        cells: dict[int, Colour] = dict.fromkeys(range(size[0] * size[1]), GONE)
-        for n, patches in enumerate(cut["tokens"]):
-            merged = n >= cut["dominant"] or len(patches) > 1
-            for patch in patches:
-                if merged:
-                    tint = (97 * (n + 1)) % 200 + 30
-                    cells[patch] = (tint, (tint * 3) % 200 + 30, 255 - tint, 150)
-                else:
-                    cells.pop(patch, None)
-        panels[f"{place(cut)}: {len(cut['tokens'])} tokens"] = paint(image, size, cells)
-    return sheet([[*panels.values()]], [*panels])
+    cuts = report["images"][views[0].image]["cuts"]
+    rows, names = [], []
+    for _, name, members in panels(views):
+        shown = [views[n] for n in members]
+        row = [outlined(image, [view.box for view in shown])]
+        for n in range(len(cuts)):
+            parts = [
+                (v.box, (v.rows, v.columns), _cells(report["images"][v.image]["cuts"][n], v))
+                for v in shown
+            ]
+            row.append(tint(image, parts))
+        rows.append(row)
+        names.append(name)
+    columns = [f"{place(cut)}: {len(cut['tokens'])} tokens" for cut in cuts]
+    return sheet(rows, ["what the model sees", *columns], names)
+
+
+def _cells(cut: dict[str, Any], view: Any) -> dict[int, Colour]:
+    """The colours of the cells of a view after a cut of the image that it is in."""
+    cells: dict[int, Colour] = dict.fromkeys(range(view.cells), GONE)
+    for n, patches in enumerate(cut["tokens"]):
+        merged = n >= cut["dominant"] or len(patches) > 1
+        for patch in patches:
+            if merged:
+                tint = (97 * (n + 1)) % 200 + 30
+                cells[patch - view.first] = (tint, (tint * 3) % 200 + 30, 255 - tint, 150)
+            else:
+                cells.pop(patch - view.first, None)
+    return cells

@@ -26,7 +26,7 @@ from torch import Tensor
 from regard.core import State
 from regard.errors import InputError, ReachError, nearest
 from regard.parts.decoding.picks import over, put, take_queries
-from regard.parts.vision import Images, decoder, layer_sites, locate
+from regard.parts.vision import Encoded, Images, decoder, layer_sites, locate
 from regard.reach import Call, Handler, Site
 
 from .card import PRESETS, Settings
@@ -73,6 +73,7 @@ class VAR(Settings, Handler):
     last_after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     _sites: list[Site] = field(default_factory=list, init=False, repr=False)
     _acting: list[int] = field(default_factory=list, init=False, repr=False)
+    _encoded: Encoded = field(init=False, repr=False)
     _prompt: Images | None = field(default=None, init=False, repr=False)
     _images: Images | None = field(default=None, init=False, repr=False)
     _patch: Tensor | None = field(default=None, init=False, repr=False)
@@ -135,7 +136,8 @@ class VAR(Settings, Handler):
         if out:
             raise InputError(f"layer {out[0]} is out of range: this model has layers 0 to {last}")
         self._acting = [sites[n].index for n in acting]
-        hooks = [model.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self._encoded = Encoded(model)
+        hooks = [self._encoded, model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for n in acting:
             look = self._look(sites[n])
             hooks.append(body.layers[n].register_forward_pre_hook(look, with_kwargs=True))
@@ -153,7 +155,7 @@ class VAR(Settings, Handler):
 
     def report(self) -> dict[str, Any]:
         """Plain data of the last prompt (row 0): sinks and moved attention of every layer; what its
-        last token gives each patch of the first image, where that was recorded.
+        last token gives each patch of the pictures, where that was recorded.
         """
         if self._prompt is None:
             return {"dims": list(self._dims), "layers": []}
@@ -177,9 +179,8 @@ class VAR(Settings, Handler):
                 }
             )
         report: dict[str, Any] = {"dims": list(self._dims), "layers": layers}
-        at = ((number == 0) & (patch >= 0)).nonzero()[:, 0]
+        at = self._prompt.cells(0).cpu()
         if self.last_before and len(at):
-            at = at[patch[at].argsort()]
             report["grid"] = self._prompt.grids[0][0]
             report["attention"] = {
                 name: torch.stack([a[0].mean(0) for a in each.values()]).mean(0).cpu()[at].tolist()
@@ -192,7 +193,7 @@ class VAR(Settings, Handler):
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         start = int(cache.get_seq_length()) if cache is not None else 0
-        images = locate(module, {**kwargs, "input_ids": ids})
+        images = locate(module, self._encoded.complete({**kwargs, "input_ids": ids}))
         patch, text = images.patch >= 0, (images.patch < 0) & images.live
         if start == 0:
             self._found.clear()
