@@ -28,10 +28,6 @@ from regard.lab.bench.record import load
 from regard.lab.intervals import bootstrap
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 
-TITLE = (
-    "Long-Context Attention Benchmark: From Kernel Efficiency to Distributed Context Parallelism"
-)
-PAPER = "https://arxiv.org/abs/2510.17896"
 MODEL = None  # the claims are about attention alone
 SEED, SIZES, TOKENS, ROUNDS = 42, 20, 4096, 3
 # more threads wait for each other wherever another program has one of their cores, and calls of
@@ -206,7 +202,7 @@ def measure(setup: Setup) -> Measured:
         "head-cap": _head_cap(stated["head-cap"], capped, few),
     }
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=settled.values(),
         data=(
             f"Standard normal q, k, v: 8 query heads and 2 key heads of 64, {tokens} tokens on one "
             f"process, {ranks * rows} on {ranks}. Documents are drawn from reconstructed "

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -181,11 +181,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a method's `measure` gives back; `picture` is a PIL image of real outputs and what it
-    shows, written beside the result.
+    """What a method's `measure` gives back: the settled claims, those that need scale left out;
+    `picture` is a PIL image of real outputs and what it shows, written beside the result.
     """
 
-    claims: list[Claim]
+    claims: Iterable[Claim]
     data: str
     seeds: dict[str, int]
     settings: dict[str, Any]
@@ -246,14 +246,14 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / f".{slug}{'.quick' if quick else ''}.partial.json", key) as journal:
         measured = claims.measure(Setup(loaded, tokenizer, name, quick, journal, progress))
-        keys = [c.key for c in measured.claims]
-        if keys != [c.key for c in claims.CLAIMS]:
-            raise ValueError(f"{slug} settled {keys}, which are not the claims it had stated")
+        settled = {c.key: c for c in measured.claims}
+        if set(settled) != {c.key for c in claims.CLAIMS if c.judge}:
+            raise ValueError(f"{slug} settled {[*settled]}, which are not the claims it had stated")
         result = Result(
             slug=slug,
-            title=claims.TITLE,
-            paper=claims.PAPER,
-            claims=measured.claims,
+            title=entry.card.paper.title,
+            paper=entry.card.paper.url,
+            claims=[settled[c.key] if c.judge else c.unmeasured() for c in claims.CLAIMS],
             model=name,
             data=measured.data,
             seeds=measured.seeds,

@@ -26,8 +26,6 @@ from regard.report.contact import heat, marked, sheet
 
 from .method import Grounding, RefAM
 
-TITLE = "RefAM"
-PAPER = "https://arxiv.org/abs/2509.22650"
 MODEL = "shapes-dit"
 ARMS: dict[str, dict[str, Any]] = {
     "all words": {"stop_words": frozenset(), "magnets": ()},
@@ -174,8 +172,6 @@ def measure(setup: Setup) -> Measured:
             _gain(claims["magnets"], found, "+ magnets", "stop-word filter"),
             _background(claims["background"], found),
             _sink(claims["planted"], sinks),
-            claims["real-sinks"].unmeasured(),
-            claims["benchmarks"].unmeasured(),
         ],
         data=f"{count} drawn scenes of 3 or 4 things, 64 x 64 pixels, one expression each",
         seeds={"noise": SEED, "bootstrap": SEED},

@@ -13,8 +13,6 @@ from regard.watching.sinks import EPSILON, uniform_alpha
 
 from .method import TOKENS, Sinks, inputs, sinks
 
-TITLE = "When Attention Sink Emerges in Language Models: An Empirical View"
-PAPER = "https://arxiv.org/abs/2410.10781"
 TEXT = "northanger-abbey"
 SEQUENCES, BATCH, SEED = 100, 20, 0
 ELSEWHERE = 8  # the token that serves as control: an ordinary one, not the first
@@ -136,10 +134,9 @@ def measure(setup: Setup) -> Measured:
         heads = parts["text"]["heads"]
         parts["control"] = setup.journal.get("control", lambda: _control(setup, count, heads))
         step()
-    settled = _settle(parts)
     begins = setup.tokenizer("a")["input_ids"][:1] == [setup.tokenizer.bos_token_id]
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts).values(),
         data=(
             f"{count} sequences of {TOKENS} tokens of each kind: consecutive windows of {TEXT}, "
             f"uniform random ids, one random id repeated; start token: "

@@ -30,8 +30,6 @@ from .method import ChunkMaps, Recipe
 from .prompts import Prompt, chunks, seed_of
 from .stats import TAUS, binarised, iou
 
-TITLE = "StableSemantics"
-PAPER = "https://arxiv.org/abs/2406.13735"
 MODEL = "shapes-sd"
 STEPS, GUIDANCE = 15, 4.0
 GRID = 64
@@ -140,7 +138,6 @@ def measure(setup: Setup) -> Measured:
                 note=f"images with their maps take {sorted(taken)[ROUNDS // 2]:.2f} times as long "
                 f"as without ({min(taken):.2f} to {max(taken):.2f}, {ROUNDS} rounds by turns)",
             ),
-            claims["scale"].unmeasured(),
         ],
         data=f"{count} captions of two drawn things with their relation, {images} images each",
         seeds={"images": SEED, "bootstrap": SEED},

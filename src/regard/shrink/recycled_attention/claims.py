@@ -27,8 +27,6 @@ from regard.watching import apply
 
 from .method import Recycled
 
-TITLE = "Recycled Attention: Efficient inference for long-context language models"
-PAPER = "https://arxiv.org/abs/2411.05787"
 STRIDES = (5, 10, 25, 50)
 BELOW = (5, 10, 25)  # strides that shall be better than sinks and recent tokens
 ONE = 10  # the stride of the controls
@@ -162,9 +160,8 @@ def measure(setup: Setup) -> Measured:
             how = partial(_dynamic, setup.model, ids, size, start, threshold)
             parts[name] = setup.journal.get(name, how)
             step()
-    settled = _settle(parts, size)
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts, size).values(),
         data=(
             f"{size.documents} passages of northanger-abbey, none twice: {size.prompt} tokens are "
             f"read, the next {size.after} are given one by one (forced decoding), and the loss is "

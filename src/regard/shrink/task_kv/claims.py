@@ -27,8 +27,6 @@ from regard.shrink import RandomEviction, SnapKV, StreamingLLM
 
 from .method import Plan, TaskKV, distances
 
-TITLE = "Task-KV"
-PAPER = "https://arxiv.org/abs/2501.15113"
 KINDS = ("retrieval", "summary", "code")
 CODE = ("textwrap", "heapq", "json.decoder", "json.encoder", "bisect", "shlex", "string")
 SUMMARISE = "\n\nSummarise the passage above in one sentence.\nSummary:"
@@ -199,9 +197,8 @@ def measure(setup: Setup) -> Measured:
             make = partial(what[part], setup, kind, size)
             parts[part][kind] = setup.journal.get(f"{part} {kind}", make)
             step()
-    settled = _settle(parts)
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts).values(),
         data=(
             "Three kinds of prompt. Retrieval: made-up facts and a question about some; the answer "
             "follows. Summary: a passage of northanger-abbey; for the map of heads a request to "

@@ -24,8 +24,6 @@ from regard.lab.trials.labels import TASKS, Example, labels, sentences
 from .heads import HeadFilter, choose, shape_of
 from .method import ACT
 
-TITLE = "Unveiling and Harnessing Hidden Attention Sinks"
-PAPER = "https://arxiv.org/abs/2406.15765"
 KINDS = ("English", "maths", "code")
 CODE = ("json.decoder", "textwrap", "heapq")  # sources that every Python carries
 TOKENS, THRESHOLD, EDGE = 100, 0.1, 8  # the last columns rest on few rows
@@ -150,9 +148,8 @@ def measure(setup: Setup) -> Measured:
         step()
         parts["first"] = setup.journal.get("first", lambda: _first(setup, size))
         step()
-    settled = _settle(parts)
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts).values(),
         data=(
             f"Sinks: {size.prompts} prompts of {TOKENS} tokens each of northanger-abbey, of word "
             f"problems and of Python's own sources ({', '.join(CODE)}). Labels: sentences made "

@@ -23,11 +23,6 @@ from regard.report.chart import Line, Panel, chart
 from .method import ContrastiveExpertGuidance
 from .sampling import clean
 
-TITLE = (
-    "Steering Language Generation: Harnessing Contrastive Expert Guidance and Negative Prompting "
-    "for Coherent and Diverse Synthetic Data Generation"
-)
-PAPER = "https://arxiv.org/abs/2308.07645"
 GAMMAS, ETAS = (0.0, 0.4, 0.8), (0.0, 0.3, 0.6, 1.0)
 SAMPLES, TOKENS, NEGATIVES, BATCH, SEED = 64, 32, 5, 32, 0
 CONTEXT = 12  # held-out sentences that the scorer reads first
@@ -413,7 +408,7 @@ def _settle(cells: dict[str, Any], have: Parts, real_scores: list[float]) -> lis
         interval=Interval("change, bootstrap", low, high),
     )
     made["nucleus"] = _beats(stated["nucleus"], cells)
-    return [made[c.key] if c.judge else c.unmeasured() for c in CLAIMS]
+    return list(made.values())
 
 
 def _beats(claim: Claim, cells: dict[str, Any]) -> Claim:
