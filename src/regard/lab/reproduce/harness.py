@@ -14,8 +14,9 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,15 @@ class Setup:
         """A bar on stderr, where that is a terminal; gives what to call after each step."""
         return bar(total, label, self.show)
 
+    def parts(self, label: str, made: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Parts by name, in order: from the journal, or measured now and put there."""
+        with self.progress(len(made), label) as step:
+            parts = {}
+            for name, make in made.items():
+                parts[name] = self.journal.get(name, make)
+                step()
+        return parts
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -287,6 +297,14 @@ def _few_colors(picture: Any) -> bytes:
     few = picture.convert("RGB").quantize(256, Quantize.MAXCOVERAGE, dither=Dither.NONE)
     few.save(kept, format="PNG", optimize=True)
     return kept.getvalue()
+
+
+@contextmanager
+def quiet(message: str) -> Iterator[None]:
+    """Without the warnings that begin so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def verdict(whole: bool, half: bool = False) -> str:

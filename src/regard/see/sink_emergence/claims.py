@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -126,14 +127,10 @@ CLAIMS = (
 def measure(setup: Setup) -> Measured:
     """Sink rates and probes on text, on random ids and on a repeated token."""
     count = 8 if setup.quick else SEQUENCES
-    parts: dict[str, Any] = {}
-    with setup.progress(4, "sinks") as step:
-        for kind in ("text", "random", "repeat"):
-            parts[kind] = setup.journal.get(kind, partial(_kind, setup, kind, count))
-            step()
-        heads = parts["text"]["heads"]
-        parts["control"] = setup.journal.get("control", lambda: _control(setup, count, heads))
-        step()
+    kinds = ("text", "random", "repeat")
+    made: dict[str, Callable[[], Any]] = {k: partial(_kind, setup, k, count) for k in kinds}
+    made["control"] = lambda: _control(setup, count, setup.journal.parts["text"]["heads"])
+    parts = setup.parts("sinks", made)
     begins = setup.tokenizer("a")["input_ids"][:1] == [setup.tokenizer.bos_token_id]
     return Measured(
         claims=_settle(parts).values(),

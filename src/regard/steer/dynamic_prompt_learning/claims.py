@@ -134,14 +134,9 @@ def measure(setup: Setup) -> Measured:
     if not hasattr(setup.model, "unet"):
         raise InputError("these claims need a Stable Diffusion pipeline: name one, or shapes-sd")
     side = setup.model.unet.config.sample_size * setup.model.vae_scale_factor
-    parts = []
-    with setup.progress(size.scenes, "Dynamic Prompt Learning") as step:
-        for number in range(FIRST, FIRST + size.scenes):
-            drawn = _scene(number)
-            parts.append(
-                setup.journal.get(str(number), partial(_one, setup.model, drawn, side, size))
-            )
-            step()
+    numbers = range(FIRST, FIRST + size.scenes)
+    made = {str(n): partial(_one, setup.model, _scene(n), side, size) for n in numbers}
+    parts = list(setup.parts("Dynamic Prompt Learning", made).values())
     return Measured(
         claims=_settle(parts).values(),
         data=(

@@ -154,14 +154,9 @@ def measure(setup: Setup) -> Measured:
     tokens = 8 if setup.quick else TOKENS
     draw = random.Random(SEED)
     own = [draw.sample(have.real, NEGATIVES) for _ in range(count)]
-    cells: dict[str, dict[str, Any]] = {}
-    grid: list[tuple[float, float, float]] = [(g, e, 1.0) for g in GAMMAS for e in ETAS]
-    with setup.progress(len(grid) + 1, "cells") as step:
-        for gamma, eta, top_p in [*grid, (0.0, 0.0, 0.92)]:
-            name = NUCLEUS if top_p < 1 else key(gamma, eta)
-            make = partial(_cell, have, own, gamma, eta, top_p, tokens)
-            cells[name] = setup.journal.get(name, make)
-            step()
+    made = {key(g, e): partial(_cell, have, own, g, e, 1.0, tokens) for g in GAMMAS for e in ETAS}
+    made[NUCLEUS] = partial(_cell, have, own, 0.0, 0.0, 0.92, tokens)
+    cells = setup.parts("cells", made)
     real_scores = setup.journal.get("real", lambda: _score(have, have.held_out[CONTEXT:]))
     claims = _settle(cells, have, real_scores)
     return Measured(

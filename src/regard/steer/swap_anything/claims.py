@@ -121,12 +121,9 @@ def measure(setup: Setup) -> Measured:
     size = Size(2, 3, 1) if setup.quick else Size()
     if not hasattr(setup.model, "unet"):
         raise InputError("these claims need a Stable Diffusion pipeline: name one, or shapes-sd")
-    parts, rows, labels = [], [], []
-    wanted = scenes(size.scenes)
-    with setup.progress(len(wanted), "swapping") as advance:
-        for n, (one, color) in enumerate(wanted):
-            parts.append(setup.journal.get(f"scene {n}", partial(_scene, setup, one, color, size)))
-            advance()
+    rows, labels, wanted = [], [], scenes(size.scenes)
+    made = {f"scene {n}": partial(_scene, setup, *one, size) for n, one in enumerate(wanted)}
+    parts = list(setup.parts("swapping", made).values())
     for one, color in wanted[:4]:
         shown = _pictures(setup, one, color, size)
         rows.append(list(shown.values()))

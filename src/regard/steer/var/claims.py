@@ -171,14 +171,10 @@ def measure(setup: Setup) -> Measured:
     size = int(setup.model.config.get_text_config().hidden_size)
     tau = BAR * size**0.5
     dims = _dims(setup, given)
-    made = arms(tau)
-    scores: dict[str, list[dict[str, float]]] = {}
-    with setup.progress(len(made) + 1, "VAR") as advance:
-        looked = setup.journal.get("looks", lambda: _looks(setup, given, tau, dims))
-        advance()
-        for name, make in made.items():
-            scores[name] = setup.journal.get(name, partial(_scores, setup, given, make, dims))
-            advance()
+    made: dict[str, Callable[[], Any]] = {"looks": partial(_looks, setup, given, tau, dims)}
+    made |= {n: partial(_scores, setup, given, make, dims) for n, make in arms(tau).items()}
+    scores = setup.parts("VAR", made)
+    looked = scores.pop("looks")
     log = {n: [s["log_probability"] for s in own] for n, own in scores.items()}
     right = {n: mean([s["right"] for s in own]) for n, own in scores.items()}
 
