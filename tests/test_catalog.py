@@ -149,7 +149,7 @@ TOY = {
         from regard.lab.reproduce import Claim
         from regard.lab.reproduce.harness import Measured, verdict
 
-        TITLE, PAPER, MODEL = "Toy", "A toy", None
+        MODEL = None
         CLAIMS = [
             Claim("one", "one is one", "1", "reproduced if x = 1", lambda v: verdict(v["x"] == 1))
         ]

@@ -103,7 +103,6 @@ class Fake(catalog.Method):
 def method(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A method with one measurable claim, registered under the slug "fake"."""
     module = ModuleType("fake_method")
-    module.TITLE, module.PAPER = "A title", "https://arxiv.org/abs/1"  # type: ignore[attr-defined]
     module.CLAIMS = (claim(), large(built=False))  # type: ignore[attr-defined]
     module.calls = []  # type: ignore[attr-defined]
 
@@ -118,7 +117,7 @@ def method(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             interval=Interval("bootstrap", 1.5, 2.5, 0.01),
             note="a note",
         )
-        return Measured([settled, module.CLAIMS[1].unmeasured()], "Some data.", {"a": 0}, {})
+        return Measured([settled], "Some data.", {"a": 0}, {})
 
     module.measure = measure  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_method", module)

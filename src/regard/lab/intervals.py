@@ -14,6 +14,10 @@ class Paired(NamedTuple):
     high: float
     values: list[float]
 
+    def limits(self, name: str = "{}") -> dict[str, float]:
+        """The interval as numbers by name, `{}` in which stands for "low" and "high"."""
+        return {name.format("low"): self.low, name.format("high"): self.high}
+
 
 def mean(values: Sequence[float]) -> float:
     """

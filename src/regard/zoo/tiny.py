@@ -6,7 +6,8 @@ checkpoint, so what works here meets the same code there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from regard.errors import InputError, nearest
@@ -25,282 +26,151 @@ MEL_BINS = 8
 AUDIO_POSITIONS = 16
 
 
-def _decoder(**changes: Any) -> dict[str, Any]:
-    """Return the settings that the Llama-like configurations share, with changes laid over them."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 4096,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return settings | changes
-
-
-def _llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**_decoder()))
-
-
-def _mistral() -> Any:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    return MistralForCausalLM(MistralConfig(**_decoder(sliding_window=WINDOW)))
-
-
-def _qwen2() -> Any:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    settings = _decoder()
-    del settings["head_dim"]  # derived from the hidden size in this family
-    return Qwen2ForCausalLM(Qwen2Config(**settings))
-
-
-def _qwen3() -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(Qwen3Config(**_decoder()))
-
-
-def _qwen3_moe() -> Any:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    settings = _decoder(
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=HIDDEN, decoder_sparse_step=1
-    )
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
-
-
-def _mixtral() -> Any:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    settings = _decoder(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
-    return MixtralForCausalLM(MixtralConfig(**settings))
-
-
-def _gemma2() -> Any:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    # The cap is far below the usual 50, so that tiny scores really meet it.
-    settings = _decoder(
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=10.0,
-        query_pre_attn_scalar=HEAD_DIM,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    return Gemma2ForCausalLM(Gemma2Config(**settings))
-
-
-def _gemma3() -> Any:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    settings = _decoder(
-        num_hidden_layers=3,
-        query_pre_attn_scalar=HEAD_DIM,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-    )
-    return Gemma3ForCausalLM(Gemma3TextConfig(**settings))
-
-
-def _gpt_oss() -> Any:
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    settings = _decoder(
-        intermediate_size=HIDDEN,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    return GptOssForCausalLM(GptOssConfig(**settings))
-
-
-def _gpt2() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=1024,
-        n_embd=HIDDEN,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def _gpt_neox() -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    settings = _decoder()
-    del settings["num_key_value_heads"], settings["head_dim"]
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**settings))
-
-
-def _bert() -> Any:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=2 * HIDDEN,
-        max_position_embeddings=512,
-        pad_token_id=0,
-    )
-    return BertModel(config)
-
-
-def _vit() -> Any:
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=2 * HIDDEN,
-        image_size=4 * PATCH,
-        patch_size=PATCH,
-    )
-    return ViTModel(config)
-
-
-def _clip_text() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=77,
-        projection_dim=HIDDEN,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return CLIPTextModel(config)
-
-
-def _t5() -> Any:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=VOCAB,
-        d_model=HIDDEN,
-        d_kv=HEAD_DIM,
-        d_ff=2 * HIDDEN,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    config.decoder_start_token_id = 0
-    return T5ForConditionalGeneration(config)
-
-
-def _whisper() -> Any:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    config = WhisperConfig(
-        vocab_size=VOCAB,
-        num_mel_bins=MEL_BINS,
-        d_model=HIDDEN,
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=2 * HIDDEN,
-        decoder_ffn_dim=2 * HIDDEN,
-        max_source_positions=AUDIO_POSITIONS,
-        max_target_positions=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    return WhisperForConditionalGeneration(config)
-
-
-def _llava() -> Any:
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    vision = CLIPVisionConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=HIDDEN,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**_decoder()),
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-_BUILDERS: dict[str, Callable[[], Any]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "qwen3_moe": _qwen3_moe,
-    "mixtral": _mixtral,
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "gpt_oss": _gpt_oss,
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
-    "bert": _bert,
-    "vit": _vit,
-    "clip_text": _clip_text,
-    "t5": _t5,
-    "whisper": _whisper,
-    "llava": _llava,
+_SHAPE: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
 }
+_ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TEXT: dict[str, Any] = {"vocab_size": VOCAB, **_SHAPE, **_ENDS}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
-FAMILIES: tuple[str, ...] = tuple(_BUILDERS)
+
+def _decoder(without: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
+    """The settings that the Llama-like configurations share, with changes laid over them."""
+    grouped = {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    settings = {**_TEXT, **grouped, "max_position_embeddings": 4096, **changes}
+    return {name: value for name, value in settings.items() if name not in without}
+
+
+_BUILT: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", _decoder()),
+    "mistral": ("MistralForCausalLM", _decoder(sliding_window=WINDOW)),
+    # the width of a head is derived from the hidden size
+    "qwen2": ("Qwen2ForCausalLM", _decoder(without=["head_dim"])),
+    "qwen3": ("Qwen3ForCausalLM", _decoder()),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        _decoder(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=HIDDEN,
+            decoder_sparse_step=1,
+        ),
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        _decoder(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        _decoder(
+            attn_logit_softcapping=5.0,  # far below the usual 50, so that tiny scores meet it
+            final_logit_softcapping=10.0,
+            query_pre_attn_scalar=HEAD_DIM,
+            sliding_window=WINDOW,
+            layer_types=[_LOCAL, _GLOBAL],
+        ),
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        _decoder(
+            num_hidden_layers=3,
+            query_pre_attn_scalar=HEAD_DIM,
+            sliding_window=WINDOW,
+            layer_types=[_LOCAL, _LOCAL, _GLOBAL],
+        ),
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        _decoder(
+            intermediate_size=HIDDEN,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=WINDOW,
+            layer_types=[_LOCAL, _GLOBAL],
+        ),
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": VOCAB,
+            "n_positions": 1024,
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            **_ENDS,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", _decoder(without=["num_key_value_heads", "head_dim"])),
+    "bert": (
+        "BertModel",
+        {"vocab_size": VOCAB, **_SHAPE, "max_position_embeddings": 512, "pad_token_id": 0},
+    ),
+    "vit": ("ViTModel", {**_SHAPE, "image_size": 4 * PATCH, "patch_size": PATCH}),
+    "clip_text": (
+        "CLIPTextModel",
+        {**_TEXT, "max_position_embeddings": 77, "projection_dim": HIDDEN},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": VOCAB,
+            "d_model": HIDDEN,
+            "d_kv": HEAD_DIM,
+            "d_ff": 2 * HIDDEN,
+            "num_layers": LAYERS,
+            "num_heads": HEADS,
+            "relative_attention_num_buckets": 16,
+            "relative_attention_max_distance": 32,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        {
+            "vocab_size": VOCAB,
+            "num_mel_bins": MEL_BINS,
+            "d_model": HIDDEN,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": 2 * HIDDEN,
+            "decoder_ffn_dim": 2 * HIDDEN,
+            "max_source_positions": AUDIO_POSITIONS,
+            "max_target_positions": 64,
+            **_ENDS,
+            "decoder_start_token_id": 1,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                **_SHAPE,
+                "projection_dim": HIDDEN,
+                "image_size": IMAGE_SIZE,
+                "patch_size": PATCH,
+            },
+            "text_config": {"model_type": "llama", **_decoder()},
+            "image_token_index": IMAGE_TOKEN,
+            "image_seq_length": (IMAGE_SIZE // PATCH) ** 2,
+        },
+    ),
+}
+"""Classes of transformers by family, and the settings of their configurations."""
+
+FAMILIES: tuple[str, ...] = tuple(_BUILT)
 """Names that `tiny` and `inputs` know."""
 
-CAUSAL_LMS: tuple[str, ...] = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "mixtral",
-    "gemma2",
-    "gemma3",
-    "gpt_oss",
-    "gpt2",
-    "gpt_neox",
-)
+CAUSAL_LMS: tuple[str, ...] = FAMILIES[: FAMILIES.index("bert")]
 """The families that are plain decoders of text, with a cache and `generate`."""
 
 
@@ -314,13 +184,20 @@ def tiny(family: str, seed: int = 0) -> Any:
     >>> model.config.num_attention_heads, model.config.num_key_value_heads, model.training
     (4, 2, False)
     """
-    import torch
-
-    if family not in _BUILDERS:
+    if family not in _BUILT:
         raise InputError(f"There is no tiny model {family!r}.{nearest(family, FAMILIES)}")
+    return _built(*_BUILT[family], seed)
+
+
+def _built(name: str, settings: dict[str, Any], seed: int) -> Any:
+    """A random model of a class of transformers."""
+    import torch
+    import transformers
+
+    kind: Any = getattr(transformers, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _BUILDERS[family]()
+        model = kind(kind.config_class(**copy.deepcopy(settings)))
         _spread(model)
     return model.eval()
 
@@ -374,7 +251,7 @@ def inputs(
     """
     import torch
 
-    if family not in _BUILDERS:
+    if family not in _BUILT:
         raise InputError(f"There is no tiny model {family!r}.{nearest(family, FAMILIES)}")
     if side not in ("left", "right"):
         raise InputError(f"side is 'left' or 'right', not {side!r}.")

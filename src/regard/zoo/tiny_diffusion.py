@@ -119,17 +119,20 @@ def t5_tokenizer(words: Sequence[str] = WORDS, length: int = LENGTH) -> Any:
     return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=length)
 
 
-def _clip(tokenizer: Any, pooled: bool) -> Any:
+def clip_text(
+    tokenizer: Any, pooled: bool = False, width: int = WIDTH, layers: int = 2, inner: int = 2
+) -> Any:
+    """A CLIP text encoder for a tokenizer, `inner` times as wide inside its MLPs."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=inner * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=WIDTH,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -205,7 +208,7 @@ def _sd() -> Any:
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
         vae=_vae(4),
-        text_encoder=_clip(tokenizer, pooled=False),
+        text_encoder=clip_text(tokenizer, pooled=False),
         tokenizer=tokenizer,
         unet=_unet(WIDTH),
         scheduler=_ddim(),
@@ -227,8 +230,8 @@ def _sdxl() -> Any:
     )
     return StableDiffusionXLPipeline(
         vae=_vae(4),
-        text_encoder=_clip(tokenizer, pooled=False),
-        text_encoder_2=_clip(tokenizer, pooled=True),
+        text_encoder=clip_text(tokenizer, pooled=False),
+        text_encoder_2=clip_text(tokenizer, pooled=True),
         tokenizer=tokenizer,
         tokenizer_2=clip_tokenizer(),
         unet=unet,
@@ -264,9 +267,9 @@ def _sd3() -> Any:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(4, shift=0.1),
-        text_encoder=_clip(tokenizer, pooled=True),
+        text_encoder=clip_text(tokenizer, pooled=True),
         tokenizer=tokenizer,
-        text_encoder_2=_clip(tokenizer, pooled=True),
+        text_encoder_2=clip_text(tokenizer, pooled=True),
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=_t5(third, 2 * WIDTH),
         tokenizer_3=third,
@@ -293,7 +296,7 @@ def _flux() -> Any:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=_vae(4, shift=0.1),
-        text_encoder=_clip(tokenizer, pooled=False),
+        text_encoder=clip_text(tokenizer, pooled=False),
         tokenizer=tokenizer,
         text_encoder_2=_t5(second, WIDTH),
         tokenizer_2=second,

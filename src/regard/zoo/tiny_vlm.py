@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from regard.errors import InputError, nearest
 
-from .tiny import HIDDEN, VOCAB, _decoder, _spread
+from .tiny import HIDDEN, VOCAB, _built, _decoder
 
 SIDE = 4  # an image is SIDE x SIDE patches for the language model
 PATCH = 4
@@ -20,140 +20,75 @@ IMAGE, VIDEO, VISION_START, VISION_END = 127, 126, 125, 124
 LAYERS = 4
 
 
-def _clip(**changes: Any) -> Any:
-    from transformers import CLIPVisionConfig
-
-    settings: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": SIDE * PATCH,
-        "patch_size": PATCH,
-        "projection_dim": HIDDEN,
-    }
-    return CLIPVisionConfig(**(settings | changes))
-
-
-def _llava(layers: int) -> Any:
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    text = LlamaConfig(**_decoder(num_hidden_layers=layers))
-    config = LlavaConfig(
-        vision_config=_clip(),
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=SIDE * SIDE,
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-def _llava_siglip(layers: int) -> Any:
-    from transformers import (
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        SiglipVisionConfig,
-    )
-
-    vision = SiglipVisionConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=SIDE * PATCH,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**_decoder(num_hidden_layers=layers)),
-        image_token_index=IMAGE,
-        image_seq_length=SIDE * SIDE,
-        vision_feature_select_strategy="full",
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-def _llava_next(layers: int) -> Any:
-    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    side = SIDE * PATCH
-    config = LlavaNextConfig(
-        vision_config=_clip(),
-        text_config=LlamaConfig(**_decoder(num_hidden_layers=layers)),
-        image_token_index=IMAGE,
-        image_seq_length=SIDE * SIDE,
-        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
-    )
-    return LlavaNextForConditionalGeneration(config)
-
-
-def _qwen_text(layers: int) -> dict[str, Any]:
-    settings = _decoder(num_hidden_layers=layers)
-    settings["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [2, 3, 3],
-    }
-    return settings
-
-
+_VISION: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": SIDE * PATCH,
+    "patch_size": PATCH,
+}
+_LLAVA: dict[str, Any] = {
+    "vision_config": {"model_type": "clip_vision_model", **_VISION, "projection_dim": HIDDEN},
+    "text_config": {"model_type": "llama", **_decoder()},
+    "image_token_index": IMAGE,
+    "image_seq_length": SIDE * SIDE,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _QWEN_IDS: dict[str, Any] = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
-
-
-def _qwen2_vl(layers: int) -> Any:
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    text = _qwen_text(layers)
-    del text["head_dim"]
-    vision = {
-        "depth": 2,
-        "embed_dim": HIDDEN,
-        "hidden_size": HIDDEN,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "patch_size": PATCH,
-    }
-    return Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
-    )
-
-
-def _qwen3_vl(layers: int) -> Any:
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    text = _qwen_text(layers)
-    text["rope_parameters"]["mrope_interleaved"] = True
-    vision = {
-        "depth": 2,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "out_hidden_size": HIDDEN,
-        "num_heads": 4,
-        "patch_size": PATCH,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_IDS)
-    )
-
-
-_BUILDERS: dict[str, Callable[[int], Any]] = {
-    "llava": _llava,
-    "llava_siglip": _llava_siglip,
-    "llava_next": _llava_next,
-    "qwen2_vl": _qwen2_vl,
-    "qwen3_vl": _qwen3_vl,
+_QWEN_VISION = {"depth": 2, "hidden_size": HIDDEN, "num_heads": 4, "patch_size": PATCH}
+_SHAPES = [[1, 2], [2, 1], [2, 2]]  # of a LLaVA-NeXT image, in tiles
+_BUILT: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": ("LlavaForConditionalGeneration", _LLAVA),
+    "llava_siglip": (
+        "LlavaForConditionalGeneration",
+        {
+            **_LLAVA,
+            "vision_config": {
+                **_VISION,
+                "model_type": "siglip_vision_model",
+                "vision_use_head": False,
+            },
+            "vision_feature_select_strategy": "full",
+        },
+    ),
+    "llava_next": (
+        "LlavaNextForConditionalGeneration",
+        {
+            **_LLAVA,
+            "image_grid_pinpoints": [[SIDE * PATCH * n for n in shape] for shape in _SHAPES],
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": _decoder(without=["head_dim"], rope_parameters=_ROPE),
+            "vision_config": {**_QWEN_VISION, "embed_dim": HIDDEN, "mlp_ratio": 2},
+            **_QWEN_IDS,
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": _decoder(rope_parameters={**_ROPE, "mrope_interleaved": True}),
+            "vision_config": {
+                **_QWEN_VISION,
+                "intermediate_size": 2 * HIDDEN,
+                "out_hidden_size": HIDDEN,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0],
+            },
+            **_QWEN_IDS,
+        },
+    ),
 }
 
-VLMS: tuple[str, ...] = tuple(_BUILDERS)
+VLMS: tuple[str, ...] = tuple(_BUILT)
 """Names that `tiny_vlm` and `vlm_inputs` know. Every body has 4 query and 2 key heads."""
 
 
@@ -163,15 +98,11 @@ def tiny_vlm(family: str, seed: int = 0, layers: int = LAYERS) -> Any:
     The same seed gives the same weights, and the caller's random state is not touched.
     Raises InputError for a family that is not in `VLMS`.
     """
-    import torch
-
-    if family not in _BUILDERS:
+    if family not in _BUILT:
         raise InputError(f"There is no tiny model {family!r}.{nearest(family, VLMS)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _BUILDERS[family](layers)
-        _spread(model)
-    return model.eval()
+    name, settings = _BUILT[family]
+    text = {**settings["text_config"], "num_hidden_layers": layers}
+    return _built(name, {**settings, "text_config": text}, seed)
 
 
 def vlm_inputs(

@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,6 @@ from regard.lab.bench.record import load
 from regard.lab.intervals import bootstrap
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
 
-TITLE = (
-    "Long-Context Attention Benchmark: From Kernel Efficiency to Distributed Context Parallelism"
-)
-PAPER = "https://arxiv.org/abs/2510.17896"
 MODEL = None  # the claims are about attention alone
 SEED, SIZES, TOKENS, ROUNDS = 42, 20, 4096, 3
 # more threads wait for each other wherever another program has one of their cores, and calls of
@@ -168,45 +166,38 @@ def measure(setup: Setup) -> Measured:
     """Tables of kernels and masks, areas by brute force, and tables of schemes on processes."""
     tokens = 1024 if setup.quick else TOKENS
     rounds = 1 if setup.quick else ROUNDS
-    journal = setup.journal
     all_ = "causal,causal_document,prefix_lm_document,block_sparse" if setup.quick else "all"
-    with setup.progress(6, "kernels and schemes") as step:
-        area = journal.get("area", lambda: _areas(3 if setup.quick else SIZES))
-        step()
-        exact = journal.get("exact", lambda: _bench(all_, [400], KERNELS, 1, backward=True))
-        step()
-        masks = ",".join(("full", *HETEROGENEOUS))
-        speed = journal.get("speed", lambda: _bench(masks, [tokens], "attend,sdpa", rounds))
-        step()
-        names = ",".join(f"block_sparse:block={b},density={d}" for b in (64, 128)
-                         for d in DENSITIES)  # fmt: skip
-        sparse = journal.get("sparse", lambda: _bench(names, [tokens], "attend", rounds))
-        step()
-        lengths = [tokens // 4, tokens // 2, tokens]
-        memory = journal.get(
-            "memory", lambda: _bench("sliding_window_causal", lengths, "attend,naive", 1)
-        )
-        step()
-        ranks, rows = (2, 64) if setup.quick else (RANKS, ROWS)
-        few = (ranks // 2, ranks // 2)
-        tables = (("causal", HEADS), ("causal_document", HEADS), ("causal", few))
-        *found, capped = journal.get("schemes", lambda: _schemes(ranks, rows, tables))
-        schemes = {mask: table for (mask, _), table in zip(tables, found)}
-        step()
+    masks = ",".join(("full", *HETEROGENEOUS))
+    names = ",".join(f"block_sparse:block={b},density={d}" for b in (64, 128) for d in DENSITIES)
+    lengths = [tokens // 4, tokens // 2, tokens]
+    ranks, rows = (2, 64) if setup.quick else (RANKS, ROWS)
+    few = (ranks // 2, ranks // 2)
+    tables = (("causal", HEADS), ("causal_document", HEADS), ("causal", few))
+    made: dict[str, Callable[[], Any]] = {
+        "area": partial(_areas, 3 if setup.quick else SIZES),
+        "exact": partial(_bench, all_, [400], KERNELS, 1, backward=True),
+        "speed": partial(_bench, masks, [tokens], "attend,sdpa", rounds),
+        "sparse": partial(_bench, names, [tokens], "attend", rounds),
+        "memory": partial(_bench, "sliding_window_causal", lengths, "attend,naive", 1),
+        "schemes": partial(_schemes, ranks, rows, tables),
+    }
+    parts = setup.parts("kernels and schemes", made)
+    *found, capped = parts["schemes"]
+    schemes = {mask: table for (mask, _), table in zip(tables, found)}
     stated = {c.key: c for c in CLAIMS}
     settled = {
-        "exact": _exact(stated["exact"], exact),
-        "area": _area(stated["area"], area),
-        "skipping": _skipping(stated["skipping"], speed),
-        "sparse": _sparse(stated["sparse"], sparse),
-        "memory": _memory(stated["memory"], memory),
+        "exact": _exact(stated["exact"], parts["exact"]),
+        "area": _area(stated["area"], parts["area"]),
+        "skipping": _skipping(stated["skipping"], parts["speed"]),
+        "sparse": _sparse(stated["sparse"], parts["sparse"]),
+        "memory": _memory(stated["memory"], parts["memory"]),
         "schemes-exact": _schemes_exact(stated["schemes-exact"], schemes, ranks, rows),
         "schemes-bytes": _schemes_bytes(stated["schemes-bytes"], schemes),
         "balance": _balance(stated["balance"], schemes),
         "head-cap": _head_cap(stated["head-cap"], capped, few),
     }
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=settled.values(),
         data=(
             f"Standard normal q, k, v: 8 query heads and 2 key heads of 64, {tokens} tokens on one "
             f"process, {ranks * rows} on {ranks}. Documents are drawn from reconstructed "

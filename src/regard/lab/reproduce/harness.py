@@ -14,8 +14,9 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -178,14 +179,23 @@ class Setup:
         """A bar on stderr, where that is a terminal; gives what to call after each step."""
         return bar(total, label, self.show)
 
+    def parts(self, label: str, made: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Parts by name, in order: from the journal, or measured now and put there."""
+        with self.progress(len(made), label) as step:
+            parts = {}
+            for name, make in made.items():
+                parts[name] = self.journal.get(name, make)
+                step()
+        return parts
+
 
 @dataclass(frozen=True)
 class Measured:
-    """What a method's `measure` gives back; `picture` is a PIL image of real outputs and what it
-    shows, written beside the result.
+    """What a method's `measure` gives back: the settled claims, those that need scale left out;
+    `picture` is a PIL image of real outputs and what it shows, written beside the result.
     """
 
-    claims: list[Claim]
+    claims: Iterable[Claim]
     data: str
     seeds: dict[str, int]
     settings: dict[str, Any]
@@ -246,14 +256,14 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / f".{slug}{'.quick' if quick else ''}.partial.json", key) as journal:
         measured = claims.measure(Setup(loaded, tokenizer, name, quick, journal, progress))
-        keys = [c.key for c in measured.claims]
-        if keys != [c.key for c in claims.CLAIMS]:
-            raise ValueError(f"{slug} settled {keys}, which are not the claims it had stated")
+        settled = {c.key: c for c in measured.claims}
+        if set(settled) != {c.key for c in claims.CLAIMS if c.judge}:
+            raise ValueError(f"{slug} settled {[*settled]}, which are not the claims it had stated")
         result = Result(
             slug=slug,
-            title=claims.TITLE,
-            paper=claims.PAPER,
-            claims=measured.claims,
+            title=entry.card.paper.title,
+            paper=entry.card.paper.url,
+            claims=[settled[c.key] if c.judge else c.unmeasured() for c in claims.CLAIMS],
             model=name,
             data=measured.data,
             seeds=measured.seeds,
@@ -287,6 +297,14 @@ def _few_colors(picture: Any) -> bytes:
     few = picture.convert("RGB").quantize(256, Quantize.MAXCOVERAGE, dither=Dither.NONE)
     few.save(kept, format="PNG", optimize=True)
     return kept.getvalue()
+
+
+@contextmanager
+def quiet(message: str) -> Iterator[None]:
+    """Without the warnings that begin so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def verdict(whole: bool, half: bool = False) -> str:

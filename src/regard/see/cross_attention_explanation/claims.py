@@ -22,8 +22,6 @@ from .maps import place_words
 from .method import Explanation, explain
 from .sheet import speech_sheet
 
-TITLE = "Cross-Attention is Half Explanation in Speech-to-Text Models"
-PAPER = "https://arxiv.org/abs/2509.18010"
 MODEL = None  # two models are compared; which, is part of the claims
 MODELS = ("whisper-tiny.en", "whisper-base")
 SMALL, LARGE = "tiny.en", "base"
@@ -300,7 +298,7 @@ def settled(found: dict[str, list[dict[str, Any]]]) -> list[Claim]:
             note=trust,
         )
     )
-    return [*made, stated["scale"].unmeasured()]
+    return made
 
 
 def _bounds(found: dict[str, list[dict[str, Any]]]) -> str:

@@ -14,11 +14,6 @@ from regard.lab.reproduce.problems import problems
 from .coupling import Coupling, couplings, perturb
 from .method import Rhythm, rhythm
 
-TITLE = (
-    "Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained "
-    "Policy Optimization"
-)
-PAPER = "https://arxiv.org/abs/2510.13554"
 PROBLEMS, BATCH, NEW_TOKENS, TEMPERATURE, SEED = 36, 12, 128, 0.7, 0
 SHORTEST = 48  # a response of fewer tokens has too few peaks to count
 FORCED, EACH, TAIL_TOKENS = 20, 3, 40
@@ -122,9 +117,8 @@ def measure(setup: Setup) -> Measured:
             force = partial(_force, setup, one, read_out)
             changes.append(setup.journal.get(f"forced {number}", force))
             step()
-    settled = {**_couplings(seen), "perturb": _perturb(changes)}
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims={**_couplings(seen), "perturb": _perturb(changes)}.values(),
         data=(
             f"{count} word problems from templates; one response each of at most {length} tokens "
             f"at temperature {TEMPERATURE}; {len(kept)} of them have at least {shortest} tokens "

@@ -26,8 +26,6 @@ from regard.report.contact import heat, marked, sheet
 
 from .method import Grounding, RefAM
 
-TITLE = "RefAM"
-PAPER = "https://arxiv.org/abs/2509.22650"
 MODEL = "shapes-dit"
 ARMS: dict[str, dict[str, Any]] = {
     "all words": {"stop_words": frozenset(), "magnets": ()},
@@ -155,17 +153,11 @@ def measure(setup: Setup) -> Measured:
     """Ground every expression under every arm, then the planted sink."""
     pipe = setup.model
     count, planted = (9, 2) if setup.quick else (300, 12)
-    found: list[dict[str, Any]] = []
-    with setup.progress(count + planted + 1, "RefAM") as step:
-        for n in range(count):
-            found.append(setup.journal.get(f"scene {n}", partial(_scene, pipe, referred(n))))
-            step()
-        sinks = []
-        for n in range(planted):
-            sinks.append(setup.journal.get(f"sink {n}", partial(_planted, pipe, referred(n))))
-            step()
-        picture = _picture(pipe, [referred(n) for n in range(min(count, SHOWN))])
-        step()
+    scenes = {f"scene {n}": partial(_scene, pipe, referred(n)) for n in range(count)}
+    found = list(setup.parts("RefAM, scenes", scenes).values())
+    planting = {f"sink {n}": partial(_planted, pipe, referred(n)) for n in range(planted)}
+    sinks = list(setup.parts("RefAM, planted sinks", planting).values())
+    picture = _picture(pipe, [referred(n) for n in range(min(count, SHOWN))])
     claims = {c.key: c for c in CLAIMS}
     return Measured(
         [
@@ -174,8 +166,6 @@ def measure(setup: Setup) -> Measured:
             _gain(claims["magnets"], found, "+ magnets", "stop-word filter"),
             _background(claims["background"], found),
             _sink(claims["planted"], sinks),
-            claims["real-sinks"].unmeasured(),
-            claims["benchmarks"].unmeasured(),
         ],
         data=f"{count} drawn scenes of 3 or 4 things, 64 x 64 pixels, one expression each",
         seeds={"noise": SEED, "bootstrap": SEED},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,6 @@ from regard.watching.sinks import EPSILON, uniform_alpha
 
 from .method import TOKENS, Sinks, inputs, sinks
 
-TITLE = "When Attention Sink Emerges in Language Models: An Empirical View"
-PAPER = "https://arxiv.org/abs/2410.10781"
 TEXT = "northanger-abbey"
 SEQUENCES, BATCH, SEED = 100, 20, 0
 ELSEWHERE = 8  # the token that serves as control: an ordinary one, not the first
@@ -128,18 +127,13 @@ CLAIMS = (
 def measure(setup: Setup) -> Measured:
     """Sink rates and probes on text, on random ids and on a repeated token."""
     count = 8 if setup.quick else SEQUENCES
-    parts: dict[str, Any] = {}
-    with setup.progress(4, "sinks") as step:
-        for kind in ("text", "random", "repeat"):
-            parts[kind] = setup.journal.get(kind, partial(_kind, setup, kind, count))
-            step()
-        heads = parts["text"]["heads"]
-        parts["control"] = setup.journal.get("control", lambda: _control(setup, count, heads))
-        step()
-    settled = _settle(parts)
+    kinds = ("text", "random", "repeat")
+    made: dict[str, Callable[[], Any]] = {k: partial(_kind, setup, k, count) for k in kinds}
+    made["control"] = lambda: _control(setup, count, setup.journal.parts["text"]["heads"])
+    parts = setup.parts("sinks", made)
     begins = setup.tokenizer("a")["input_ids"][:1] == [setup.tokenizer.bos_token_id]
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts).values(),
         data=(
             f"{count} sequences of {TOKENS} tokens of each kind: consecutive windows of {TEXT}, "
             f"uniform random ids, one random id repeated; start token: "

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ from .method import ChunkMaps, Recipe
 from .prompts import Prompt, chunks, seed_of
 from .stats import TAUS, binarised, iou
 
-TITLE = "StableSemantics"
-PAPER = "https://arxiv.org/abs/2406.13735"
 MODEL = "shapes-sd"
 STEPS, GUIDANCE = 15, 4.0
 GRID = 64
@@ -112,18 +111,13 @@ def measure(setup: Setup) -> Measured:
     pipe = setup.model
     count, images = (3, 2) if setup.quick else (100, 5)
     wanted = scenes(count)
-    found = []
-    with setup.progress(count + 3, "StableSemantics") as step:
-        for n, one in enumerate(wanted):
-            make = lambda one=one: _caption(pipe, one, images)  # noqa: E731
-            found.append(setup.journal.get(f"caption {n}", make))
-            step()
-        built = setup.journal.get("build", lambda: _built(pipe, wanted[:3]))
-        step()
-        taken = setup.journal.get("time", lambda: _longer(pipe, wanted[0], images))
-        step()
-        picture = _picture(pipe, wanted[:SHOWN], images)
-        step()
+    made: dict[str, Callable[[], Any]] = {
+        f"caption {n}": partial(_caption, pipe, one, images) for n, one in enumerate(wanted)
+    }
+    made["build"] = partial(_built, pipe, wanted[:3])
+    made["time"] = partial(_longer, pipe, wanted[0], images)
+    *found, built, taken = setup.parts("StableSemantics", made).values()
+    picture = _picture(pipe, wanted[:SHOWN], images)
     claims = {c.key: c for c in CLAIMS}
     return Measured(
         [
@@ -140,7 +134,6 @@ def measure(setup: Setup) -> Measured:
                 note=f"images with their maps take {sorted(taken)[ROUNDS // 2]:.2f} times as long "
                 f"as without ({min(taken):.2f} to {max(taken):.2f}, {ROUNDS} rounds by turns)",
             ),
-            claims["scale"].unmeasured(),
         ],
         data=f"{count} captions of two drawn things with their relation, {images} images each",
         seeds={"images": SEED, "bootstrap": SEED},
@@ -292,8 +285,7 @@ def _maps(claim: Claim, found: list[list[dict[str, Any]]]) -> Claim:
     means = {k: [mean([a[k] for a in r]) for r in rows] for k in KINDS}
     values: dict[str, Any] = {k: mean(v) for k, v in means.items()}
     for other in ("last", "centre"):
-        _, low, high, _ = paired(means["average"], means[other], seed=SEED)
-        values[f"{other}_low"], values[f"{other}_high"] = low, high
+        values |= paired(means["average"], means[other], seed=SEED).limits(f"{other}_{{}}")
     overlap = [o for caption in found for image in caption for o in image["iou"]]
     best = [mean([o[n] for o in overlap]) for n in range(len(TAUS))] if overlap else [0.0]
     values |= {"iou": max(best), "tau": TAUS[best.index(max(best))], "chunks": len(overlap)}

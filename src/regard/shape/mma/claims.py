@@ -15,11 +15,6 @@ from regard.report.grid import grid
 
 from . import train as trainings
 
-TITLE = (
-    "Seeing is Understanding: Unlocking Causal Attention into Modality-Mutual Attention for "
-    "Multimodal LLMs"
-)
-PAPER = "https://arxiv.org/abs/2503.02597"
 MODEL = None  # models of its own
 FILE = "benchmarks/results/mma-training.json"
 ROUNDS = 5  # of short trainings by turns, for the cost of a step
@@ -159,7 +154,6 @@ def measure(setup: Setup) -> Measured:
             interval=Interval("range of rounds", min(ratios), max(ratios)),
             note=f"{runs[0]['parameters']:,} parameters in every arm",
         ),
-        CLAIMS[5].unmeasured(),
     ]
     s = found["settings"]
     data = (

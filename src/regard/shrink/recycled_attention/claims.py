@@ -27,8 +27,6 @@ from regard.watching import apply
 
 from .method import Recycled
 
-TITLE = "Recycled Attention: Efficient inference for long-context language models"
-PAPER = "https://arxiv.org/abs/2411.05787"
 STRIDES = (5, 10, 25, 50)
 BELOW = (5, 10, 25)  # strides that shall be better than sinks and recent tokens
 ONE = 10  # the stride of the controls
@@ -135,8 +133,6 @@ def measure(setup: Setup) -> Measured:
     """The mass over the next tokens, and the loss of forced decoding in every arm."""
     size = Size(2, 64, 20, 16) if setup.quick else Size()
     ids = _documents(setup, size)
-    arms = _arms(size)
-    parts: dict[str, Any] = {}
     cache: list[Any] = []
 
     def start(row: int | None = None) -> Any:
@@ -150,21 +146,13 @@ def measure(setup: Setup) -> Measured:
             own.batch_select_indices(torch.tensor([row], device=ids.device))
         return own
 
-    dynamic = [f"dynamic {t:g}" for t in THRESHOLDS]
-    with setup.progress(1 + len(arms) + len(dynamic), "recycled attention") as step:
-        parts["mass"] = setup.journal.get("mass", lambda: _mass(setup.model, ids, size))
-        step()
-        for name, arm in arms.items():
-            how = partial(_forced, setup.model, ids, size, start, arm)
-            parts[name] = setup.journal.get(name, how)
-            step()
-        for name, threshold in zip(dynamic, THRESHOLDS):
-            how = partial(_dynamic, setup.model, ids, size, start, threshold)
-            parts[name] = setup.journal.get(name, how)
-            step()
-    settled = _settle(parts, size)
+    given = (setup.model, ids, size)
+    made: dict[str, Callable[[], Any]] = {"mass": partial(_mass, *given)}
+    made |= {name: partial(_forced, *given, start, arm) for name, arm in _arms(size).items()}
+    made |= {f"dynamic {t:g}": partial(_dynamic, *given, start, t) for t in THRESHOLDS}
+    parts = setup.parts("recycled attention", made)
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts, size).values(),
         data=(
             f"{size.documents} passages of northanger-abbey, none twice: {size.prompt} tokens are "
             f"read, the next {size.after} are given one by one (forced decoding), and the loss is "
@@ -438,17 +426,15 @@ def _settle(parts: dict[str, Any], size: Size) -> dict[str, Claim]:
 def _settle_mass(claim: Claim, found: dict[str, list[list[float]]]) -> Claim:
     own = {name: [mean(row) for row in rows] for name, rows in found.items()}
     share = {name: mean(values) for name, values in own.items()}
-    _, low, high, _ = paired(own["recycled"], own["local"])
+    over = paired(own["recycled"], own["local"])
     h2o = paired(own["recycled"], own["h2o"])
     curve = {name: [mean(at) for at in zip(*rows)] for name, rows in found.items()}
     near, far = mean(curve["recycled"][:8]), mean(curve["recycled"][-8:])
     return claim.settle(
         {
             **share,
-            "low": low,
-            "high": high,
-            "over_h2o_low": h2o.low,
-            "over_h2o_high": h2o.high,
+            **over.limits(),
+            **h2o.limits("over_h2o_{}"),
             "fall": near - far,
             "curves": {name: [round(x, 2) for x in values] for name, values in curve.items()},
         },
@@ -456,7 +442,7 @@ def _settle_mass(claim: Claim, found: dict[str, list[list[float]]]) -> Claim:
         f"first 8 tokens, {far:.1f} % over the last 8",
         control=f"random keys {share['random']:.1f} %, H2O {share['h2o']:.1f} %, the best possible "
         f"{share['best']:.1f} %",
-        interval=Interval("points over sinks and recent tokens, bootstrap", low, high),
+        interval=Interval("points over sinks and recent tokens, bootstrap", over.low, over.high),
         note=f"over H2O {h2o.low:+.1f} to {h2o.high:+.1f} points; H2O here keeps the keys that the "
         "prompt looked at most in all, and as many recent ones",
     )

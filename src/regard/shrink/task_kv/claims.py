@@ -7,9 +7,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -20,15 +18,13 @@ from torch import Tensor
 
 from regard.core import State
 from regard.lab.intervals import bootstrap, mean, paired
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, quiet, verdict
 from regard.parts.decoding.kept import Evicting, ends_and_best
 from regard.reach import Call, Handler
 from regard.shrink import RandomEviction, SnapKV, StreamingLLM
 
 from .method import Plan, TaskKV, distances
 
-TITLE = "Task-KV"
-PAPER = "https://arxiv.org/abs/2501.15113"
 KINDS = ("retrieval", "summary", "code")
 CODE = ("textwrap", "heapq", "json.decoder", "json.encoder", "bisect", "shlex", "string")
 SUMMARISE = "\n\nSummarise the passage above in one sentence.\nSummary:"
@@ -192,16 +188,13 @@ def measure(setup: Setup) -> Measured:
     size = Size()
     if setup.quick:
         size = Size(2, 60, 1, 60, 2, 80, 16, 2, 4)
-    parts: dict[str, dict[str, Any]] = {"map": {}, "silent": {}, "curve": {}}
     what: dict[str, Callable[..., Any]] = {"map": _far, "silent": _silenced, "curve": _curve}
-    with setup.progress(len(what) * len(KINDS), "Task-KV") as step, _quietly():
-        for part, kind in product(what, KINDS):
-            make = partial(what[part], setup, kind, size)
-            parts[part][kind] = setup.journal.get(f"{part} {kind}", make)
-            step()
-    settled = _settle(parts)
+    made = {f"{n} {k}": partial(what[n], setup, k, size) for n, k in product(what, KINDS)}
+    with quiet("Task-KV: "):  # with three key heads a small budget holds no full head
+        every = setup.parts("Task-KV", made)
+    parts = {n: {k: every[f"{n} {k}"] for k in KINDS} for n in what}
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts).values(),
         data=(
             "Three kinds of prompt. Retrieval: made-up facts and a question about some; the answer "
             "follows. Summary: a passage of northanger-abbey; for the map of heads a request to "
@@ -391,14 +384,6 @@ def _facts(draw: random.Random, length: Callable[[str], int], tokens: int) -> tu
     return made(count)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the word on fewer full heads: with three key heads a small budget holds none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Task-KV: ")
-        yield
-
-
 # -- verdicts ------------------------------------------------------------------------------------
 def _settle(parts: dict[str, dict[str, Any]]) -> dict[str, Claim]:
     stated = {c.key: c for c in CLAIMS}
@@ -468,8 +453,7 @@ def _settle_silent(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Cl
     rise = {n: mean(loss[n]) - mean(loss["plain"]) for n in ("far", "random", "near")}
     values: dict[str, Any] = {"plain": mean(loss["plain"]), **rise}
     for a, b in (("far", "random"), ("random", "near"), ("far", "near")):
-        _, low, high, _ = paired(loss[a], loss[b])
-        values[f"{a}_{b}_low"], values[f"{a}_{b}_high"] = low, high
+        values |= paired(loss[a], loss[b]).limits(f"{a}_{b}_{{}}")
     by_kind = {
         k: [mean(parts[k][n]) - mean(parts[k]["plain"]) for n in ("far", "random", "near")]
         for k in KINDS
@@ -497,9 +481,10 @@ def _settle_budget(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Cl
         for name in ("StreamingLLM", "SnapKV", "Random"):
             other = _joined(parts, f"{name} {ratio}")
             values[f"{name}_{ratio}"] = mean(other) - mean(full)
-            _, low, high, _ = paired(own, other)
-            values[f"low_{name}_{ratio}"], values[f"high_{name}_{ratio}"] = low, high
-            row.append(f"{name} {values[f'{name}_{ratio}']:+.3f} ({low:+.3f} to {high:+.3f})")
+            apart = paired(own, other)
+            values |= apart.limits(f"{{}}_{name}_{ratio}")
+            shift = values[f"{name}_{ratio}"]
+            row.append(f"{name} {shift:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})")
         shown.append(f"{100 * ratio:.0f} %: {', '.join(row)}")
     for kind in KINDS:
         values[f"by_kind_{kind}"] = {n: mean(x) for n, x in parts[kind].items()}
@@ -525,8 +510,7 @@ def _settle_middle(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Cl
     for name in ("none", "recent", "drawn"):
         other = _joined(parts, name)
         values[name] = mean(other) - mean(full)
-        _, low, high, _ = paired(own, other)
-        values[f"low_{name}"], values[f"high_{name}"] = low, high
+        values |= paired(own, other).limits(f"{{}}_{name}")
     return claim.settle(
         values,
         here=f"selected {values['selected']:+.3f}, none {values['none']:+.3f}, more recent ones "
@@ -544,8 +528,8 @@ def _settle_middle(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Cl
 def _settle_full(claim: Claim, parts: dict[str, dict[str, list[float]]]) -> Claim:
     values: dict[str, Any] = {}
     for kind in KINDS:
-        rise, low, high, _ = paired(parts[kind]["Task-KV 0.4"], parts[kind]["full"])
-        values |= {kind: rise, f"low_{kind}": low, f"high_{kind}": high}
+        rise = paired(parts[kind]["Task-KV 0.4"], parts[kind]["full"])
+        values |= {kind: rise.mean, **rise.limits(f"{{}}_{kind}")}
         values[f"full_{kind}"] = mean(parts[kind]["full"])
     return claim.settle(
         values,

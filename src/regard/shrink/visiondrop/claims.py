@@ -26,8 +26,6 @@ from regard.zoo import vlm as zoo
 from .method import VisionDrop
 from .plan import height, prefill_flops
 
-TITLE = "Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment"
-PAPER = "https://arxiv.org/abs/2506.22283"
 MODEL = "shapes-vlm"
 KINDS = ("color", "count", "neighbour", "place")
 EACH, SEED, BATCH = 100, 13, 50
@@ -153,18 +151,14 @@ def measure(setup: Setup) -> Measured:
     """Every arm on the same questions; differences are those of the same question."""
     each = 4 if setup.quick else EACH
     given = vqa.items(each, KINDS, seed=SEED, held_out=False)
-    made = arms()
-    right: dict[str, list[float]] = {}
-    with setup.progress(len(made) + 3, "VisionDrop") as advance:
-        for name, make in made.items():
-            right[name] = setup.journal.get(name, partial(_right, setup, given, make))
-            advance()
-        rows = setup.journal.get("rows", lambda: _rows(setup, given))
-        advance()
-        cost = setup.journal.get("cost", lambda: _cost(setup.model, setup.tokenizer, given[:16]))
-        advance()
-        at_size = setup.journal.get("cost at size", lambda: _cost(*_of_size(), given[:1]))
-        advance()
+    made: dict[str, Callable[[], Any]] = {
+        **{name: partial(_right, setup, given, make) for name, make in arms().items()},
+        "rows": partial(_rows, setup, given),
+        "cost": partial(_cost, setup.model, setup.tokenizer, given[:16]),
+        "cost at size": lambda: _cost(*_of_size(), given[:1]),
+    }
+    right = setup.parts("VisionDrop", made)
+    rows, cost, at_size = (right.pop(n) for n in ("rows", "cost", "cost at size"))
     shares = {n: mean(v) for n, v in right.items()}
 
     def difference(a: str, b: str, kept: tuple[float, ...] = SHARES) -> list[float]:
@@ -214,7 +208,6 @@ def measure(setup: Setup) -> Measured:
             note="the causal visual score favours early tokens, the top of the image",
         ),
         *(_settle_cost(claim, found) for claim, found in zip(CLAIMS[6:8], (cost, at_size))),
-        CLAIMS[8].unmeasured(),
     ]  # fmt: skip
     data = (
         f"{each} questions each of {', '.join(KINDS)} about drawn scenes of two or three things. "

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,15 +15,13 @@ import torch
 from torch import Tensor
 
 from regard.lab.intervals import Paired, bootstrap, mean, paired
-from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, verdict
+from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, quiet, verdict
 from regard.lab.reproduce.problems import problems
 from regard.lab.trials.labels import TASKS, Example, labels, sentences
 
 from .heads import HeadFilter, choose, shape_of
 from .method import ACT
 
-TITLE = "Unveiling and Harnessing Hidden Attention Sinks"
-PAPER = "https://arxiv.org/abs/2406.15765"
 KINDS = ("English", "maths", "code")
 CODE = ("json.decoder", "textwrap", "heapq")  # sources that every Python carries
 TOKENS, THRESHOLD, EDGE = 100, 0.1, 8  # the last columns rest on few rows
@@ -139,20 +135,14 @@ def measure(setup: Setup) -> Measured:
     if setup.quick:
         layers = count["layers"]
         size = Size(3, 4, 6, 2, (max(layers // 2 - 1, 0), layers - layers // 2 - 1))
-    parts: dict[str, Any] = {}
-    with setup.progress(len(KINDS) + 3, "ACT") as step, _quietly():
-        for kind in KINDS:
-            parts[kind] = setup.journal.get(kind, partial(_sinks, setup, kind, size))
-            step()
-        parts["heads"] = setup.journal.get("heads", lambda: _heads(setup, size))
-        step()
-        parts["gain"] = setup.journal.get("gain", lambda: _gain(setup, size, parts["heads"]))
-        step()
-        parts["first"] = setup.journal.get("first", lambda: _first(setup, size))
-        step()
-    settled = _settle(parts)
+    made: dict[str, Callable[[], Any]] = {k: partial(_sinks, setup, k, size) for k in KINDS}
+    made["heads"] = partial(_heads, setup, size)
+    made["gain"] = lambda: _gain(setup, size, setup.journal.parts["heads"])
+    made["first"] = partial(_first, setup, size)
+    with quiet("ACT: "):  # its word on many sinks: here the shares are what is measured
+        parts = setup.parts("ACT", made)
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts).values(),
         data=(
             f"Sinks: {size.prompts} prompts of {TOKENS} tokens each of northanger-abbey, of word "
             f"problems and of Python's own sources ({', '.join(CODE)}). Labels: sentences made "
@@ -322,14 +312,6 @@ def _first(setup: Setup, size: Size) -> dict[str, list[float]]:
     return found
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without ACT's word on many sinks: here the shares are what is measured."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="ACT: ")
-        yield
-
-
 # -- verdicts ------------------------------------------------------------------------------------
 def _settle(parts: dict[str, Any]) -> dict[str, Claim]:
     stated = {c.key: c for c in CLAIMS}
@@ -408,12 +390,9 @@ def _settle_gain(claim: Claim, found: dict[str, Any], heads: dict[str, Any]) -> 
     return claim.settle(
         {
             "gain": gain.mean,
-            "low": gain.low,
-            "high": gain.high,
-            "over_heads_low": over_heads.low,
-            "over_heads_high": over_heads.high,
-            "over_columns_low": over_columns.low,
-            "over_columns_high": over_columns.high,
+            **gain.limits(),
+            **over_heads.limits("over_heads_{}"),
+            **over_columns.limits("over_columns_{}"),
             "random_heads": controls["heads"],
             "random_columns": controls["columns"],
             "accuracy": accuracy,

@@ -29,8 +29,6 @@ from .editing import edit
 from .learned import Learned
 from .method import DynamicPromptLearning
 
-TITLE = "Dynamic Prompt Learning: Addressing Cross-Attention Leakage for Text-Based Image Editing"
-PAPER = "https://arxiv.org/abs/2309.15664"
 MODEL = "shapes-sd"
 FIRST = 20_000  # number of the first scene: training draws others
 GUIDANCE = 4.0  # that with which this model is judged
@@ -136,17 +134,11 @@ def measure(setup: Setup) -> Measured:
     if not hasattr(setup.model, "unet"):
         raise InputError("these claims need a Stable Diffusion pipeline: name one, or shapes-sd")
     side = setup.model.unet.config.sample_size * setup.model.vae_scale_factor
-    parts = []
-    with setup.progress(size.scenes, "Dynamic Prompt Learning") as step:
-        for number in range(FIRST, FIRST + size.scenes):
-            drawn = _scene(number)
-            parts.append(
-                setup.journal.get(str(number), partial(_one, setup.model, drawn, side, size))
-            )
-            step()
-    settled = _settle(parts)
+    numbers = range(FIRST, FIRST + size.scenes)
+    made = {str(n): partial(_one, setup.model, _scene(n), side, size) for n in numbers}
+    parts = list(setup.parts("Dynamic Prompt Learning", made).values())
     return Measured(
-        claims=[settled[c.key] if c.judge else c.unmeasured() for c in CLAIMS],
+        claims=_settle(parts).values(),
         data=(
             f"{size.scenes} drawn scenes of two things of one colour, {side} pixels, with their "
             "exact masks; the judge reads colours and outlines of images. Maps: average over the "

@@ -23,11 +23,6 @@ from regard.report.chart import Line, Panel, chart
 from .method import ContrastiveExpertGuidance
 from .sampling import clean
 
-TITLE = (
-    "Steering Language Generation: Harnessing Contrastive Expert Guidance and Negative Prompting "
-    "for Coherent and Diverse Synthetic Data Generation"
-)
-PAPER = "https://arxiv.org/abs/2308.07645"
 GAMMAS, ETAS = (0.0, 0.4, 0.8), (0.0, 0.3, 0.6, 1.0)
 SAMPLES, TOKENS, NEGATIVES, BATCH, SEED = 64, 32, 5, 32, 0
 CONTEXT = 12  # held-out sentences that the scorer reads first
@@ -159,14 +154,9 @@ def measure(setup: Setup) -> Measured:
     tokens = 8 if setup.quick else TOKENS
     draw = random.Random(SEED)
     own = [draw.sample(have.real, NEGATIVES) for _ in range(count)]
-    cells: dict[str, dict[str, Any]] = {}
-    grid: list[tuple[float, float, float]] = [(g, e, 1.0) for g in GAMMAS for e in ETAS]
-    with setup.progress(len(grid) + 1, "cells") as step:
-        for gamma, eta, top_p in [*grid, (0.0, 0.0, 0.92)]:
-            name = NUCLEUS if top_p < 1 else key(gamma, eta)
-            make = partial(_cell, have, own, gamma, eta, top_p, tokens)
-            cells[name] = setup.journal.get(name, make)
-            step()
+    made = {key(g, e): partial(_cell, have, own, g, e, 1.0, tokens) for g in GAMMAS for e in ETAS}
+    made[NUCLEUS] = partial(_cell, have, own, 0.0, 0.0, 0.92, tokens)
+    cells = setup.parts("cells", made)
     real_scores = setup.journal.get("real", lambda: _score(have, have.held_out[CONTEXT:]))
     claims = _settle(cells, have, real_scores)
     return Measured(
@@ -413,7 +403,7 @@ def _settle(cells: dict[str, Any], have: Parts, real_scores: list[float]) -> lis
         interval=Interval("change, bootstrap", low, high),
     )
     made["nucleus"] = _beats(stated["nucleus"], cells)
-    return [made[c.key] if c.judge else c.unmeasured() for c in CLAIMS]
+    return list(made.values())
 
 
 def _beats(claim: Claim, cells: dict[str, Any]) -> Claim:

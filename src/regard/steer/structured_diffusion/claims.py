@@ -23,8 +23,6 @@ from regard.zoo.scenes import Scene, scene
 
 from .method import StructuredDiffusion
 
-TITLE = "Training-Free Structured Diffusion Guidance for Compositional Text-to-Image Synthesis"
-PAPER = "https://arxiv.org/abs/2212.05032"
 MODEL = "shapes-sd"
 PROMPTS, SEEDS, PAIRS, SEED = 50, 4, 60, 500
 STEPS, GUIDANCE, BATCH = 20, 4.0, 25
@@ -157,18 +155,14 @@ def measure(setup: Setup) -> Measured:
     count, seeds = (2, 1) if setup.quick else (PROMPTS, SEEDS)
     wanted = prompts(count)
     tasks = [(one, SEED + s) for one in wanted for s in range(seeds)]
-    made = arms()
-    found: dict[str, list[dict[str, bool]]] = {}
-    with setup.progress(len(made) + 3, "structured diffusion") as advance:
-        for name, make in made.items():
-            found[name] = setup.journal.get(name, partial(_judged, setup, tasks, make))
-            advance()
-        swap = setup.journal.get("keys", lambda: _swapped(setup, 4 if setup.quick else PAIRS))
-        advance()
-        times = setup.journal.get("times", lambda: _times(setup, wanted[0].caption()))
-        advance()
-        picture = _picture(setup, [(one, SEED) for one in wanted[:SHOWN]])
-        advance()
+    made: dict[str, Callable[[], Any]] = {
+        **{name: partial(_judged, setup, tasks, make) for name, make in arms().items()},
+        "keys": partial(_swapped, setup, 4 if setup.quick else PAIRS),
+        "times": partial(_times, setup, wanted[0].caption()),
+    }
+    found = setup.parts("structured diffusion", made)
+    swap, times = found.pop("keys"), found.pop("times")
+    picture = _picture(setup, [(one, SEED) for one in wanted[:SHOWN]])
 
     def share(name: str, what: str) -> float:
         return sum(v[what] for v in found[name]) / len(found[name])
@@ -186,7 +180,7 @@ def measure(setup: Setup) -> Measured:
 
     table = "; ".join(
         f"{n}: " + ", ".join(f"{w} {100 * share(n, w):.0f} %"
-                             for w in ("present", "colors", "shapes", "binding")) for n in made
+                             for w in ("present", "colors", "shapes", "binding")) for n in found
     )  # fmt: skip
     binding, structure = against("structured", "plain"), against("structured", "crossing")
     joint = against("conjunction", "plain")
@@ -218,7 +212,6 @@ def measure(setup: Setup) -> Measured:
             here=f"{times['structured']:.2f} times",
             control=f"conjunction {times['conjunction']:.2f} times",
         ),
-        CLAIMS[5].unmeasured(),
     ]  # fmt: skip
     data = (
         f"{count} captions of two things of different colour and shape, {seeds} seeds each; "
@@ -226,7 +219,7 @@ def measure(setup: Setup) -> Measured:
         "colour and outline. p: McNemar's exact test on pairs of images."
     )
     settings = {"prompts": count, "seeds": seeds, "steps": STEPS, "guidance": GUIDANCE}
-    shows = "One caption a row, from one noise: " + ", ".join(made) + "."
+    shows = "One caption a row, from one noise: " + ", ".join(found) + "."
     return Measured(claims, data, {"scenes": SEED, "noise": SEED, "bootstrap": 0}, settings,
                     (picture, shows))  # fmt: skip
 

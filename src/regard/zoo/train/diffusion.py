@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from regard.errors import InputError
 from regard.zoo.pipelines import load_pipeline
-from regard.zoo.tiny_diffusion import clip_tokenizer
+from regard.zoo.tiny_diffusion import clip_text, clip_tokenizer
 
 from . import captions
 from .checkpoint import Checkpoint
@@ -179,11 +179,10 @@ def _parameters(*modules: nn.Module) -> Iterator[nn.Parameter]:
 def sd_pipeline(coder: Any) -> Any:
     """`shapes-sd` before training."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = clip_tokenizer(captions.WORDS, captions.LENGTH)
     width = 128
-    text = CLIPTextConfig(**_clip(tokenizer, width, 2))
+    text = clip_text(tokenizer, width=width, inner=4)
     unet = UNet2DConditionModel(
         sample_size=LATENT,
         in_channels=CHANNELS,
@@ -207,7 +206,7 @@ def sd_pipeline(coder: Any) -> Any:
     )
     return StableDiffusionPipeline(
         vae=coder,
-        text_encoder=CLIPTextModel(text),
+        text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
@@ -224,11 +223,9 @@ def dit_pipeline(coder: Any) -> Any:
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     tokenizer = clip_tokenizer(captions.WORDS, captions.LENGTH)
-    texts = [CLIPTextModelWithProjection(CLIPTextConfig(**_clip(tokenizer, 64, 3)))
-             for _ in range(2)]  # fmt: skip
+    texts = [clip_text(tokenizer, True, width=64, layers=3, inner=4) for _ in range(2)]
     transformer = SD3Transformer2DModel(
         sample_size=LATENT,
         patch_size=2,
@@ -254,21 +251,6 @@ def dit_pipeline(coder: Any) -> Any:
         text_encoder_3=None,
         tokenizer_3=None,
     )
-
-
-def _clip(tokenizer: Any, width: int, layers: int) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "max_position_embeddings": captions.LENGTH,
-        "projection_dim": width,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
 
 
 def _ids(tokenizer: Any, device: str) -> Any:
