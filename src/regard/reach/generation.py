@@ -19,7 +19,7 @@ _plain_validate = GenerationMixin._validate_generation_mode
 def follow() -> None:
     """Stand before the stopping criteria of every generation."""
     GenerationMixin._get_stopping_criteria = _get  # type: ignore[method-assign]
-    GenerationMixin._validate_generation_mode = _validate  # type: ignore[method-assign]
+    GenerationMixin._validate_generation_mode = _validate  # type: ignore
 
 
 def leave() -> None:

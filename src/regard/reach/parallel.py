@@ -106,7 +106,7 @@ class SharedCollector(Collector):
         causal = call.whole.after is not None and call.whole.after <= 0
         trace = call.k[:, :0, 0, 0]  # there is no cache to follow
         self.records[call.site.index] = Record(
-            call.site, sums, tokens, tokens, tokens, trace, causal
+            call.site, sums, tokens, tokens, tokens, trace, causal, self.facts
         )
         return None
 

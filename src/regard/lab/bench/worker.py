@@ -184,13 +184,13 @@ class Bench:
         else:
             from transformers import AutoModelForCausalLM
 
-            loading = {"dtype": torch.float32, **self.setup.get("loading", {})}
-            if not loading.pop("allow_pickle", False):
-                loading["use_safetensors"] = True
+            given = {"dtype": torch.float32, **self.setup.get("loading", {})}
+            if not given.pop("allow_pickle", False):
+                given["use_safetensors"] = True
             self.model = AutoModelForCausalLM.from_pretrained(
                 self.setup["model"],
                 attn_implementation="sdpa",
-                **loading,
+                **given,
             ).eval()
         if self.setup.get("ids"):
             tokens = json.loads(Path(self.setup["ids"]).read_text(encoding="ascii"))

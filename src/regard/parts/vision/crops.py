@@ -62,7 +62,7 @@ def unpadded(config: Any, size: list[int], side: int) -> tuple[int, int, Box]:
     from transformers.models.llava_next.modeling_llava_next import unpad_image
 
     high, wide = size
-    canvas = select_best_resolution(size, config.image_grid_pinpoints)
+    canvas = select_best_resolution(tuple(size), config.image_grid_pinpoints)
     cell = config.vision_config.image_size / side
     tiles = [n // config.vision_config.image_size for n in canvas]
     rows, columns = (n * side for n in tiles)
@@ -103,7 +103,8 @@ def pan_and_scan(processor: Any, size: tuple[int, int] | None) -> list[Box]:
     columns = arange(wide).expand(1, high, wide)
     rows = arange(high)[:, None].expand(1, high, wide)
     across, down = (
-        Gemma3ImageProcessorPil.pan_and_scan(pictures, image=x, **settings) for x in (columns, rows)
+        Gemma3ImageProcessorPil.pan_and_scan(pictures, image=x, **settings)  # type: ignore[arg-type]
+        for x in (columns, rows)
     )
     return [
         (

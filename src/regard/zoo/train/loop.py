@@ -202,7 +202,7 @@ def _keep(
 ) -> None:
     if kept is None or not clock.step:
         return
-    tensors = {f"live.{n}": p for n, p in enumerate(trained)}
+    tensors: dict[str, torch.Tensor] = {f"live.{n}": p for n, p in enumerate(trained)}
     tensors |= {f"average.{n}": t for n, t in enumerate(average.kept)}
     tensors |= optimizer_tensors(adam, trained)
     if diary.losses:
