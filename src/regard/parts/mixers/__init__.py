@@ -1,0 +1,15 @@
+"""Token mixers and the language model that takes one for every layer.
+
+`from regard.parts import mixers` registers the model with transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+from .config import MixerConfig
+from .kinds import KEEPS, KINDS, SEVEN, kept, named, placed, simple
+from .model import MixerForCausalLM, MixerModel, counts
+
+__all__ = [
+    "KEEPS", "KINDS", "SEVEN", "MixerConfig", "MixerForCausalLM", "MixerModel", "counts", "kept",
+    "named", "placed", "simple",
+]  # fmt: skip
