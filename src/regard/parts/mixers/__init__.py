@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from .config import MixerConfig
 from .kinds import KEEPS, KINDS, SEVEN, kept, named, placed, simple
+from .look import indicators, look, looks, sink_rates
 from .model import MixerForCausalLM, MixerModel, counts
 
 __all__ = [
-    "KEEPS", "KINDS", "SEVEN", "MixerConfig", "MixerForCausalLM", "MixerModel", "counts", "kept",
-    "named", "placed", "simple",
+    "KEEPS", "KINDS", "SEVEN", "MixerConfig", "MixerForCausalLM", "MixerModel",
+    "counts", "indicators", "kept", "look", "looks", "named", "placed", "simple", "sink_rates",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from regard.errors import InputError, ReachError
 
 from . import graph
 from .kinds import KINDS, Kind
+from .look import Map
 from .operations import operate
 from .recurrent import Scan, scan, second_order, separate_orders, summed
 
@@ -117,6 +118,13 @@ class Mixer(nn.Module):
         """`[batch, heads, tokens, head_dim]` through the output projection."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
+    def map(self, x: Tensor, step: Step) -> Map | None:
+        """Queries and keys of this call, to look at, without a cache; None where no token sees
+        another.
+        """
+        q, k = self.queries_keys(x, step)
+        return Map(q, k, step.pairs, self.scaling, table=step.table)
+
     def state(self, step: Step) -> Any:
         """The layer of the cache that keeps a state; None without a cache."""
         return None if step.cache is None else step.cache.layers[self.layer_idx]
@@ -156,6 +164,14 @@ class Attention(Mixer):
                 self.num_key_value_groups, 1
             )
         return self.o_proj(out.flatten(2))
+
+    def map(self, x: Tensor, step: Step) -> Map | None:
+        q, k = self.queries_keys(self.source(x, step), step)
+        extra = self.extra(step, k)
+        if extra is None:
+            return Map(q, k, step.pairs, self.scaling, table=step.table)
+        k = torch.cat([extra[0], k], 2)  # aligned at the end, so the first key is seen by all
+        return Map(q, k, step.pairs | Mask.prefix(1), self.scaling, table=step.table, extra=True)
 
     def source(self, x: Tensor, step: Step) -> Tensor:
         """What queries and keys are computed from, where that is no second stream."""
@@ -253,6 +269,10 @@ class Operation(Mixer):
             table=step.table,
         )
 
+    def map(self, x: Tensor, step: Step) -> Map | None:
+        q, k = self.mapped(*self.queries_keys(x, step))
+        return Map(q, k, step.pairs, self.scaling, self.kind.form, step.table)
+
     def mapped(self, q: Tensor, k: Tensor) -> Pair:
         if self.kind.features == "elu":
             return F.elu(q) + 1, F.elu(k) + 1
@@ -277,11 +297,19 @@ class ScanMixer(Mixer):
 
     rotates = False
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def scores(self, x: Tensor, step: Step) -> Tensor:
+        """One score a key, `[batch, heads, tokens]`."""
         q, k = self.queries_keys(x, step)
         k = k.repeat_interleave(self.num_key_value_groups, 1)
+        return (F.silu(q).float() * k.float()).sum(-1) * self.scaling
+
+    def map(self, x: Tensor, step: Step) -> Map | None:
+        s = self.scores(x, step)[..., None]
+        return Map(torch.ones_like(s), s, step.pairs, 1.0)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        s = self.scores(x, step)
         v = self.split(self.v_proj(x)).repeat_interleave(self.num_key_value_groups, 1)
-        s = (F.silu(q).float() * k.float()).sum(-1) * self.scaling
         layer, tokens = self.state(step), x.shape[1]
         old = Scan(**layer.state) if layer is not None and layer.state else None
         out, new = scan(s, v, old, step.new(tokens))
@@ -315,6 +343,9 @@ class Gated(Mixer):
         )
         if out != width:
             self.down_proj = nn.Linear(inner, out, bias=bias)
+
+    def map(self, x: Tensor, step: Step) -> Map | None:
+        return None
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         layer = self.state(step)
