@@ -6,6 +6,7 @@ from regard.catalog import methods as methods
 from regard.lab.check import check as check
 from regard.parts.diffusion.joint import JointMaps as JointMaps
 from regard.parts.diffusion.words import WordMaps as WordMaps
+from regard.parts.training.telemetry import Telemetry as Telemetry
 from regard.see.cross_attention_explanation.method import Explanation as Explanation
 from regard.see.cross_attention_explanation.method import explain as explain
 from regard.see.preplan_anchor.coupling import couplings as couplings
@@ -16,6 +17,9 @@ from regard.see.sink_emergence.method import Sinks as Sinks
 from regard.see.sink_emergence.method import sinks as sinks
 from regard.see.stable_semantics.method import ChunkMaps as ChunkMaps
 from regard.see.stable_semantics.method import Recipe as Recipe
+from regard.shape.deconstructed_attention.method import MixerConfig as MixerConfig
+from regard.shape.deconstructed_attention.method import MixerForCausalLM as MixerForCausalLM
+from regard.shape.deconstructed_attention.method import mixer_lm as mixer_lm
 from regard.shape.mma.method import MMA as MMA
 from regard.shape.mma.roles import Roles as Roles
 from regard.shape.mma.roles import mma_mask as mma_mask

@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 from regard.errors import InputError, nearest
 
+from .adjacency import ADJACENCIES, TOP
 from .kinds import KINDS, named
 
 LAYOUTS = {
@@ -90,8 +91,6 @@ class MixerConfig(LlamaConfig):
         return [KINDS[mixer] for mixer in self.mixers or []]
 
     def _check(self) -> None:
-        from .graph import ADJACENCIES
-
         for name, value, known in (
             ("layout", self.layout, LAYOUTS),
             ("positions", self.positions, POSITIONS),
@@ -144,12 +143,17 @@ class MixerConfig(LlamaConfig):
             raise InputError(
                 f"{past[0]} sums up all earlier tokens and cannot have a {limited[0]}: leave it out"
             )
+        if not 0 < self.graph_threshold < 1:
+            raise InputError(f"graph_threshold lies between 0 and 1, not {self.graph_threshold}")
         if self.positions in ("relative", "alibi"):
-            unbiased = [m for m in mixers if m == "approximate" or KINDS[m].module == "gin"]
-            if "approximate" in unbiased:
+            picks = {"gin", "pna"} if self.graph_adjacency in TOP else set()
+            if self.graph_adjacency != "none":
+                picks |= {"pna"}
+            unbiased = [m for m in mixers if m in {"approximate"} | picks]
+            if unbiased:
                 raise InputError(
-                    f"approximate keeps sums over keys, which a bias by distance would change: "
-                    f"positions={self.positions!r} takes other mixers"
+                    f"{unbiased[0]} cannot have a bias by distance here: positions="
+                    f"{self.positions!r} takes other mixers"
                 )
         if self.prefix and {"sink_token"} & set(mixers):
             raise InputError("sink_token stands before the sequence and sees no prefix: drop one")

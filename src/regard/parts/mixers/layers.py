@@ -22,7 +22,6 @@ from transformers.models.llama.modeling_llama import (
 from regard.core import Mask
 from regard.errors import InputError, ReachError
 
-from . import graph
 from .kinds import KINDS, Kind
 from .look import Map
 from .operations import operate
@@ -363,8 +362,13 @@ def at(x: Tensor, positions: Tensor) -> Tensor:
 
 def mixer(config: Any, layer_idx: int) -> Mixer:
     """The module of a layer."""
+    from .graph import MIXERS  # which builds on this module
+
     modules: dict[str, type[Mixer]] = {
-        "attention": Attention, "operation": Operation, "scan": ScanMixer, "mlp": Gated,
-    }  # fmt: skip
-    module = KINDS[config.mixers[layer_idx]].module
-    return (modules.get(module) or graph.mixers()[module])(config, layer_idx)
+        "attention": Attention,
+        "operation": Operation,
+        "scan": ScanMixer,
+        "mlp": Gated,
+        **MIXERS,
+    }
+    return modules[KINDS[config.mixers[layer_idx]].module](config, layer_idx)

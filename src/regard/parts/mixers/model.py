@@ -80,7 +80,7 @@ class MixerPreTrainedModel(LlamaPreTrainedModel):
             for name in ("sink", "noise"):
                 if hasattr(module, name):
                     init.normal_(getattr(module, name), 0.0, std)
-        elif hasattr(module, "start"):
+        elif hasattr(module, "start"):  # of the graph mixers
             module.start(init, std)
 
 
