@@ -38,6 +38,7 @@ def test_indicators_of_the_card_on_the_dense_map(form: str, tokens: int) -> None
     assert close(seen.alpha, a.sum(-2) / torch.arange(tokens, 0, -1))
     near = [torch.diagonal(a, -n, -2, -1).mean(-1) for n in range(4)]
     assert close(seen.focus, torch.stack(near, -1))
+    assert close(seen.largest, s.masked_fill(~causal, -torch.inf).amax((-1, -2)))
     assert seen.proxy == (form != "softmax")
 
 

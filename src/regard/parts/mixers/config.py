@@ -90,6 +90,11 @@ class MixerConfig(LlamaConfig):
         """The `Kind` of every layer."""
         return [KINDS[mixer] for mixer in self.mixers or []]
 
+    @property
+    def graph_inner(self) -> int:
+        """Inner width of the MLP of a head."""
+        return int(self.graph_size * int(self.head_dim or 0) + 1e-6)
+
     def _check(self) -> None:
         for name, value, known in (
             ("layout", self.layout, LAYOUTS),
@@ -129,7 +134,7 @@ class MixerConfig(LlamaConfig):
             )
         if square and self.num_key_value_heads != heads:
             raise InputError("gin has hidden states as values: give it a key head for every head")
-        if {"gin", "pna"} & set(mixers) and int(self.graph_size * head_dim) < 1:
+        if {"gin", "pna"} & set(mixers) and self.graph_inner < 1:
             raise InputError(
                 f"graph_size {self.graph_size} of head_dim {head_dim} leaves no width: make it "
                 "larger"

@@ -94,7 +94,7 @@ class Gin(Graph):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        inner = int(config.graph_size * self.head_dim)
+        inner = config.graph_inner
         self.eps = nn.Parameter(torch.empty(self.heads, 1, 1))
         self.heads_mlp = HeadMLP(
             self.heads, self.head_dim, inner, self.head_dim, config.graph_dropout
@@ -138,7 +138,7 @@ class Pna(Graph):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        inner = int(config.graph_size * self.head_dim)
+        inner = config.graph_inner
         self.heads_mlp = HeadMLP(
             self.heads, 4 * self.head_dim, inner, self.head_dim, config.graph_dropout
         )

@@ -52,6 +52,7 @@ class Look:
         diversity: mean over visible pairs of the standard deviation over heads, `[batch]`.
         focus: mean weight of the token 0 to 3 back, `[batch, heads, 4]`.
         sink: mean weight, over all queries, of the first token, `[batch, heads]`.
+        largest: largest score before the function, `[batch, heads]`.
         proxy: whether the weights had to be normalised.
     """
 
@@ -62,6 +63,7 @@ class Look:
     diversity: Tensor
     focus: Tensor
     sink: Tensor
+    largest: Tensor
     proxy: bool
 
 
@@ -81,16 +83,17 @@ def look(given: Map) -> Look:
         lse = attend(q, k, k, mask=given.mask, scale=given.scale, bias=dense).lse
     else:
         totals = q.new_zeros(batch, k.shape[1], heads // k.shape[1], queries)
-        for b, h, rows, _, w in _sized(given, q, k, bias):
+        for b, h, rows, _, w, _ in _sized(given, q, k, bias):
             totals[b, h, :, rows] += w.sum(-1)
         totals = totals.clamp_min(1e-8)
     shape = (batch, k.shape[1], heads // k.shape[1])
     received = q.new_zeros(*shape, keys)
     sums = {name: q.new_zeros(shape) for name in ("entropy", "square")}
     focus, diversity = q.new_zeros(*shape, NEAR), q.new_zeros(batch)
-    visible = 0.0
+    visible, largest = 0.0, q.new_full(shape, -torch.inf)
     counts = q.new_zeros(keys)
-    for b, h, rows, cols, w in _sized(given, q, k, bias, lse):
+    for b, h, rows, cols, w, top in _sized(given, q, k, bias, lse):
+        largest[b, h] = torch.maximum(largest[b, h], top)
         p = w if totals is None else w / totals[b, h, :, rows, None]
         received[b, h, :, cols] += p.sum(-2)
         sums["entropy"][b, h] -= torch.xlogy(p, p).sum((-1, -2))
@@ -115,27 +118,29 @@ def look(given: Map) -> Look:
         diversity=diversity / max(visible, 1.0),
         focus=focus.flatten(1, 2) / near,
         sink=received[..., first] / queries,
+        largest=largest.flatten(1, 2),
         proxy=not softmax,
     )
 
 
 def _sized(
     given: Map, q: Tensor, k: Tensor, bias: Any, lse: Tensor | None = None
-) -> Iterator[tuple[slice, slice, slice, slice, Tensor]]:
-    """Tiles of weights, by their size, 0 where the mask hides the pair."""
+) -> Iterator[tuple[slice, slice, slice, slice, Tensor, Tensor]]:
+    """Tiles of weights, by their size, 0 where the mask hides the pair; and the largest score."""
     for tile in Tiles(q, k, given.mask, given.scale, bias=bias, lse=lse, size=SIZE):
+        b, h, rows = tile.batch, tile.heads, tile.rows
+        scores = tile.scores
         if lse is not None:
-            w = tile.scores.exp()
+            w = scores.exp()
+            level = lse.unflatten(1, (k.shape[1], -1))[b, h, :, rows, None]
+            scores = scores + level.masked_fill(level == -torch.inf, 0.0)
         else:
-            scores = tile.scores if tile.allowed is None else tile.scores * tile.allowed
-            w = FORMS[given.form].weight(scores).abs()
-        yield (
-            tile.batch,
-            tile.heads,
-            tile.rows,
-            tile.cols,
-            w if tile.allowed is None else w * tile.allowed,
-        )
+            shown = scores if tile.allowed is None else scores * tile.allowed
+            w = FORMS[given.form].weight(shown).abs()
+        if tile.allowed is not None:
+            w = w * tile.allowed
+            scores = scores.masked_fill(tile.allowed == 0, -torch.inf)
+        yield b, h, rows, tile.cols, w, scores.amax((-1, -2))
 
 
 @contextmanager
@@ -183,7 +188,8 @@ def indicators(seen: dict[int, Look]) -> dict[str, float]:
         "sink": [x.sink.mean() for x in layers],
         **{f"focus_{n}": [x.focus[..., n].mean() for x in layers] for n in range(NEAR)},
     }
-    return {name: float(torch.stack(values).mean()) for name, values in given.items()}
+    means = {name: float(torch.stack(values).mean()) for name, values in given.items()}
+    return {**means, "max_logit": max(float(x.largest.max()) for x in layers)}
 
 
 def sink_rates(seen: dict[int, Look], epsilon: float = 0.3) -> dict[str, Any]:

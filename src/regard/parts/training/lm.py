@@ -154,6 +154,30 @@ def configured(settings: Training, variant: Variant, vocabulary: int) -> Any:
     )
 
 
+def matched(settings: Training, variant: Variant) -> Variant:
+    """The variant with the width of the MLPs of its heads that comes nearest to the parameters of
+    standard attention; others than graph mixers as they are.
+    """
+    if variant.mixer not in ("gin", "pna"):
+        return variant
+    from dataclasses import replace
+
+    from regard.parts.mixers import MixerForCausalLM, counts
+
+    def total(size: float | None) -> int:
+        given = (
+            Variant("standard") if size is None else replace(variant, changes={"graph_size": size})
+        )
+        with torch.device("meta"):
+            return counts(MixerForCausalLM(configured(settings, given, 300)))["total"]
+
+    size = SIZES[settings.size]
+    head_dim = size["hidden_size"] // size["heads"]
+    wanted, one, two = total(None), total(1.0), total(2.0)
+    nearest_width = max(1, round(head_dim * (1 + (wanted - one) / (two - one))))  # it is linear
+    return replace(variant, changes={**variant.changes, "graph_size": nearest_width / head_dim})
+
+
 def built(settings: Training, variant: Variant, data: Blocks) -> Any:
     """The model of a variant with its first weights."""
     from regard.parts.mixers import MixerForCausalLM

@@ -43,12 +43,30 @@ def final(model: Any, settings: Training, data: Blocks) -> dict[str, Any]:
     """What `curve` gives, the parameters, and the loss without the simple layers of a hybrid."""
     model.eval()
     found = {**curve(model, settings, data), "parameters": counts(model)}
+    rng = torch.Generator().manual_seed(7)
+    trained = switches(settings)(data.train[: settings.checked], data.tokenizer, rng)
+    found["train_loss"] = float(losses(model, trained).mean())
+    found["map_change"] = map_change(model, valid(settings, data)[:2, :PROBE])
     left = simple(model.config.mixers or [])
     if 0 < len(left) < model.config.num_hidden_layers:
         with model.skipping(left):
             found["skip_loss"] = float(losses(model, valid(settings, data)).mean())
             found["skip_recall"] = accuracy(model, data.recall, data.answers)
     return found
+
+
+def map_change(model: Any, ids: torch.Tensor) -> dict[str, float | None]:
+    """Largest difference of the mean weights of tokens between two texts: over the layers whose
+    maps come from a second stream ("fixed"), and over the others ("free").
+    """
+    if len(ids) < 2:
+        return {"fixed": None, "free": None}
+    seen = looks(model, ids.to(next(model.parameters()).device))
+    changes: dict[str, list[float]] = {"fixed": [], "free": []}
+    for layer, x in seen.items():
+        fixed = model.config.kinds[layer].source in ("noise", "text")
+        changes["fixed" if fixed else "free"].append(float((x.alpha[0] - x.alpha[1]).abs().max()))
+    return {name: max(values) if values else None for name, values in changes.items()}
 
 
 def valid(settings: Training, data: Blocks) -> torch.Tensor:

@@ -34,6 +34,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the runs; a stopped queue goes on.")] = Path(
         "runs"
     ),
+    matched: Annotated[
+        bool, typer.Option(help="Choose the width of graph mixers for equal parameters.")
+    ] = False,
     list_: Annotated[
         bool, typer.Option("--list", help="Only list mixers, placements and the runs.")
     ] = False,
@@ -50,6 +53,10 @@ def train(
     if mixer is not None and attention is not None:
         raise InputError("--mixer and --attention are mutually exclusive: both name the mixers")
     queue = variants(mixer or attention or "standard", keep, seeds)
+    if matched:
+        from regard.parts.training.lm import matched as equal
+
+        queue = [equal(settings, variant) for variant in queue]
     if list_:
         _listed(queue)
         return
@@ -116,6 +123,7 @@ def run(
             )
             model = record.pop("model")
             record["final"] = measure.final(model, settings, data)
+            record["curve"] = lm.read_lines(out / variant.name / "curve.jsonl")
             del model
             text = json.dumps(record, indent=1, default=float)
             files.write_text(out / variant.name / "run.json", text + "\n")

@@ -9,7 +9,6 @@ from typing import Any
 
 from regard.errors import InputError
 from regard.lab.intervals import bootstrap, mean
-from regard.parts.training.lm import read_lines
 from regard.report.chart import Chart, Line, Panel
 from regard.report.document import Items, Page, Section
 from regard.report.look import SERIES
@@ -28,6 +27,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "entropy": ("entropy", "{:.2f}"),
     "concentration": ("concentration", "{:.2f}"),
     "diversity": ("head diversity", "{:.4f}"),
+    "max_logit": ("largest logit", "{:.1f}"),
     "focus_0": ("local focus 0", "{:.3f}"),
     "focus_1": ("local focus 1", "{:.3f}"),
 }
@@ -49,9 +49,6 @@ def read(folders: Iterable[Path]) -> list[dict[str, Any]]:
             raise InputError(f"{folder} holds {what}: name the folder given to --out")
         for place in inside:
             record = json.loads((place / "run.json").read_text(encoding="utf-8"))
-            record["curve"] = read_lines(place / "curve.jsonl")
-            if "final" not in record:
-                record["final"] = record["curve"][-1] if record["curve"] else {}
             runs[str(place.resolve())] = record
     return list(runs.values())
 

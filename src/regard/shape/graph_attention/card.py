@@ -14,4 +14,5 @@ CARD = Card(
         "2501.02393",
     ),
     families=("causal LM",),
+    exports=("head_graph",),
 )
