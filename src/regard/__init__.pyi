@@ -20,6 +20,8 @@ from regard.see.stable_semantics.method import Recipe as Recipe
 from regard.shape.deconstructed_attention.method import MixerConfig as MixerConfig
 from regard.shape.deconstructed_attention.method import MixerForCausalLM as MixerForCausalLM
 from regard.shape.deconstructed_attention.method import mixer_lm as mixer_lm
+from regard.shape.graph_attention.adapter import SparseGIN as SparseGIN
+from regard.shape.graph_attention.method import head_graph as head_graph
 from regard.shape.mma.method import MMA as MMA
 from regard.shape.mma.roles import Roles as Roles
 from regard.shape.mma.roles import mma_mask as mma_mask

@@ -11,7 +11,7 @@ import torch
 from regard.errors import InputError
 from regard.lab import reproduce
 from regard.parts.training import lm
-from regard.parts.training.lm import Training, Variant
+from regard.parts.training.settings import Training, Variant
 from regard.shape.deconstructed_attention import claims as deconstructed
 from regard.shape.graph_attention import claims as graphs
 from regard.shape.graph_attention.method import head_graph, picture

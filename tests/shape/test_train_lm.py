@@ -19,7 +19,7 @@ import torch
 from regard.errors import InputError
 from regard.parts.training import lm
 from regard.parts.training.data import Switches, blocks, recalls, texts, tokenizer
-from regard.parts.training.lm import Training, Variant
+from regard.parts.training.settings import Training, Variant
 from regard.shape.deconstructed_attention import command, compare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,10 +242,10 @@ def test_runs_are_compared_with_intervals(text: Path, tmp_path: Path) -> None:
     queue = command.variants("standard,k_bias", "none", 2)
     command.run(out, nano(text, steps=3, fixed_token=2), queue)
     runs = compare.read([out])
-    numbers = compare.numbers(runs)
+    numbers = command.numbers(runs)
     assert numbers["standard"]["seeds"] == 2 and "star" not in numbers["standard"]
     assert numbers["k_bias"]["star"]["low"] <= numbers["k_bias"]["star"]["high"]
-    html = compare.page(runs).html()
+    html = compare.page(runs, command.numbers(runs)).html()
     assert "Sink of the learned key" in html and "validation loss" in html and "<svg" in html
     assert len(compare.read([out / "standard-seed0", out / "k_bias-seed1"])) == 2
     with pytest.raises(InputError, match="no run of"):
@@ -260,4 +260,4 @@ def test_more_variants_than_colours_are_still_compared() -> None:
          "final": {"loss": 1.0, "by_context": [1.0] * 4}}
         for n in range(compare.MOST + 2)
     ]  # fmt: skip
-    assert f"first {compare.MOST} of" in compare.page(runs).html()
+    assert f"first {compare.MOST} of" in compare.page(runs, command.numbers(runs)).html()

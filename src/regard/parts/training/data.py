@@ -13,11 +13,12 @@ from torch import Tensor
 
 from regard.errors import InputError, nearest
 
-BYTES, PAD, FIRST = 256, "<pad>", "<s>"
+from .settings import BYTES
+
+PAD, FIRST = "<pad>", "<s>"
 EVERY = 20  # one block in so many is for validation
-PAIRS = 8  # of a recall block
+PAIRS = 8  # of a recall block, or a quarter of its tokens
 _KEYS, _VALUES = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-DEFAULT = "novel,python"
 
 
 @dataclass
@@ -162,22 +163,21 @@ def recalls(tokens: Any, count: int, length: int, seed: int) -> tuple[Tensor, Te
     """Blocks of key-value pairs that come back in random order, and which tokens can be known: the
     values of keys that stood before.
     """
-    if length < 4 * PAIRS:
-        raise InputError(f"a recall block has at least {4 * PAIRS} tokens, not {length}")
+    pairs = min(PAIRS, length // 4)
     rng = torch.Generator().manual_seed(seed)
     keys = torch.tensor(tokens.convert_tokens_to_ids(list(_KEYS)))
     values = torch.tensor(tokens.convert_tokens_to_ids(list(_VALUES)))
     ids = torch.empty(count, length, dtype=torch.long)
     for row in range(count):
-        own = keys[torch.randperm(len(keys), generator=rng)[:PAIRS]]
-        their = values[torch.randint(len(values), (PAIRS,), generator=rng)]
-        order = [torch.arange(PAIRS)]
-        while len(order) * 2 * PAIRS < length:
-            order.append(torch.randperm(PAIRS, generator=rng))
+        own = keys[torch.randperm(len(keys), generator=rng)[:pairs]]
+        their = values[torch.randint(len(values), (pairs,), generator=rng)]
+        order = [torch.arange(pairs)]
+        while len(order) * 2 * pairs < length:
+            order.append(torch.randperm(pairs, generator=rng))
         at = torch.cat(order)
         ids[row] = torch.stack([own[at], their[at]], -1).flatten()[:length]
     answers = torch.zeros(length, dtype=torch.bool)
-    answers[2 * PAIRS + 1 :: 2] = True
+    answers[2 * pairs + 1 :: 2] = True
     return ids, answers.expand(count, -1)
 
 

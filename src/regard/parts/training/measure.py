@@ -9,7 +9,8 @@ import torch
 from regard.parts.mixers import counts, indicators, looks, simple, sink_rates
 
 from .data import Blocks
-from .lm import Training, accuracy, losses, switches
+from .lm import accuracy, losses, switches
+from .settings import Training
 
 PROBE = 64  # tokens of a sequence whose sinks are measured: the rate depends on the length
 PARTS = 4  # of a block, over which the loss by context is shown

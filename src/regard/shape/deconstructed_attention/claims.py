@@ -14,7 +14,7 @@ from regard.errors import InputError
 from regard.lab.intervals import bootstrap, mean, paired
 from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, root, verdict
 from regard.parts.mixers import SEVEN
-from regard.parts.training.lm import Training
+from regard.parts.training.settings import Training
 
 from . import command
 

@@ -13,8 +13,9 @@ from regard import files
 from regard.cli.common import check_file, write_json
 from regard.errors import InputError
 from regard.files import check_folder
+from regard.lab.intervals import bootstrap, mean
 from regard.lab.journal import Journal
-from regard.parts.training.lm import Training, Variant
+from regard.parts.training.settings import Training, Variant
 
 from . import compare as comparing
 
@@ -65,7 +66,7 @@ def train(
     if str(json_out) != "-":
         from regard.report.document import show
 
-        show(comparing.table(list(results.values())))
+        show(comparing.table(numbers(list(results.values()))))
 
 
 def variants(mixers: str, keeps: str, seeds: int) -> list[Variant]:
@@ -185,14 +186,29 @@ def compare(
     """Compare trained language models: loss, sinks and indicators, with intervals over seeds."""
     check_file(out)
     found = comparing.read(runs)
-    page = comparing.page(found)
+    by_arm = numbers(found)
+    page = comparing.page(found, by_arm)
     files.write_text(out, page.html())
-    write_json(comparing.numbers(found), json_out)
+    write_json(by_arm, json_out)
     if str(json_out) != "-":
         from regard.report.document import show
 
-        show(comparing.table(found))
+        show(comparing.table(by_arm))
         typer.echo(f"{out}", err=True)
+
+
+def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and 95 % interval over seeds of every number, by arm."""
+    found: dict[str, Any] = {}
+    for arm, own in comparing.arms(runs).items():
+        values: dict[str, Any] = {"seeds": len(own)}
+        for name in comparing.COLUMNS:
+            each = [r["final"][name] for r in own if r["final"].get(name) is not None]
+            if each:
+                low, high = bootstrap(each)
+                values[name] = {"mean": mean(each), "low": low, "high": high, "each": each}
+        found[arm] = values
+    return found
 
 
 COMMANDS = {"train lm": train, "compare": compare}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from regard.errors import InputError
-from regard.lab.intervals import bootstrap, mean
 from regard.report.chart import Chart, Line, Panel
 from regard.report.document import Items, Page, Section
 from regard.report.look import SERIES
@@ -61,23 +61,10 @@ def arms(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and 95 % interval over seeds of every number, by arm."""
-    found: dict[str, Any] = {}
-    for arm, own in arms(runs).items():
-        values: dict[str, Any] = {"seeds": len(own)}
-        for name in COLUMNS:
-            each = [r["final"][name] for r in own if r["final"].get(name) is not None]
-            if each:
-                low, high = bootstrap(each)
-                values[name] = {"mean": mean(each), "low": low, "high": high, "each": each}
-        found[arm] = values
-    return found
-
-
-def table(runs: Sequence[dict[str, Any]]) -> Table:
-    """One row a variant: means, with the interval over seeds where there are several."""
-    by_arm = numbers(runs)
+def table(by_arm: dict[str, Any]) -> Table:
+    """One row a variant, of what `numbers` gave: means, with the interval over seeds where there
+    are several.
+    """
     shown = [n for n in COLUMNS if any(n in values for values in by_arm.values())]
     rows = []
     for arm, values in by_arm.items():
@@ -97,8 +84,8 @@ def _cell(value: dict[str, Any] | None, form: str, seeds: int) -> str:
     return f"{middle} ({form.format(value['low'])} to {form.format(value['high'])})"
 
 
-def page(runs: Sequence[dict[str, Any]]) -> Page:
-    """The comparison as one page."""
+def page(runs: Sequence[dict[str, Any]], by_numbers: dict[str, Any]) -> Page:
+    """The comparison as one page: the runs, and what `numbers` gave of them."""
     by_arm = arms(runs)
     drawn = dict(list(by_arm.items())[:MOST])
     panels = []
@@ -136,7 +123,7 @@ def page(runs: Sequence[dict[str, Any]]) -> Page:
     if varied:
         notes.append("The runs differ in more than their mixers: " + ", ".join(varied) + ".")
     sections = [
-        Section("Results", [table(runs)], name="Results"),
+        Section("Results", [table(by_numbers)], name="Results"),
         Section(
             "Curves",
             [Chart(panels, "measurements during training, by variant", columns=2)],
@@ -157,9 +144,9 @@ def _line(arm: str, own: Sequence[dict[str, Any]], name: str) -> Line | None:
     whole = {step: v for step, v in by_step.items() if len(v) == len(own)}
     if not whole:
         return None
-    return Line(arm, [(step, mean(values)) for step, values in sorted(whole.items())], corners=0)
+    return Line(arm, [(step, fmean(values)) for step, values in sorted(whole.items())], corners=0)
 
 
 def _context(own: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     parts = [r["final"]["by_context"] for r in own]
-    return [(n + 1.0, mean([p[n] for p in parts])) for n in range(len(parts[0]))]
+    return [(n + 1.0, fmean([p[n] for p in parts])) for n in range(len(parts[0]))]

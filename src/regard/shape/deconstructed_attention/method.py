@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from regard.parts.mixers import MixerConfig, MixerForCausalLM, placed
-from regard.parts.training.lm import SIZES
+from regard.parts.training.settings import SIZES
 
 __all__ = ["MixerConfig", "MixerForCausalLM", "mixer_lm"]
 
