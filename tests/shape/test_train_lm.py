@@ -52,6 +52,10 @@ def test_a_run_is_trained_measured_saved_and_loaded(text: Path, tmp_path: Path) 
     final = results["mlp-keep-even-seed0"]["final"]
     assert final["loss"] < lm.read_lines(folder / "curve.jsonl")[0]["loss"]
     assert final["skip_loss"] != final["loss"] and 0 <= final["recall"] <= 1
+    import regard
+
+    model, tokens = regard.load(folder / "checkpoint")
+    assert model.config.mixers == ["mlp", "standard"] and tokens("the")["input_ids"]
     # in a process of its own, by name
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -128,6 +132,17 @@ def test_a_killed_process_is_taken_up(text: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     runs = compare.read([tmp_path / "runs"])
     assert [r["steps"] for r in runs] == [400, 400] and runs[0]["resumed"]
+
+
+def test_half_a_checkpoint_of_a_killed_process_is_left_out(tmp_path: Path) -> None:
+    for n in (2, 10):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+    assert lm._last_checkpoint(tmp_path) is None
+    for n, words in ((4, "{}"), (12, "{")):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+        (tmp_path / f"checkpoint-{n}" / "trainer_state.json").write_text(words)
+    assert lm._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(

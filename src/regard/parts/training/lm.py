@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -130,13 +131,13 @@ def train(
     import shutil
 
     from transformers import TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint, set_seed
+    from transformers.trainer_utils import set_seed
 
     trainer_class, callbacks = _trainer()
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state"
     state.mkdir(exist_ok=True)
-    last = get_last_checkpoint(str(state))
+    last = _last_checkpoint(state)
     model = built(settings, variant, data)
     if last is not None:
         _same_model(Path(last), model)
@@ -159,7 +160,7 @@ def train(
         seed=variant.seed,
         data_seed=variant.seed,
         use_cpu=settings.device == "cpu",
-        disable_tqdm=not progress,
+        disable_tqdm=not (progress and sys.stderr.isatty()),
         dataloader_pin_memory=settings.device != "cpu",
     )
     from datasets import Dataset
@@ -202,6 +203,23 @@ def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+def _last_checkpoint(state: Path) -> str | None:
+    """The newest whole checkpoint; those that a killed process left half written are removed."""
+    import shutil
+
+    def number(folder: Path) -> int:
+        return int(folder.name.rpartition("-")[2])
+
+    for folder in sorted(state.glob("checkpoint-*"), key=number, reverse=True):
+        try:  # the Trainer writes this file last
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        return str(folder)
+    return None
+
+
 def _same_model(checkpoint: Path, model: Any) -> None:
     """Refuse to go on from a checkpoint of another layout."""
     try:
@@ -240,9 +258,7 @@ def _trainer() -> tuple[Any, Any]:
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
             loss: Tensor = super().training_step(model, *args, **kwargs)
             if not bool(loss.isfinite()):
-                from transformers.trainer_utils import get_last_checkpoint
-
-                kept = get_last_checkpoint(self.args.output_dir)
+                kept = _last_checkpoint(Path(self.args.output_dir))
                 raise Diverged(
                     f"the loss of step {self.state.global_step + 1} is {float(loss)}: lower the "
                     f"learning rate; the last good checkpoint is {kept or 'none, it came too soon'}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from regard import files
-from regard.cli.common import check_file, write_json
+from regard.cli.common import check_file, check_output, write_json
 from regard.errors import InputError
 from regard.files import check_folder
 from regard.lab.intervals import bootstrap, mean
@@ -51,6 +51,7 @@ def train(
     within a run from its last checkpoint. Each run is a folder with `checkpoint` (loaded by
     `AutoModelForCausalLM` after `from regard.parts import mixers`), `curve.jsonl` and `run.json`.
     """
+    check_output(json_out)
     if mixer is not None and attention is not None:
         raise InputError("--mixer and --attention are mutually exclusive: both name the mixers")
     queue = variants(mixer or attention or "standard", keep, seeds)
@@ -177,7 +178,7 @@ def _listed(queue: Sequence[Variant]) -> None:
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of queues of runs.")],
+    runs: Annotated[list[str], typer.Argument(help="Folders of runs, or of queues of runs.")],
     out: Annotated[Path, typer.Option(help="The page, one HTML file.")] = Path("compare.html"),
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the numbers as JSON here; - stdout.")
@@ -185,7 +186,10 @@ def compare(
 ) -> None:
     """Compare trained language models: loss, sinks and indicators, with intervals over seeds."""
     check_file(out)
-    found = comparing.read(runs)
+    check_output(json_out)
+    if empty := [run for run in runs if not run.strip()]:
+        raise InputError(f"{empty[0]!r} is no folder of a run: name the folder given to --out")
+    found = comparing.read([Path(run).expanduser() for run in runs])
     by_arm = numbers(found)
     page = comparing.page(found, by_arm)
     files.write_text(out, page.html())

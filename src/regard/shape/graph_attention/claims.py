@@ -46,7 +46,7 @@ CLAIMS = (
         "perplexity, qualitative",
         "needs fine-tuning on the paper's sets with a model of 3B",
         command="regard train adapter sparse-gin --model meta-llama/Llama-3.2-3B-Instruct "
-        "--hidden 155 --context 1024 --steps 54000 --data hub:TEXTS",
+        "--hidden 155 --context 1024 --steps 54000 --data orca-math.txt",
     ),
 )
 

@@ -50,8 +50,8 @@ def blocks(given: str, tokens: Any, context: int, least: int) -> tuple[Tensor, T
     held = torch.arange(len(cut)) % EVERY == EVERY - 1
     if int((~held).sum()) < least or not bool(held.any()):
         raise InputError(
-            f"{given!r} holds {len(ids)} tokens, too few for a batch of {least} blocks of {context} "
-            "and one for validation: give more text, or a smaller batch"
+            f"{given!r} holds {len(ids)} tokens, too few for a batch of {least} blocks of "
+            f"{context} and one for validation: give more text, or a smaller batch"
         )
     return cut[~held], cut[held]
 
