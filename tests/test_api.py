@@ -29,6 +29,8 @@ ALL = [
     "waad",
     "influence",
     "collision",
+    "max_logit",
+    "lse",
     "thumbnail",
 ]
 

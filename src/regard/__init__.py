@@ -25,6 +25,7 @@ _LAZY = {
     "models": "regard.zoo",
     "methods": "regard.catalog",
     "check": "regard.lab.check",
+    "Telemetry": "regard.parts.training.telemetry",
 }
 _MODULES = {
     **{n: f"regard.{n}" for n in ("core", "zoo", "reach", "parts", "watching", "report", "errors")},

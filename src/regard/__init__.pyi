@@ -6,6 +6,7 @@ from regard.catalog import methods as methods
 from regard.lab.check import check as check
 from regard.parts.diffusion.joint import JointMaps as JointMaps
 from regard.parts.diffusion.words import WordMaps as WordMaps
+from regard.parts.training.telemetry import Telemetry as Telemetry
 from regard.see.cross_attention_explanation.method import Explanation as Explanation
 from regard.see.cross_attention_explanation.method import explain as explain
 from regard.see.preplan_anchor.coupling import couplings as couplings
@@ -18,6 +19,11 @@ from regard.see.sink_emergence.method import Sinks as Sinks
 from regard.see.sink_emergence.method import sinks as sinks
 from regard.see.stable_semantics.method import ChunkMaps as ChunkMaps
 from regard.see.stable_semantics.method import Recipe as Recipe
+from regard.shape.deconstructed_attention.method import MixerConfig as MixerConfig
+from regard.shape.deconstructed_attention.method import MixerForCausalLM as MixerForCausalLM
+from regard.shape.deconstructed_attention.method import mixer_lm as mixer_lm
+from regard.shape.graph_attention.adapter import SparseGIN as SparseGIN
+from regard.shape.graph_attention.method import head_graph as head_graph
 from regard.shape.localist.calibrate import calibrate_dial as calibrate_dial
 from regard.shape.localist.method import LocalityDial as LocalityDial
 from regard.shape.localist.rules import Rule as Rule

@@ -18,8 +18,10 @@ from regard.core import (
     Entropy,
     Fact,
     Influence,
+    LogSumExp,
     Mask,
     Mass,
+    MaxLogit,
     MeanReceived,
     Received,
     Rows,
@@ -44,8 +46,10 @@ from .cases import SHAPES, by_head, close, masks, tensors
 CALLS = [(s, m) for s in SHAPES for m in masks(1, 8, 8)]
 
 
-def dense(p: Tensor, cells: Tensor) -> dict[str, Tensor]:
-    """The facts by their definitions, from P `[batch, heads, queries, keys]`."""
+def dense(p: Tensor, cells: Tensor, lse: Tensor | None = None) -> dict[str, Tensor]:
+    """The facts by their definitions, from P `[batch, heads, queries, keys]`; scores are log P and
+    the lse.
+    """
     queries, keys = p.shape[2:]
     i = torch.arange(queries)[:, None] + keys - queries
     j = torch.arange(keys)
@@ -53,6 +57,7 @@ def dense(p: Tensor, cells: Tensor) -> dict[str, Tensor]:
     cells = cells.expand(p.shape[0], -1, queries, keys)
     band = (i - j >= 2) & (i - j <= 9)
     late = (i >= keys // 2) & (i < keys)
+    scores = p.new_zeros(1) if lse is None else p.log() + lse.double()[..., None]
     width = Thumbnail(16).width(keys)
     left = torch.nn.functional.one_hot(i[:, 0] // width, -(-keys // width)).double()
     right = torch.nn.functional.one_hot(j // width, -(-keys // width)).double()
@@ -67,6 +72,8 @@ def dense(p: Tensor, cells: Tensor) -> dict[str, Tensor]:
         "waad": (p * d.clamp_max(4)).sum(-1),
         "mass": torch.stack([p[..., : keys // 2].sum(-1), p[..., keys // 3 :].sum(-1)], -1),
         "collision": (p * p).sum(-1),
+        "max_logit": scores.amax(-1),
+        "lse": scores if lse is None else lse.double(),
         "rows": p[:, :, [-1]],
         "columns": p[..., [0, keys - 1]],
         "thumbnail": bins / (left.T @ cells.any(-1, keepdim=True).double()).clamp_min(1),
@@ -85,6 +92,8 @@ def facts(keys: int) -> dict[str, Fact]:
         "waad": WindowedDistance(4),
         "mass": Mass({"a": (0, keys // 2), "b": (keys // 3, keys)}),
         "collision": Collision(),
+        "max_logit": MaxLogit(),
+        "lse": LogSumExp(),
         "rows": Rows((keys - 1,)),
         "columns": Columns((0, keys - 1)),
         "thumbnail": Thumbnail(16),
@@ -107,7 +116,7 @@ def check(
     if sinks is not None:  # they leave less for the keys
         own = attend(q, k, v, mask=mask, **extra).lse  # type: ignore[arg-type]
         p = p * (own - lse).double().exp()[..., None]
-    true = dense(p, cells)
+    true = dense(p, cells, lse)
     chosen = facts(keys)
     call = {"mask": mask, "sinks": sinks, "offsets": (keys - queries, 0), **extra}
     listed = list(chosen.values())
@@ -130,6 +139,19 @@ def check(
     )
     close(state.out, exact.out, 3e-6, "out in one sweep")
     close(state.lse, exact.lse, 3e-6, "lse in one sweep")
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_the_largest_logit_is_that_of_the_dense_scores(size: float) -> None:
+    q, k, v = tensors((2, 4, 2, 300, 300, 16))
+    q = q * size
+    mask = Mask.causal() & Mask.padding(torch.arange(300) >= torch.tensor([[0], [7]]))
+    state = attend(q, k, v, mask=mask)
+    sums = measure(q, k, state.lse, [MaxLogit(), LogSumExp()], mask=mask)
+    true = reference.scores(q, k, mask, 0.25).amax(-1)
+    close(MaxLogit().finish(sums[0]), true, 1e-5)
+    assert torch.equal(LogSumExp().finish(sums[1]), state.lse)
+    assert (MaxLogit().finish(sums[0])[1, :, :7] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("shape, mask", CALLS)

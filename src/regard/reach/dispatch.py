@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
 from typing import Any, Protocol
@@ -82,6 +83,18 @@ def is_here(session: Acting) -> bool:
     compute layers anew for gradient checkpointing, take part in all.
     """
     return session.key in _here.get() or (session.key is not None and _in_backward())
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """A stretch of a forward pass that no session takes part in: what a model computes beside the
+    tokens it was given.
+    """
+    token = _here.set(frozenset())
+    try:
+        yield
+    finally:
+        _here.reset(token)
 
 
 def watched() -> bool:

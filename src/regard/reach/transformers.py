@@ -235,6 +235,9 @@ def _attention(
         return result
     names = list(inspect.signature(plain).parameters)[5:] if args else []
     given = {**dict(zip(names, args)), **kwargs}
+    if not query.dtype == key.dtype == value.dtype:  # under autocast, where the model's own casts
+        narrow = min((query, key, value), key=lambda x: x.dtype.itemsize).dtype
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     call = _call(plain, module, query, key, value, attention_mask, given)
     verify(call, module, plain, (query, key, value), attention_mask, given)
     state = dispatch.run(module, call)

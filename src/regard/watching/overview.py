@@ -68,6 +68,16 @@ _HELP = {
         "probability that two draws of a key are equal, mean over layers and heads",
         "share",
     ),
+    "max_logit": (
+        "largest logit",
+        "largest score of this query before the softmax, mean over layers and heads",
+        "",
+    ),
+    "lse": (
+        "log-sum-exp",
+        "log of the summed exponentiated scores of this query, mean over layers and heads",
+        "nats",
+    ),
     "top": (
         "among the top keys",
         "attention of the chosen queries where this key is among their top k, mean over layers "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import weakref
@@ -172,6 +173,8 @@ def _from_pretrained(where: str | Path, name: str, dtype: Any, kwargs: dict[str,
 
                 return load_smol(where, dtype)
             trusted = shared.setdefault("trust_remote_code", False)
+            if isinstance(where, Path) and _of_mixers(where):
+                import regard.parts.mixers  # noqa: F401  # registers the class
             config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **shared)
             model_class = _model_class(config, name, trusted)
             model, info = model_class.from_pretrained(
@@ -193,6 +196,15 @@ def _in_parts(path: Path) -> bool:
     return (path / "tower").is_dir() and (path / "adapter").is_dir()
 
 
+def _of_mixers(path: Path) -> bool:
+    """Whether the folder holds a language model of `regard.parts.mixers`."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "mixer_lm"
+
+
 def _model_class(config: Any, name: str, trusted: bool = False) -> Any:
     """Return the class of transformers that the config names, or the plain trunk of its type."""
     import transformers
@@ -202,6 +214,8 @@ def _model_class(config: Any, name: str, trusted: bool = False) -> Any:
         kinds = [k for k in own if k.startswith("AutoModel")]
         return getattr(transformers, kinds[0] if kinds else "AutoModel")
 
+    if config.model_type == "mixer_lm":
+        return transformers.AutoModelForCausalLM
     for architecture in getattr(config, "architectures", None) or []:
         found = getattr(transformers, architecture, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

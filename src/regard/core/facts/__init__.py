@@ -30,7 +30,15 @@ from regard.errors import InputError
 from .base import Fact, Sums, View
 from .cells import Columns, Rows, Thumbnail, TopKeys
 from .keys import Influence, MeanReceived, Received
-from .queries import Collision, Distance, Entropy, Mass, WindowedDistance
+from .queries import (
+    Collision,
+    Distance,
+    Entropy,
+    LogSumExp,
+    Mass,
+    MaxLogit,
+    WindowedDistance,
+)
 from .sweep import sweep
 
 FACTS: dict[str, type[Fact]] = {
@@ -44,6 +52,8 @@ FACTS: dict[str, type[Fact]] = {
         WindowedDistance,
         Mass,
         Collision,
+        MaxLogit,
+        LogSumExp,
         TopKeys,
         Rows,
         Columns,

@@ -180,6 +180,55 @@ class Collision(Fact):
         return identities.collision(q, k, lse, mask=mask, scale=scale)
 
 
+@dataclass(frozen=True)
+class MaxLogit(Fact):
+    """Largest score of each query before the softmax, soft cap and bias included: `[batch, heads,
+    queries]`; -inf for a query that sees no key.
+
+    It is the lse plus the log of the largest probability; beside a learned sink whose logit lies
+    more than 60 above all scores it is only known to be that far below.
+    """
+
+    name: ClassVar[str] = "max_logit"
+    title: ClassVar[str] = "largest logit"
+
+    def begin(self, view: View) -> Sums:
+        return {"max": view.zeros(view.queries)}
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        at = (tile.batch, tile.heads, slice(None), tile.rows)
+        sums["max"][at] = torch.maximum(sums["max"][at], tile.p.amax(-1))
+
+    def complete(self, sums: Sums, lse: Tensor, sinks: Tensor | None, view: View) -> Sums:
+        lse = lse.to(view.dtype).unflatten(1, (view.kv_heads, view.groups))
+        return {"max": sums["max"].log() + lse}
+
+    def finish(self, sums: Sums) -> Tensor:
+        return sums["max"].flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class LogSumExp(Fact):
+    """Log of the summed exponentiated scores of each query: `[batch, heads, queries]`; -inf for a
+    query that sees no key.
+    """
+
+    name: ClassVar[str] = "lse"
+    title: ClassVar[str] = "log-sum-exp"
+
+    def begin(self, view: View) -> Sums:
+        return {"lse": view.zeros(view.queries)}
+
+    def add(self, sums: Sums, tile: Tile, view: View) -> None:
+        """Nothing: the lse is known before the tiles."""
+
+    def complete(self, sums: Sums, lse: Tensor, sinks: Tensor | None, view: View) -> Sums:
+        return {"lse": lse.to(view.dtype).unflatten(1, (view.kv_heads, view.groups))}
+
+    def finish(self, sums: Sums) -> Tensor:
+        return sums["lse"].flatten(1, 2)
+
+
 def _away(tile: Tile, start: int = 0) -> Tensor:
     """|i - j| of the queries and of the keys from `start` on, `[rows, cols]`."""
     shape = (len(tile.i), len(tile.j) - start)

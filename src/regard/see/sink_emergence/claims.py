@@ -18,7 +18,10 @@ TEXT = "northanger-abbey"
 SEQUENCES, BATCH, SEED = 100, 20, 0
 ELSEWHERE = 8  # the token that serves as control: an ordinary one, not the first
 
-_TRAIN = "regard train lm --attention {} --data DIR --probe sink"
+_TRAIN = (
+    "regard train lm --size 60m --attention {} --context 2048 --batch 512 --steps 20000 --lr 4e-4 "
+    "--schedule constant_with_warmup --vocabulary 50432 --data DIR"
+)
 CLAIMS = (
     Claim(
         "text",
@@ -95,15 +98,13 @@ CLAIMS = (
         "Sink_1 2.90 to 32.23 % over learning rates, 15.20 to 41.08 % over weight decays",
         "needs the training of a 60M model on billions of tokens",
         command=_TRAIN.format("softmax"),
-        built=False,
     ),
     Claim(
         "position",
         "The sink follows loss and data: a token fixed at position k draws it there",
         "74.11, 69.03, 69.64 % for a token fixed at 1, 2, 3",
         "needs the training of a 60M model",
-        command=_TRAIN.format("softmax"),
-        built=False,
+        command=_TRAIN.format("softmax --fixed-token 2"),
     ),
     Claim(
         "bias",
@@ -111,7 +112,6 @@ CLAIMS = (
         "Sink_* 73.34 %, Sink_1 0.00 %",
         "needs the training of a 60M model",
         command=_TRAIN.format("k_bias"),
-        built=False,
     ),
     Claim(
         "sigmoid",
@@ -119,7 +119,6 @@ CLAIMS = (
         "0.44 % (proxy) against 18.18 %, loss 3.70 against 3.73; at 1B 2.46 % against 45.11 %",
         "needs the training of 60M and 1B models",
         command=_TRAIN.format("sigmoid_no_norm"),
-        built=False,
     ),
 )
 

@@ -14,4 +14,6 @@ CARD = Card(
         "2501.02393",
     ),
     families=("causal LM",),
+    exports=("head_graph", "adapter.SparseGIN"),
+    examples=("regard train adapter sparse-gin --model smollm2-135m --data novel --seeds 3",),
 )
