@@ -1,1 +1,1 @@
-"""What trainings of several methods need: data, one run, rewards, and what is measured on the way."""
+"""What trainings of several methods need: data, runs, rewards, and what is measured meanwhile."""

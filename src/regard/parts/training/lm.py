@@ -258,7 +258,7 @@ def _trainer() -> tuple[Any, Any]:
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
             loss: Tensor = super().training_step(model, *args, **kwargs)
             if not bool(loss.isfinite()):
-                kept = _last_checkpoint(Path(self.args.output_dir))
+                kept = _last_checkpoint(Path(self.args.output_dir or "."))
                 raise Diverged(
                     f"the loss of step {self.state.global_step + 1} is {float(loss)}: lower the "
                     f"learning rate; the last good checkpoint is {kept or 'none, it came too soon'}"
