@@ -112,7 +112,7 @@ def test_nan_goes_where_the_reference_has_it(name: str, tokens: int) -> None:
         ({"mask": "causal"}, "mask is a regard.core.Mask, not 'causal'"),
         ({"mask": torch.ones(9, 9, dtype=torch.bool)}, r"not a tensor of torch.bool: .*Mask.dense"),
         ({"mask": Mask.padding(torch.ones(2, 7, dtype=torch.bool))}, "padding is 7 keys long"),
-        ({"mask": Mask.causal() & Mask.padding(torch.ones(11).long())}, "padding is 11 keys long"),
+        ({"mask": Mask.causal() & Mask.padding(torch.ones(1, 11).long())}, "padding is 11 keys long"),
         ({"mask": ~Mask.documents([3, 4])}, "segments are of 7 queries and 7 keys"),
         ({"mask": Mask.dense(torch.ones(8, 9, dtype=torch.bool))}, "matrix is of 8 queries and 9"),
         ({"bias": torch.zeros(1, 1, 9, 9, dtype=torch.bool)}, "mask=Mask.dense"),
@@ -141,7 +141,7 @@ def test_padding_of_floats_and_odd_shapes() -> None:
     additive = torch.tensor([[0.0, 0.0, -torch.inf]])
     with pytest.raises(InputError, match="boolean or integer"):
         Mask.padding(additive)  # read as numbers, it would hide the tokens
-    with pytest.raises(InputError, match=r"\[batch, positions\]"):
+    with pytest.raises(InputError, match=r"\[batch, keys\]"):
         Mask.padding(torch.ones(1, 1, 1, 3).long())
     with pytest.raises(InputError, match="a dense mask is boolean"):
         Mask.dense(additive)
