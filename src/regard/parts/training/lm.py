@@ -132,6 +132,7 @@ def train(
     import shutil
 
     from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import set_seed
 
     trainer_class, callbacks = _trainer()
@@ -178,6 +179,7 @@ def train(
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=hooks
     )
+    trainer.remove_callback(PrinterCallback)  # stdout is for results
     trained = trainer.train(resume_from_checkpoint=last)
     model = trainer.accelerator.unwrap_model(trainer.model)
     _save(folder / "checkpoint", model, data.tokenizer)
