@@ -112,7 +112,10 @@ def test_nan_goes_where_the_reference_has_it(name: str, tokens: int) -> None:
         ({"mask": "causal"}, "mask is a regard.core.Mask, not 'causal'"),
         ({"mask": torch.ones(9, 9, dtype=torch.bool)}, r"not a tensor of torch.bool: .*Mask.dense"),
         ({"mask": Mask.padding(torch.ones(2, 7, dtype=torch.bool))}, "padding is 7 keys long"),
-        ({"mask": Mask.causal() & Mask.padding(torch.ones(1, 11).long())}, "padding is 11 keys long"),
+        (
+            {"mask": Mask.causal() & Mask.padding(torch.ones(1, 11).long())},
+            "padding is 11 keys long",
+        ),
         ({"mask": ~Mask.documents([3, 4])}, "segments are of 7 queries and 7 keys"),
         ({"mask": Mask.dense(torch.ones(8, 9, dtype=torch.bool))}, "matrix is of 8 queries and 9"),
         ({"bias": torch.zeros(1, 1, 9, 9, dtype=torch.bool)}, "mask=Mask.dense"),

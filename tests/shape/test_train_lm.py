@@ -134,6 +134,14 @@ def test_a_killed_process_is_taken_up(text: Path, tmp_path: Path) -> None:
     assert [r["steps"] for r in runs] == [400, 400] and runs[0]["resumed"]
 
 
+def test_telemetry_is_written_where_there_is_softmax_attention(text: Path, tmp_path: Path) -> None:
+    queue = command.variants("standard,sigmoid_no_norm", "none", 1)
+    command.run(tmp_path / "runs", nano(text, telemetry=3), queue)
+    lines = lm.read_lines(tmp_path / "runs" / "standard-seed0" / "telemetry.jsonl")
+    assert [line["step"] for line in lines] == [3, 6]
+    assert not (tmp_path / "runs" / "sigmoid_no_norm-seed0" / "telemetry.jsonl").exists()
+
+
 def test_half_a_checkpoint_of_a_killed_process_is_left_out(tmp_path: Path) -> None:
     for n in (2, 10):
         (tmp_path / f"checkpoint-{n}").mkdir()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import InputError, RegardError, nearest
+from regard.reach.sites import asks
 
 from .data import Blocks, Switches, blocks
 from .settings import SIZES, Training, Variant
@@ -131,6 +132,7 @@ def train(
     import shutil
 
     from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import set_seed
 
     trainer_class, callbacks = _trainer()
@@ -170,13 +172,14 @@ def train(
     rows = Dataset.from_dict({"input_ids": ids.numpy()}).with_format("torch")
     curve = folder / "curve.jsonl"
     hooks = [callbacks(curve, measure, settings.measure_every, last is not None)]
-    if settings.telemetry:
-        from .telemetry import Telemetry
+    if settings.telemetry and any(asks(module) for module in model.modules()):
+        from .telemetry import Telemetry  # of softmax attention alone
 
         hooks.append(Telemetry(every=settings.telemetry, path=folder / "telemetry.jsonl"))
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows, data_collator=_collate, callbacks=hooks
     )
+    trainer.remove_callback(PrinterCallback)  # stdout is for results
     trained = trainer.train(resume_from_checkpoint=last)
     model = trainer.accelerator.unwrap_model(trainer.model)
     _save(folder / "checkpoint", model, data.tokenizer)
@@ -258,7 +261,7 @@ def _trainer() -> tuple[Any, Any]:
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
             loss: Tensor = super().training_step(model, *args, **kwargs)
             if not bool(loss.isfinite()):
-                kept = _last_checkpoint(Path(self.args.output_dir or "."))
+                kept = _last_checkpoint(Path(str(self.args.output_dir)))
                 raise Diverged(
                     f"the loss of step {self.state.global_step + 1} is {float(loss)}: lower the "
                     f"learning rate; the last good checkpoint is {kept or 'none, it came too soon'}"

@@ -97,6 +97,7 @@ def train(
     """Train one adapter; its parameters, and the validation loss before and after."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     model.requires_grad_(False)
     module, handler = adapters(kind, model, hidden, seed)
@@ -125,6 +126,7 @@ def train(
             train_dataset=rows,
             data_collator=_collate,
         )
+        trainer.remove_callback(PrinterCallback)  # stdout is for results
         trained = trainer.train()
         after = _loss(module, valid[:checked], batch)
     if out is not None and handler is not None:
