@@ -57,7 +57,7 @@ def test_var(capsys: Any, folder: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["sinks.png"]
     code, said, err = run(capsys, "run", "var", *common(folder), *FOUND, "--move", "0")
     said = " ".join(said.split())
-    assert code == 0 and "The answers are the same" in said and "attention to the first" in said
+    assert code == 0 and "The answers are the same" in said and "attention to the pictures" in said
 
 
 def test_var_finds_the_dims(capsys: Any, folder: Path) -> None:

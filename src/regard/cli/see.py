@@ -30,7 +30,7 @@ def see(
         str,
         typer.Argument(
             help="The text itself, @file, @name of a shipped text, or - for standard input; or a "
-            "file with a sound or a picture."
+            "file with a sound, a picture or a video, or a folder of pictures."
         ),
     ],
     question: Annotated[
