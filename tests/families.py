@@ -350,21 +350,22 @@ def _qwen(family: str) -> Any:
 
     ids = {"image_token_id": "<image>", "video_token_id": "<video>"}
     ids |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    with mock.patch.dict(tiny_vlm._QWEN_IDS, {name: TABLE[word] for name, word in ids.items()}):
-        if family == "qwen2_5_vl":
-            text = tiny_vlm._qwen_text(2)
-            del text["head_dim"]
-            vision = {
-                "depth": 2, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_heads": 4,
-                "out_hidden_size": HIDDEN, "patch_size": PATCH, "window_size": 16,
-                "fullatt_block_indexes": [1],
-            }  # fmt: skip
-            config = transformers.Qwen2_5_VLConfig(
-                text_config=text, vision_config=vision, **tiny_vlm._QWEN_IDS
-            )
-            model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-        else:
-            model = tiny_vlm._BUILDERS[family](2)
+    ids = {**tiny_vlm._QWEN_IDS, **{name: TABLE[word] for name, word in ids.items()}}
+    if family == "qwen2_5_vl":
+        text = tiny_vlm._decoder(without=["head_dim"], rope_parameters=tiny_vlm._ROPE)
+        vision = {
+            "depth": 2, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_heads": 4,
+            "out_hidden_size": HIDDEN, "patch_size": PATCH, "window_size": 16,
+            "fullatt_block_indexes": [1],
+        }  # fmt: skip
+        config = transformers.Qwen2_5_VLConfig(
+            text_config={**text, "num_hidden_layers": 2}, vision_config=vision, **ids
+        )
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    else:
+        name, settings = tiny_vlm._BUILT[family]
+        text = {**settings["text_config"], "num_hidden_layers": 2}
+        model = tiny_vlm._built(name, {**settings, **ids, "text_config": text}, 0)
     words = tokenizer()
     kind = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
     pictures = Qwen2VLImageProcessorPil(

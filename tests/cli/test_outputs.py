@@ -25,7 +25,7 @@ def test_every_path_that_is_written_says_so() -> None:
     """A new output without its metavar would not be checked: inputs are the ones known here."""
     read = {
         "--image", "--heads", "--negatives", "--concept", "--mask", "--include", "--data",
-        "--prompts", "--peer-python", "--vae", "--tower", "--start",
+        "--prompts", "--peer-python", "--rules", "--metadata", "--vae", "--tower", "--start",
     }  # fmt: skip
     for command, parameters in commands().items():
         for one in parameters:

@@ -44,8 +44,10 @@ def grpo(
         int, typer.Option(min=0, help="Steps between accuracies on new tasks; 0: at the ends.")
     ] = 0,
     checked: Annotated[int, typer.Option(min=1, help="New tasks of an accuracy.")] = 128,
-    out: Annotated[Path, typer.Option(help="JSON of the run.")] = Path("grpo.json"),
-    save: Annotated[Path | None, typer.Option(help="Folder for the trained model.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON of the run.")] = Path("grpo.json"),
+    save: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for the trained model.")
+    ] = None,
 ) -> None:
     """Train with GRPO, tokens weighted by the rhythm of attention.
 

@@ -16,7 +16,7 @@ from regard.lab.reproduce.harness import Claim, Interval, Measured, Setup, root,
 from regard.parts.mixers import SEVEN
 from regard.parts.training.settings import Training
 
-from . import command
+from . import command, method  # noqa: F401  # a change of the method is a change of the runs
 
 TITLE = "Deconstructing Attention: Investigating Design Principles for Effective Language Modeling"
 PAPER = "https://arxiv.org/abs/2510.11602"

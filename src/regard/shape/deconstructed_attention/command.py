@@ -32,9 +32,9 @@ def train(
         str, typer.Option(help="Where standard attention stays, by commas: none, even, ...")
     ] = "none",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of the runs; a stopped queue goes on.")] = Path(
-        "runs"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder of the runs; a stopped queue goes on.")
+    ] = Path("runs"),
     matched: Annotated[
         bool, typer.Option(help="Choose the width of graph mixers for equal parameters.")
     ] = False,
@@ -42,7 +42,8 @@ def train(
         bool, typer.Option("--list", help="Only list mixers, placements and the runs.")
     ] = False,
     json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the results as JSON here; - stdout.")
+        Path | None,
+        typer.Option("--json", metavar="FILE|-", help="Write the results as JSON here; - stdout."),
     ] = None,
 ) -> None:
     """Train language models that differ in their token mixers, all else equal.
@@ -179,9 +180,12 @@ def _listed(queue: Sequence[Variant]) -> None:
 
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs, or of queues of runs.")],
-    out: Annotated[Path, typer.Option(help="The page, one HTML file.")] = Path("compare.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page, one HTML file.")] = Path(
+        "compare.html"
+    ),
     json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers as JSON here; - stdout.")
+        Path | None,
+        typer.Option("--json", metavar="FILE|-", help="Write the numbers as JSON here; - stdout."),
     ] = None,
 ) -> None:
     """Compare trained language models: loss, sinks and indicators, with intervals over seeds."""

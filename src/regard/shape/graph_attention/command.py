@@ -32,7 +32,10 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every adapter.")] = 1,
     out: Annotated[
-        Path, typer.Option(help="Folder of the adapters; a stopped comparison goes on.")
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Folder of the adapters; a stopped comparison goes on."
+        ),
     ] = Path("adapters"),
     *,
     loading: Loading,

@@ -14,7 +14,6 @@ from regard.files import write_text
 from regard.zoo.options import Loading
 
 from .card import RunSettings
-from .rules import read_rules
 
 
 def run(
@@ -41,8 +40,12 @@ def run(
         typer.Option(help="Find the strength for this mean leakage, in place of --beta."),
     ] = None,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if any.")] = True,
-    html: Annotated[Path | None, typer.Option(help="Write the audit sheet here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="All as one JSON; - for stdout.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the audit sheet here.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE|-", help="All as one JSON; - for stdout.")
+    ] = None,
 ) -> None:
     """Answer a question about documents at dial 0 and at the dial, toward some of the documents.
 
@@ -64,6 +67,8 @@ def run(
             raise InputError("documents are blocks: leave --bias at blocks")
         if not 0 < (leakage or 0) < 1:
             raise InputError(f"--leakage lies between 0 and 1, not {leakage}")
+    from .rules import read_rules
+
     for rule in read_rules(settings.rules):
         rule.check(list(documents))
     from .answering import answered
@@ -146,7 +151,9 @@ def train(
     beta: Annotated[float, typer.Option(min=0.01, max=1000, help="Dial strength, nats.")] = 8.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and texts.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
-    out: Annotated[Path, typer.Option(help="JSON of the run.")] = Path("localist-training.json"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON of the run.")] = Path(
+        "localist-training.json"
+    ),
 ) -> None:
     """Train a model with locality drawn anew for each batch, and the same one without.
 
@@ -203,7 +210,9 @@ def recruit(
     anchors: Annotated[int, typer.Option(min=1, help="Tokens that name a block, at most.")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="Rank of a block's map to logits.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and texts.")] = 0,
-    out: Annotated[Path, typer.Option(help="JSON of the trace.")] = Path("recruitment.json"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON of the trace.")] = Path(
+        "recruitment.json"
+    ),
 ) -> None:
     """Add blocks to a model that knows some of the topics, while that shortens the description.
 
