@@ -115,7 +115,9 @@ def test_ways_that_are_refused_before_the_first_token(way: str) -> None:
             run(model)
         assert not passes
         count.remove()
-        assert torch.equal(model(IDS).logits, plain) and not hooks(model)
+        assert torch.equal(model(IDS).logits, plain)
+        # asked for maps, transformers itself hangs its recorders on the model, for good
+        assert way == "maps" or not hooks(model)
 
 
 def test_a_quantized_cache_is_refused_by_its_name() -> None:

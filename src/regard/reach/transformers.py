@@ -297,6 +297,8 @@ def _call(
         offsets = (first, origin.offsets[1] if origin.shape[2] == end else 0)
         key, value = key[:, :, :end], value[:, :, :end]
         live = origin.live
+        if live is not None and first != origin.offsets[0]:  # read at the wrong place
+            live = mask.cells(1, end)[:, 0, 0, first:]
     elif site.kind == "self":
         offsets = (key.shape[2] - q_length, 0)
     if site.kind == "cross":
