@@ -51,6 +51,13 @@ USES: dict[str, list[str]] = {
     "diffusion": ["-m", "regard", "see", "a red circle", "--model", "shapes-sd", "--steps", "1"],
     "data": ["-c", "from regard.see.stable_semantics.rows import features; features()"],
     "ray": ["-c", "from regard.see.stable_semantics.build import need_ray; need_ray()"],
+    "video": [
+        "-c",
+        "from pathlib import Path; from regard.zoo import frames\n"
+        "try: frames._decoded(Path('none.mp4'), 1)\n"
+        "except (OSError, ValueError): pass",
+    ],
+    "rl": ["-c", "from regard.see.preplan_anchor import grpo; grpo.trainer_class()"],
     "lm-eval": ["-c", "from regard.lab.trials import lm_eval; lm_eval.available()"],
 }
 """What is run in the environment of an extra, and in the bare one."""

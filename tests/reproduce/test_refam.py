@@ -26,7 +26,7 @@ def pipe() -> Any:
 
 def test_it_runs_on_a_tiny_pipeline(pipe: Any) -> None:
     done = own.measure(Setup(pipe, None, "tiny", True, Journal(None, {}), False))
-    assert [c.key for c in done.claims] == [c.key for c in own.CLAIMS]
+    assert [c.key for c in done.claims] == [c.key for c in own.CLAIMS if c.judge]
     for claim in done.claims:
         assert claim.verdict in ("reproduced", "partly", "not reproduced", "needs scale")
         assert claim.verdict == "needs scale" or (claim.here and claim.control and claim.values)

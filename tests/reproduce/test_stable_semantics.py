@@ -25,10 +25,10 @@ def test_it_runs_on_a_tiny_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own, "GRID", 16)
     pipe = tiny_pipeline("sd")
     done = own.measure(Setup(pipe, None, "tiny", True, Journal(None, {}), False))
-    assert [c.key for c in done.claims] == [c.key for c in own.CLAIMS]
+    assert [c.key for c in done.claims] == [c.key for c in own.CLAIMS if c.judge]
     assert done.picture is not None and "One caption a row" in done.picture[1]
     found = {c.key: c for c in done.claims}
-    assert found["builder"].verdict == "reproduced" and found["scale"].verdict == "needs scale"
+    assert found["builder"].verdict == "reproduced"
     assert all(c.verdict == "needs scale" or (c.here and c.control) for c in done.claims)
 
 

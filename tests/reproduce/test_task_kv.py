@@ -44,7 +44,7 @@ def test_one_reading_serves_every_method() -> None:
     model, text = tiny("llama"), own.Text(IDS[:, :70], IDS[:, 70:])
     seen = own._read(model, text.prompt)
     losses = []
-    with own._quietly():
+    with own.quiet("Task-KV: "):
         for name, method in own._methods(QUICK).items():
             found = own._over(model, method, seen, text.tail)
             with torch.no_grad(), regard.apply(model, own._methods(QUICK)[name]):

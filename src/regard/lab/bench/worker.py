@@ -185,11 +185,11 @@ class Bench:
             from transformers import AutoModelForCausalLM
 
             given = {"dtype": torch.float32, **self.setup.get("loading", {})}
-            if not given.pop("allow_pickle", False):
-                given["use_safetensors"] = True
+            pickled = given.pop("allow_pickle", False)
             self.model = AutoModelForCausalLM.from_pretrained(
                 self.setup["model"],
                 attn_implementation="sdpa",
+                use_safetensors=None if pickled else True,
                 **given,
             ).eval()
         if self.setup.get("ids"):
