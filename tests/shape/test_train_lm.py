@@ -220,6 +220,8 @@ def test_a_checkpoint_of_another_layout_is_refused(text: Path, tmp_path: Path) -
     data = lm.prepared(settings)
     model = lm.built(settings, Variant("mlp"), data)
     model.save_pretrained(folder / "state" / "checkpoint-2")
+    # without it the checkpoint is half written, and is not gone on from
+    (folder / "state" / "checkpoint-2" / "trainer_state.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="is of another model"):
         lm.train(folder, settings, Variant("standard"), data, progress=False)
 
